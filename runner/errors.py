@@ -1,0 +1,172 @@
+"""Every error that mlx-run raises on purpose.
+
+::
+
+    MlxRunError                 what to tell the user, in one or two lines
+    ├── ManifestError           the manifest is wrong: a list of diagnostics with file:line:column
+    ├── RunnerError             the command cannot be carried out
+    │   ├── NotRunning          no runner of that name is up
+    │   ├── AlreadyRunning      a runner of that name is up, and this command needs none
+    │   └── ControlError        the runner answered with an error
+    ├── EngineError             a model could not be brought up or kept up
+    │   ├── EngineLoadError     the model (or an adapter) cannot be loaded; trying again will not help
+    │   └── EngineDied          the engine process ended; it is started again with backoff
+    ├── ListenerError           a port could not be opened
+    └── RequestError            one request is refused; each has its HTTP status
+        ├── InvalidRequest      400, names the field
+        ├── Unauthorized        401
+        ├── NotServed           404, model or adapter unknown here
+        ├── TooLarge            413
+        ├── EngineFailed        500, the engine failed or died while it worked on this request
+        └── Unavailable         503 with Retry-After: loading, draining, or the queue is full
+
+Each boundary maps the tree once: the CLI to an exit code (`runner.cli.main`), the gateway to an OpenAI-shaped body
+(`runner.gateway.errors`), the control socket to a JSON object (`runner.control.socket`), the engine to a message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class MlxRunError(Exception):
+    """Base of the tree.
+
+    `str(error)` is what happened; `hint` is what to do about it, or empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One thing wrong in a manifest, at one place.
+
+    `line` and `column` count from 1; 0 means the place is not known. `path` is dotted (`models.chat.source`).
+    """
+
+    file: str
+    line: int
+    column: int
+    path: str
+    message: str
+    hint: str = ""
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        text = f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class ManifestError(MlxRunError):
+    """The manifest cannot be used; nothing was changed."""
+
+    def __init__(self, diagnostics: list[Diagnostic]) -> None:
+        assert diagnostics, "a manifest error names at least one place"
+        self.diagnostics = diagnostics
+        super().__init__("\n".join(str(d) for d in diagnostics))
+
+
+class RunnerError(MlxRunError):
+    """The command cannot be carried out."""
+
+
+class NotRunning(RunnerError):  # noqa: N818 - these names are conditions, read as `except NotRunning`
+    """No runner of that name is up."""
+
+
+class AlreadyRunning(RunnerError):  # noqa: N818
+    """A runner of that name is up already."""
+
+
+class ControlError(RunnerError):
+    """The runner answered a control request with an error."""
+
+
+class EngineError(MlxRunError):
+    """A model could not be brought up or kept up."""
+
+
+class EngineLoadError(EngineError):
+    """The model or adapter cannot be loaded; only an edit helps."""
+
+
+class EngineDied(EngineError):  # noqa: N818
+    """The engine process ended without being asked to."""
+
+
+class ListenerError(MlxRunError):
+    """A listener could not be opened (port taken, address not of this machine)."""
+
+
+class RequestError(MlxRunError):
+    """One request is refused or failed.
+
+    `status` is the HTTP status, `kind` OpenAI's error `type`, `code` its `code`, `param` the field at fault or None.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):  # noqa: N818
+    """The request itself is wrong: `param` names the field."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class Unauthorized(RequestError):  # noqa: N818
+    """No API key, or not one of this listener's."""
+
+    status = 401
+    kind = "authentication_error"
+
+
+class NotServed(RequestError):  # noqa: N818
+    """The model or adapter is not served here."""
+
+    status = 404
+    kind = "invalid_request_error"
+
+
+class TooLarge(RequestError):  # noqa: N818
+    """The body is over the listener's limit."""
+
+    status = 413
+    kind = "invalid_request_error"
+
+
+class EngineFailed(RequestError):  # noqa: N818
+    """The engine failed, or died, while it worked on this request."""
+
+    status = 500
+    kind = "server_error"
+
+
+class Unavailable(RequestError):  # noqa: N818
+    """Not now: the model is loading or draining, or its queue is full. `retry_after` is in seconds."""
+
+    status = 503
+    kind = "server_error"
+
+    def __init__(
+        self, message: str, *, retry_after: float = 1.0, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after = retry_after
