@@ -4,6 +4,7 @@
 
     MlxRunError                 what to tell the user, in one or two lines
     ├── ManifestError           the manifest is wrong: a list of diagnostics with file:line:column
+    │   └── NotDownloaded       all that is wrong is that hub sources are not in the hub's cache yet
     ├── RunnerError             the command cannot be carried out
     │   ├── NotRunning          no runner of that name is up
     │   ├── AlreadyRunning      a runner of that name is up, and this command needs none
@@ -21,7 +22,7 @@
         └── Unavailable         503 with Retry-After: loading, draining, or the queue is full
 
 Each boundary maps the tree once: the CLI to an exit code (`runner.cli.main`), the gateway to an OpenAI-shaped body
-(`runner.gateway.errors`), the control socket to a JSON object (`runner.control.socket`), the engine to a message.
+(`runner.gateway.errors`), the control socket to a JSON object (`runner.control.control_socket`), the engine to a message.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ class ManifestError(MlxRunError):
         assert diagnostics, "a manifest error names at least one place"
         self.diagnostics = diagnostics
         super().__init__("\n".join(str(d) for d in diagnostics))
+
+
+class NotDownloaded(ManifestError):  # noqa: N818 - a condition, read as `except NotDownloaded`
+    """Nothing is wrong but that hub sources are not in the local cache; `repo` and `revision` are the first's."""
+
+    def __init__(self, diagnostics: list[Diagnostic], repo: str, revision: str) -> None:
+        super().__init__(diagnostics)
+        self.repo = repo
+        self.revision = revision
 
 
 class RunnerError(MlxRunError):

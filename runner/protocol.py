@@ -271,16 +271,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 ToEngine = Generate | Cancel | LoadAdapter | DropAdapter | Configure | Shutdown
 FromEngine = (
-    Hello
-    | Loading
-    | Loaded
-    | LoadFailed
-    | AdapterLoaded
-    | AdapterRefused
-    | AdapterDropped
-    | Step
-    | Rejected
-    | Stats
+    Hello | Loading | Loaded | LoadFailed | AdapterLoaded | AdapterRefused | AdapterDropped | Step | Rejected | Stats
 )
 
 _encoder = msgspec.msgpack.Encoder()

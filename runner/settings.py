@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-import platformdirs
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from runner.places import state_dir
 
 
 class Settings(BaseSettings):
@@ -14,14 +16,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MLX_RUN_", frozen=True)
 
-    state_dir: Path = Field(
-        default_factory=lambda: platformdirs.user_state_path("mlx-run", appauthor=False),
-        description="Sockets, logs and generations, one folder a runner.",
-    )
+    state_dir: Path = Field(default_factory=state_dir, description="Sockets, logs, generations: one folder a runner.")
     engine_command: str = Field(
-        default="",
-        description="Command line that replaces `python -m runner.engine`; the control plane's own tests use it.",
+        default="", description="Command line in place of `python -m runner.engine`; the control plane's tests use it."
     )
-    log_level: str = Field(default="info", description="debug, info, warning or error.")
-    drain_timeout: float = Field(default=30.0, ge=0, description="Seconds that running requests get when something stops.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="For the runner's log.")
+    drain_timeout: float = Field(default=30.0, ge=0, description="Seconds running requests get when something stops.")
     orphan_grace: float = Field(default=5.0, ge=0, description="Seconds an engine waits without its runner.")

@@ -1,0 +1,95 @@
+"""`mlx-run apply`: start the runner a manifest describes, or hand the manifest to the one that is up."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from runner.cli.locate import absolute
+from runner.cli.view import View
+from runner.control import client
+from runner.control.state_folder import StateFolder
+from runner.errors import ManifestError, NotRunning, RunnerError
+from runner.manifest.load import Loaded, load_manifest
+from runner.manifest.report import render_diagnostics
+from runner.settings import Settings
+from runner.telemetry import configure_logging
+
+_SPAWN_DEADLINE = 15.0
+"""Seconds a detached runner gets to open its control socket."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("manifest", metavar="FILE", help="a manifest")
+    parser.add_argument("-d", "--detach", action="store_true", help="return once everything is ready")
+    parser.epilog = (
+        "Without a runner of the manifest's name this process becomes it, follows the file, and drains on Ctrl-C\n"
+        "(twice: stops at once). With one, the manifest is handed over to it.\n\n"
+        "example:\n  mlx-run apply configs/dev.yaml"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0, or 1 when the manifest could not be applied."""
+    path = Path(absolute(arguments.manifest))
+    try:
+        loaded = load_manifest(path, os.environ)
+        settings = Settings()
+        folder = StateFolder(settings.state_dir, loaded.manifest.name)
+        view = View(path)
+        if client.is_up(folder.control_socket):
+            return _follow(folder, "apply", view, manifest=str(path))
+        if arguments.detach:
+            return _detach(folder, path, view)
+        return _become_runner(loaded, settings, folder, view)
+    except ManifestError as error:
+        print(render_diagnostics(error.diagnostics), file=sys.stderr)
+        return 1
+
+
+def _follow(folder: StateFolder, op: str, view: View, **fields: Any) -> int:
+    """Show what a runner does until it is done with it."""
+    with view:
+        for reply in client.stream(folder.control_socket, op, **fields):
+            view.show(reply)
+    view.summary(folder.name)
+    return 0
+
+
+def _become_runner(loaded: Loaded, settings: Settings, folder: StateFolder, view: View) -> int:
+    # Imported here: handing over and detaching need neither HTTP server nor event loop.
+    from runner.control.runner import raise_for, run  # noqa: PLC0415
+
+    # Line buffered, so that `mlx-run logs -f` follows.
+    with folder.log.open("a", buffering=1, encoding="utf-8") as log, view:
+        configure_logging(settings.log_level, stream=log, as_json=True)
+        result = run(loaded, settings, view.show)
+    raise_for(result)
+    return 0
+
+
+def _detach(folder: StateFolder, path: Path, view: View) -> int:
+    """Start a runner that outlives this terminal, and wait until it has settled."""
+    with folder.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runner.cli.main", "apply", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _SPAWN_DEADLINE
+    while not client.is_up(folder.control_socket):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=0.05)
+            raise NotRunning(f"the runner exited with code {code}", hint=f"See {folder.log}.")
+        if time.monotonic() > deadline:
+            raise RunnerError("the runner did not start in time", hint=f"See {folder.log}.")
+    return _follow(folder, "follow", view)

@@ -1,0 +1,35 @@
+"""`mlx-run down`: drain a runner and wait until it is gone."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from runner.cli.locate import find
+from runner.control import client
+from runner.errors import RunnerError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("name", nargs="?", help="a runner's name (default: the only one that is up)")
+    parser.add_argument(
+        "-t", "--timeout", type=float, metavar="SECONDS", help="how long running requests may go on (default: 30)"
+    )
+    parser.epilog = "example:\n  mlx-run down dev"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 once it is gone."""
+    folder = find(arguments.name)
+    fields = {} if arguments.timeout is None else {"drain": arguments.timeout}
+    answer = client.request(folder.control_socket, "down", **fields)
+    deadline = time.monotonic() + float(answer["drain_seconds"]) + 15.0
+    while client.is_up(folder.control_socket):
+        if time.monotonic() > deadline:
+            raise RunnerError(
+                f"{folder.name} (pid {answer['pid']}) is still stopping", hint="Run `mlx-run down` again."
+            )
+        time.sleep(0.05)
+    print(f"{folder.name}: stopped.")
+    return 0

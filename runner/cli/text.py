@@ -1,0 +1,52 @@
+"""How the commands print sizes, ages and plans. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def format_bytes(count: float) -> str:
+    """A size as people read it, binary units: 1536 → `1.5 KiB`."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def format_age(seconds: float) -> str:
+    """A duration in its two largest units: 3700 → `1h 1m`."""
+    whole = max(int(seconds), 0)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours}h"
+    if hours:
+        return f"{hours}h {minutes}m"
+    if minutes:
+        return f"{minutes}m {whole % 60}s"
+    return f"{whole}s"
+
+
+_SIGNS = {"start": "+", "open": "+", "replace": "±", "move": "±", "update": "~", "stop": "-", "close": "-"}
+
+
+def render_plan_json(plan: dict[str, Any]) -> str:
+    """A plan in its JSON form (`runner.plan.render.plan_json`) as people read it."""
+    actions, unchanged = plan["actions"], len(plan["unchanged"])
+    if not actions:
+        return f"{plan['name']}: nothing to do, {unchanged} unchanged."
+    lines = [f"{plan['name']}: {len(actions)} to do, {unchanged} unchanged."]
+    width = max(len(a["target"]) for a in actions)
+    for action in actions:
+        cost = action["disruption"]
+        extra = action["surge_bytes"] if cost == "surge" else action["memory_delta_bytes"]
+        if extra > 0:
+            cost += f" +{format_bytes(extra)}"
+        sign = _SIGNS[action["action"]]
+        lines.append(f"  {sign} {action['target']:<{width}}  {action['action']:<8} {cost:<20} {action['reason']}")
+    before, after = plan["weights_before_bytes"], plan["weights_after_bytes"]
+    if before != after:
+        lines.append(f"Weights in memory: {format_bytes(before)} → {format_bytes(after)}.")
+    return "\n".join(lines)

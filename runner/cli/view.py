@@ -1,0 +1,127 @@
+"""What a person sees while a manifest takes effect: a line for each thing that happened, and what still loads."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from runner.cli.text import render_plan_json
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+class View:
+    """Shows events (`runner.control.events`) as they come. On a terminal, a spinner names what is being loaded."""
+
+    def __init__(self, manifest: Path) -> None:
+        self._manifest = manifest
+        self._begun = time.monotonic()
+        self._loading: list[str] = []
+        self._spinner: Status | None = None
+        self._settled = False
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop_spinner()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event; those that mean nothing to a person are passed over."""
+        method = getattr(self, f"_on_{event.get('event', '')}", None)
+        if method is not None:
+            method(event)
+
+    def summary(self, name: str) -> None:
+        """The last line of a command that leaves a runner behind."""
+        print(f"`mlx-run status {name}` shows it, `mlx-run down {name}` stops it.")
+
+    def _print(self, text: str) -> None:
+        if self._spinner is not None:
+            self._spinner.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    # ------------------------------------------------------------- one method an event
+
+    def _on_planned(self, event: dict[str, Any]) -> None:
+        self._print(render_plan_json(event["plan"]))
+
+    def _on_unchanged(self, event: dict[str, Any]) -> None:
+        self._print("Nothing to do: what runs is what the manifest says.")
+
+    def _on_listening(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: {event['address']}")
+
+    def _on_downloading(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['repo']}: downloading {event['revision']} into the hub cache")
+
+    def _on_action_started(self, event: dict[str, Any]) -> None:
+        self._loading.append(event["target"])
+        self._update_spinner()
+
+    def _on_action_done(self, event: dict[str, Any]) -> None:
+        if event["target"] in self._loading:
+            self._loading.remove(event["target"])
+        self._print(f"{event['target']}: ready in {event['seconds']:.2f} s")
+        self._update_spinner()
+
+    def _on_applied(self, event: dict[str, Any]) -> None:
+        self._stop_spinner()
+        if self._settled:
+            self._print(f"Generation {event['generation']} is live.")
+        else:
+            self._settled = True
+            self._print(
+                f"Ready after {time.monotonic() - self._begun:.2f} s (generation {event['generation']}). "
+                f"Edits of {self._manifest.name} go live as you save."
+            )
+
+    def _on_apply_failed(self, event: dict[str, Any]) -> None:
+        self._stop_spinner()
+        self._loading.clear()
+        if self._settled:
+            self._print(f"The edit is not in effect, what ran goes on:\n{event['error']}")
+
+    def _on_engine_died(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: the engine (pid {event['pid']}) ended unexpectedly; starting it again")
+
+    def _on_engine_restarted(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: back, pid {event['pid']}")
+
+    def _on_stopping(self, event: dict[str, Any]) -> None:
+        self._stop_spinner()
+        self._print(f"Draining for at most {event['drain_seconds']:.0f} s; Ctrl-C again stops at once.")
+
+    def _on_stopping_now(self, event: dict[str, Any]) -> None:
+        self._print("Stopping now.")
+
+    # ------------------------------------------------------------- spinner
+
+    def _update_spinner(self) -> None:
+        if not self._loading:
+            self._stop_spinner()
+            return
+        if not sys.stdout.isatty():
+            return
+        text = f"loading {', '.join(self._loading)}"
+        if self._spinner is None:
+            # Imported here: by now the listeners are open, so nobody waits for it.
+            from rich.console import Console  # noqa: PLC0415
+            from rich.status import Status  # noqa: PLC0415
+
+            self._spinner = Status(text, console=Console())
+            self._spinner.start()
+        else:
+            self._spinner.update(text)
+
+    def _stop_spinner(self) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None

@@ -1,0 +1,297 @@
+"""One served model as the rest of the runner sees it: the object stays while engines come, crash and go.
+
+The reconciler decides which spec a deployment has; the deployment keeps an engine of that spec alive, as a kubelet
+does for a container. It is the only writer of its own state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from runner.control.backoff import Backoff
+from runner.control.engine_process import EngineProcess
+from runner.control.state_folder import StateFolder
+from runner.errors import EngineError, NotServed, Unavailable
+from runner.plan.spec import AdapterSpec, ModelSpec
+from runner.protocol import AdapterSource, Configure, Delta, EngineSpec, Generate, Stats
+
+logger = logging.getLogger(__name__)
+
+_MAX_WAITING = 1024
+"""Requests that may wait for an engine to load; more are told to come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How engines are started and waited for; from Settings. Seconds."""
+
+    command: str
+    orphan_grace: float
+    drain_timeout: float
+    load_wait: float = 30.0
+
+
+class Deployment:
+    """Implements `runner.gateway.backend.Deployment`.
+
+    `state` is pending, loading, ready, backoff, replacing, stopped.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, folder: StateFolder, options: EngineOptions, on_event: Callable[..., None]
+    ) -> None:
+        self.spec = spec
+        self.state = "pending"
+        self.last_error = ""
+        self.restarts = 0
+        self.engine: EngineProcess | None = None
+        self._starting: EngineProcess | None = None
+        self._folder = folder
+        self._options = options
+        self._on_event = on_event
+        self._backoff = Backoff()
+        self._restart: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._waiting = 0
+        self._adapter_names: dict[str, str] = {}
+        self._remember_adapters(spec)
+
+    # ------------------------------------------------------------- gateway's side
+
+    @property
+    def name(self) -> str:
+        """The manifest's name for it."""
+        return self.spec.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether an engine has generated a token and takes requests."""
+        return self.engine is not None
+
+    @property
+    def stats(self) -> Stats | None:
+        """The engine's last counters."""
+        return self.engine.stats if self.engine else None
+
+    async def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
+        """See the interface."""
+        engine = self.engine
+        if engine is None:
+            engine = await self._wait_for_engine()
+        if request.adapter:
+            request = self._with_current_adapter(request)
+        async with aclosing(engine.connection.generate(request)) as deltas:
+            async for some in deltas:
+                yield some
+
+    async def _wait_for_engine(self) -> EngineProcess:
+        if self.state == "stopped":
+            raise NotServed(f"the model {self.name!r} is not served any more", param="model", code="model_not_found")
+        if self._waiting >= _MAX_WAITING:
+            raise Unavailable(f"too many requests wait for {self.name!r} to load", retry_after=5.0)
+        self._waiting += 1
+        try:
+            await asyncio.wait_for(self._ready.wait(), self._options.load_wait)
+        except TimeoutError:
+            reason = f": {self.last_error.splitlines()[0]}" if self.last_error else ""
+            raise Unavailable(
+                f"the model {self.name!r} is not ready ({self.state}){reason}", retry_after=5.0, code="model_loading"
+            ) from None
+        finally:
+            self._waiting -= 1
+        if self.engine is None:
+            raise Unavailable(f"the model {self.name!r} is not ready ({self.state})", retry_after=1.0)
+        return self.engine
+
+    def _with_current_adapter(self, request: Generate) -> Generate:
+        """A request that was routed before an edit and has no row yet gets the adapter's current version."""
+        if any(a.key == request.adapter for a in self.spec.adapters):
+            return request
+        name = self._adapter_names.get(request.adapter, request.adapter)
+        adapter = self.spec.adapter(name)
+        if adapter is None:
+            raise NotServed(
+                f"the model {self.name!r} has no adapter {name!r}", param="adapter_name", code="adapter_not_found"
+            )
+        return msgspec.structs.replace(request, adapter=adapter.key)
+
+    def _remember_adapters(self, spec: ModelSpec) -> None:
+        self._adapter_names.update({a.key: a.name for a in spec.adapters})
+
+    # ------------------------------------------------------------- reconciler's side
+
+    async def bring_up(self, spec: ModelSpec) -> EngineProcess:
+        """Start an engine of `spec` and prove it with one token; it serves nothing until `switch`.
+
+        Raises EngineLoadError and EngineDied.
+        """
+        engine = EngineProcess(
+            _engine_spec(spec, self._options), self._folder, self._options.command, lambda: self._engine_gone(engine)
+        )
+        if self.engine is None:
+            self.state = "loading"
+        self._starting = engine
+        try:
+            await engine.start()
+        except EngineError as error:
+            self.last_error = str(error)
+            raise
+        finally:
+            self._starting = None
+        return engine
+
+    def switch(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
+        """Serve from `engine` from now on. Returns the engine that served before, for the caller to drain."""
+        self._stop_restarting()
+        old, self.engine = self.engine, engine
+        self.adopt(spec)
+        self.state, self.last_error = "ready", ""
+        self._backoff.started(time.monotonic())
+        self._ready.set()
+        if not engine.alive:  # it died between its first token and now
+            self._engine_gone(engine)
+        return old
+
+    def adopt(self, spec: ModelSpec) -> None:
+        """Take over a spec that needs no other process; sends changed limits to the engine."""
+        changed = spec.limits != self.spec.limits
+        self.spec = spec
+        self._remember_adapters(spec)
+        if changed and self.engine is not None and self.engine.alive:
+            limits = spec.limits
+            self.engine.configure(
+                Configure(
+                    max_rows=limits.max_rows,
+                    max_queue=limits.max_queue,
+                    prefill_step_size=limits.prefill_step_size,
+                    max_context=limits.max_context,
+                    prefix_cache_bytes=limits.prefix_cache_bytes,
+                )
+            )
+
+    async def park(self) -> None:
+        """Drain and end the engine while requests wait for its successor."""
+        self._stop_restarting()
+        self.state = "replacing"
+        engine = self._release()
+        if engine is not None:
+            await engine.drain(self._options.drain_timeout)
+
+    async def stop(self, *, deadline: float | None = None) -> None:
+        """Drain and end the engine for good. `deadline` in seconds, the settings' drain timeout by default."""
+        self.state = "stopped"
+        self._stop_restarting()
+        if self._starting is not None:
+            await self._starting.kill()
+        engine = self._release()
+        self._ready.set()  # whoever waits is told
+        if engine is not None:
+            await engine.drain(self._options.drain_timeout if deadline is None else deadline)
+
+    async def kill(self) -> None:
+        """End the engine now."""
+        await self.stop(deadline=0.0)
+
+    def _release(self) -> EngineProcess | None:
+        engine, self.engine = self.engine, None
+        self._ready.clear()
+        return engine
+
+    # ------------------------------------------------------------- keeping it alive
+
+    def _engine_gone(self, engine: EngineProcess) -> None:
+        if engine is not self.engine:
+            return
+        self.engine = None
+        self._ready.clear()
+        self.state = "backoff"
+        self.last_error = f"the engine (pid {engine.pid}) ended unexpectedly"
+        self._on_event("engine_died", target=f"models.{self.name}", pid=engine.pid)
+        self._restart = asyncio.create_task(self._bring_back())
+
+    async def _bring_back(self) -> None:
+        while self.engine is None and self.state != "stopped":
+            delay = self._backoff.failed(time.monotonic())
+            self.state = "backoff"
+            self._on_event("engine_backoff", target=f"models.{self.name}", seconds=delay)
+            await asyncio.sleep(delay)
+            try:
+                engine = await self.bring_up(self.spec)
+                await self._catch_up(engine)
+            except EngineError as error:
+                logger.warning("engine did not come back", extra={"model": self.name, "error": str(error)})
+                continue
+            self.restarts += 1
+            self.switch(self.spec, engine)
+            self._on_event("engine_restarted", target=f"models.{self.name}", pid=engine.pid)
+
+    async def _catch_up(self, engine: EngineProcess) -> None:
+        """Load the adapters that the manifest gained while this engine was starting."""
+        loaded = {a.key for a in engine.spec.adapters}
+        while missing := [a for a in self.spec.adapters if a.key not in loaded]:
+            await engine.load_adapter(adapter_source(missing[0]))
+            loaded.add(missing[0].key)
+
+    def _stop_restarting(self) -> None:
+        restart, self._restart = self._restart, None
+        if restart is not None and restart is not asyncio.current_task():
+            restart.cancel()
+
+    # ------------------------------------------------------------- status
+
+    def status(self) -> dict[str, Any]:
+        """What `mlx-run status` shows, as plain data. Times are seconds since the epoch, sizes bytes."""
+        engine = self.engine or self._starting
+        loaded, stats = (engine.loaded, engine.stats) if engine else (None, None)
+        return {
+            "name": self.name,
+            "state": self.state,
+            "stage": engine.stage if engine else "",
+            "source": self.spec.source,
+            "digest": self.spec.weights_digest,
+            "aliases": list(self.spec.aliases),
+            "adapters": [{"name": a.name, "key": a.key} for a in self.spec.adapters],
+            "default_adapter": self.spec.default_adapter,
+            "pid": engine.pid if engine else None,
+            "started_at": engine.started_at if engine else None,
+            "loaded_at": engine.loaded_at if engine else None,
+            "load_seconds": loaded.seconds if loaded else None,
+            "device": loaded.device if loaded else "",
+            "notes": loaded.notes if loaded else [],
+            "weights_bytes": self.spec.weights_bytes,
+            "active_bytes": stats.active_bytes if stats else (loaded.active_bytes if loaded else None),
+            "rows": stats.rows if stats else 0,
+            "waiting": (stats.waiting if stats else 0) + self._waiting,
+            "in_flight": engine.connection.in_flight if engine and engine.alive else 0,
+            "restarts": self.restarts,
+            "last_error": self.last_error,
+        }
+
+
+def _engine_spec(spec: ModelSpec, options: EngineOptions) -> EngineSpec:
+    return EngineSpec(
+        model=spec.name,
+        path=str(spec.path),
+        digest=spec.process_digest,
+        adapters=tuple(adapter_source(a) for a in spec.adapters),
+        max_rows=spec.limits.max_rows,
+        max_queue=spec.limits.max_queue,
+        prefill_step_size=spec.limits.prefill_step_size,
+        max_context=spec.limits.max_context,
+        prefix_cache_bytes=spec.limits.prefix_cache_bytes,
+        memory_limit_bytes=spec.memory_limit_bytes,
+        orphan_grace=options.orphan_grace,
+    )
+
+
+def adapter_source(adapter: AdapterSpec) -> AdapterSource:
+    """An adapter as the engine takes it."""
+    return AdapterSource(key=adapter.key, path=str(adapter.path), scale=adapter.scale)

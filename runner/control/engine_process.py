@@ -1,0 +1,237 @@
+"""One engine process from spawn to exit. Whoever starts it holds the only reference that may stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from runner.control.connection import EngineConnection
+from runner.control.state_folder import StateFolder, write_atomically
+from runner.errors import EngineDied, EngineLoadError
+from runner.protocol import (
+    AdapterDropped,
+    AdapterLoaded,
+    AdapterRefused,
+    AdapterSource,
+    Configure,
+    DropAdapter,
+    EngineSpec,
+    FromEngine,
+    LoadAdapter,
+    Loaded,
+    LoadFailed,
+    Loading,
+    Shutdown,
+    Stats,
+)
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_RETRY = 0.01
+"""Seconds between attempts to reach a socket that the new process has yet to bind; bounded by the process's life."""
+
+_EXIT_GRACE = 5.0
+"""Seconds an engine gets to exit by itself once it has nothing left to do."""
+
+
+class EngineProcess:
+    """A child that serves one model.
+
+    `stage` is what it does until it is ready. `loaded` is set once the model has generated a token. `on_exit` is called
+    once when the process is gone, whatever the reason.
+    """
+
+    def __init__(self, spec: EngineSpec, folder: StateFolder, command: str, on_exit: Callable[[], None]) -> None:
+        self.spec = spec
+        self.id = secrets.token_hex(4)
+        self.stage = "starting"
+        self.loaded: Loaded | None = None
+        self.stats: Stats | None = None
+        self.started_at = time.time()
+        self.loaded_at: float | None = None
+        self._folder = folder
+        self._command = command
+        self._on_exit = on_exit
+        self._process: asyncio.subprocess.Process | None = None
+        self._connection: EngineConnection | None = None
+        self._failure: LoadFailed | None = None
+        self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._adapter_waiters: dict[str, asyncio.Future[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None before the spawn."""
+        return self._process.pid if self._process else None
+
+    @property
+    def connection(self) -> EngineConnection:
+        """The connection of a loaded engine."""
+        assert self._connection is not None, "asked for the connection of an engine that never loaded"
+        return self._connection
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs and its socket is open."""
+        return (
+            self._process is not None
+            and self._process.returncode is None
+            and self._connection is not None
+            and not self._connection.lost
+        )
+
+    async def start(self) -> None:
+        """Spawn, connect, and wait until the model has generated a token.
+
+        Raises EngineLoadError (the model cannot be loaded) and EngineDied (the process ended first). Cancelling it
+        ends the process.
+        """
+        try:
+            await self._spawn()
+            await self._connect()
+            await self._outcome
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def _spawn(self) -> None:
+        spec_path = self._folder.engine_spec(self.id)
+        write_atomically(spec_path, msgspec.json.encode(self.spec))
+        command = shlex.split(self._command) if self._command else [sys.executable, "-m", "runner.engine"]
+        with self._folder.engine_log(self.spec.model).open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                "--spec",
+                str(spec_path),
+                "--socket",
+                str(self._folder.engine_socket(self.id)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # A Ctrl-C in the terminal is for the runner, which then drains its engines.
+                start_new_session=True,
+            )
+        logger.info("engine started", extra={"model": self.spec.model, "pid": self._process.pid})
+        self._watch = asyncio.create_task(self._wait_exit(self._process))
+
+    async def _connect(self) -> None:
+        path = self._folder.engine_socket(self.id)
+        while not self._outcome.done():
+            try:
+                self._connection = await EngineConnection.open(path, self._receive, self._lost)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.wait([self._outcome], timeout=_CONNECT_RETRY)
+            else:
+                return
+
+    async def _wait_exit(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        logger.info("engine exited", extra={"model": self.spec.model, "pid": process.pid, "code": code})
+        self._folder.engine_spec(self.id).unlink(missing_ok=True)
+        self._folder.engine_socket(self.id).unlink(missing_ok=True)
+        if self._connection is not None:
+            self._connection.close()
+        self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}", hint=self._log_hint()))
+        self._on_exit()
+
+    def _log_hint(self) -> str:
+        return f"Its output: `mlx-run logs {self.spec.model}`."
+
+    def _fail(self, error: EngineDied | EngineLoadError) -> None:
+        for waiter in (self._outcome, *self._adapter_waiters.values()):
+            if not waiter.done():
+                waiter.set_exception(error)
+                waiter.exception()  # retrieved here, for when nobody waits any more
+
+    def _lost(self) -> None:
+        # An engine whose socket is gone is of no use, even if the process hangs on.
+        if self._process is not None and self._process.returncode is None and self.loaded is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Loading(stage=stage):
+                self.stage = stage
+            case Loaded():
+                self.loaded, self.loaded_at, self.stage = message, time.time(), "ready"
+                if not self._outcome.done():
+                    self._outcome.set_result(None)
+            case LoadFailed(reason=reason, hint=hint):
+                self._fail(EngineLoadError(f"{self.spec.model}: {reason}", hint=hint))
+            case AdapterLoaded(key=key) | AdapterDropped(key=key):
+                self._settle(key, None)
+            case AdapterRefused(key=key, reason=reason):
+                self._settle(key, EngineLoadError(reason))
+            case Stats():
+                self.stats = message
+            case _:
+                pass
+
+    def _settle(self, key: str, error: EngineLoadError | None) -> None:
+        waiter = self._adapter_waiters.pop(key, None)
+        if waiter is None or waiter.done():
+            return
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(error)
+
+    async def load_adapter(self, adapter: AdapterSource) -> None:
+        """Make an adapter resident. Raises EngineLoadError (refused, with the reason) and EngineDied."""
+        await self._ask(adapter.key, LoadAdapter(adapter))
+
+    async def drop_adapter(self, key: str) -> None:
+        """Take no new rows for an adapter; running rows finish. Raises EngineDied."""
+        await self._ask(key, DropAdapter(key))
+
+    async def _ask(self, key: str, message: LoadAdapter | DropAdapter) -> None:
+        if not self.alive:
+            raise EngineDied(f"the engine of {self.spec.model} is gone", hint=self._log_hint())
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._adapter_waiters[key] = waiter
+        self.connection.send(message)
+        await waiter
+
+    def configure(self, limits: Configure) -> None:
+        """Change limits in place."""
+        self.connection.send(limits)
+
+    async def drain(self, deadline: float) -> None:
+        """Let running requests finish for at most `deadline` seconds, then end the process."""
+        if self.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.connection.wait_idle(), deadline)
+            self.connection.send(Shutdown(0.0))
+            if self._watch is not None:
+                await asyncio.wait([self._watch], timeout=_EXIT_GRACE)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process now and wait until it is gone."""
+        if self._process is None:
+            return
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        if self._watch is not None and asyncio.current_task() is not self._watch:
+            await asyncio.shield(self._watch)
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}"

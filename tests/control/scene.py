@@ -1,0 +1,127 @@
+"""A manifest with engines that need no MLX (`tests/fake_engine.py`), for tests of the control plane alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from runner.control.runner import Runner
+from runner.manifest.load import load_manifest
+from runner.settings import Settings
+
+FAKE_ENGINE = Path(__file__).resolve().parents[1] / "fake_engine.py"
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
+    """A well-formed file of float32 zeros."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in tensors.items():
+        size = 4
+        for extent in shape:
+            size *= extent
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(offset))
+
+
+class Scene:
+    """A folder with fake models and adapters, and a runner over it in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / "dev.yaml"
+        self.events: list[dict[str, Any]] = []
+        self.happened = asyncio.Condition()
+        self.runner: Runner | None = None
+        self.running: asyncio.Task[Any] | None = None
+        self.lm = f"lm: {{port: {free_port()}}}"
+
+    def model(self, name: str, **script: object) -> None:
+        """A model folder whose engine behaves as scripted."""
+        folder = self.folder / "models" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "fake": script}))
+        write_safetensors(folder / "model.safetensors", {"w": [4, 4]})
+
+    def adapter(self, name: str, version: int = 1, *, refused: bool = False) -> None:
+        """An adapter folder; another version is other content."""
+        folder = self.folder / "adapters" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 8, "scale": version}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        layer = "model.layers.0.self_attn.q_proj"
+        write_safetensors(folder / "adapters.safetensors", {f"{layer}.lora_a": [4, 8], f"{layer}.lora_b": [8, 4]})
+        if refused:
+            (folder / "refuse").touch()
+
+    def write(self, models: str, servers: str = "", top: str = "") -> None:
+        """The manifest: `models` and `servers` (beside `lm`) are flow or block YAML, indented here."""
+        text = f"name: dev\n{top}\nservers:\n  {self.lm}\n{_indent(servers)}\nmodels:\n{_indent(models)}\n"
+        beside = self.manifest.with_suffix(".new")
+        beside.write_text(text)
+        beside.replace(self.manifest)
+
+    def start(self) -> asyncio.Task[Any]:
+        """The runner, running."""
+        settings = Settings(
+            state_dir=self.folder / "state",
+            engine_command=shlex.join([sys.executable, str(FAKE_ENGINE)]),
+            orphan_grace=0.5,
+            drain_timeout=5,
+        )
+        self.runner = Runner(load_manifest(self.manifest, {}), settings, self._record)
+        self.running = asyncio.create_task(self.runner.run())
+        return self.running
+
+    def _record(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        task = asyncio.ensure_future(self._notify())
+        task.add_done_callback(lambda t: t.exception())
+
+    async def _notify(self) -> None:
+        async with self.happened:
+            self.happened.notify_all()
+
+    async def until(self, what: Callable[[], Any]) -> Any:
+        """The first true value of `what`, looked at after every event."""
+        async with asyncio.timeout(15), self.happened:
+            await self.happened.wait_for(lambda: bool(what()))
+        return what()
+
+    async def event(self, name: str, count: int = 1) -> dict[str, Any]:
+        """The `count`th event of that name."""
+        found = await self.until(lambda: [e for e in self.events if e["event"] == name][count - 1 : count])
+        event: dict[str, Any] = found[0]
+        return event
+
+    @property
+    def live(self) -> Any:
+        """The runner's live state."""
+        assert self.runner is not None
+        return self.runner._live
+
+    def port(self, name: str = "lm") -> int:
+        """The port a listener got."""
+        port: int = self.live.listeners[name].address[1]
+        return port
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.strip("\n").splitlines())

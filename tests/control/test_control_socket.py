@@ -1,0 +1,77 @@
+import asyncio
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.control import client
+from runner.control.control_socket import ControlSocket
+from runner.errors import ControlError, Diagnostic, ListenerError, ManifestError, NotRunning
+
+
+async def count(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    for number in range(request["to"]):
+        yield {"event": "number", "number": number}
+    yield {"done": True}
+
+
+async def broken_manifest(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield {"event": "started"}
+    raise ManifestError([Diagnostic("dev.yaml", 3, 5, "models.chat", "is wrong", "mend it")])
+
+
+async def port_taken(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    raise ListenerError("port 8080 is taken", hint="use another")
+    yield {}
+
+
+@pytest.fixture
+async def path(tmp_path: Path) -> AsyncIterator[Path]:
+    socket = ControlSocket(tmp_path / "c", {"count": count, "broken": broken_manifest, "taken": port_taken})
+    await socket.start()
+    yield tmp_path / "c"
+    await socket.close()
+    assert not (tmp_path / "c").exists()
+
+
+async def test_answers_line_by_line(path: Path) -> None:
+    replies = await asyncio.to_thread(lambda: list(client.stream(path, "count", to=3)))
+    assert [r.get("number") for r in replies] == [0, 1, 2, None]
+    assert replies[-1] == {"done": True}
+
+
+async def test_only_the_owner_may_connect(path: Path) -> None:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+async def test_errors_come_back_as_what_they_were(path: Path) -> None:
+    with pytest.raises(ManifestError) as manifest:
+        await asyncio.to_thread(client.request, path, "broken")
+    assert manifest.value.diagnostics[0].line == 3
+    with pytest.raises(ControlError, match="port 8080 is taken\nuse another"):
+        await asyncio.to_thread(client.request, path, "taken")
+
+
+async def test_what_is_not_a_request_is_refused(path: Path) -> None:
+    with pytest.raises(ControlError, match="`op` is one of count, broken, taken"):
+        await asyncio.to_thread(client.request, path, "nonsense")
+
+
+async def test_a_dead_ones_socket_is_taken_over(tmp_path: Path) -> None:
+    for _ in range(2):
+        stale = ControlSocket(tmp_path / "s", {"count": count})
+        await stale.start()
+        assert stale._server is not None
+        stale._server.close()  # as after kill -9: the file stays
+    assert not client.is_up(tmp_path / "s")
+    fresh = ControlSocket(tmp_path / "s", {"count": count})
+    await fresh.start()
+    assert await asyncio.to_thread(client.is_up, tmp_path / "s")
+    await fresh.close()
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(NotRunning, match="mlx-run apply"):
+        client.request(tmp_path / "none", "status")

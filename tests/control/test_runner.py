@@ -1,0 +1,198 @@
+"""The control plane over real engine processes (that need no MLX) and real ports."""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.control.scene import Scene, free_port
+
+ONE = "chat: {source: ./models/chat, adapters: {pirate: ./adapters/pirate}}"
+
+
+async def ask(scene: Scene, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port()}", timeout=15) as client:
+        return await client.post(path, json={"prompt": "hi", **body})
+
+
+async def text(scene: Scene, **body: Any) -> str:
+    response = await ask(scene, **body)
+    assert response.status_code == 200, response.text
+    answer: str = response.json()["choices"][0]["text"]
+    return answer
+
+
+def pid(scene: Scene, name: str = "chat") -> int:
+    found: int = scene.live.deployments[name].engine.pid
+    return found
+
+
+async def test_from_a_manifest_to_an_answer_to_an_end(scene: Scene) -> None:
+    scene.write(ONE)
+    running = scene.start()
+    await scene.event("applied")
+    assert (await text(scene)).startswith("base ")
+    key = scene.live.deployments["chat"].spec.adapters[0].key
+    assert (await text(scene, adapter_name="pirate")).startswith(key)
+    assert (await text(scene, model="chat:pirate")).startswith(key)
+    assert scene.runner is not None
+    scene.runner._stop.set()
+    result = await running
+    assert result.error is None
+
+
+async def test_an_adapter_is_added_changed_and_removed_in_place(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    engine = pid(scene)
+    scene.write("chat: {source: ./models/chat, adapters: {pirate: ./adapters/pirate, new: ./adapters/shout}}")
+    await scene.event("applied", 2)
+    new = await text(scene, adapter_name="new")
+    scene.adapter("pirate", version=7)
+    await scene.event("applied", 3)
+    assert await text(scene, adapter_name="pirate") != new
+    scene.write("chat: {source: ./models/chat, adapters: {new: ./adapters/shout}}")
+    await scene.event("applied", 4)
+    assert (await ask(scene, adapter_name="pirate")).status_code == 404
+    assert await text(scene, adapter_name="new") == new
+    assert pid(scene) == engine
+
+
+async def test_a_refused_adapter_changes_nothing_and_says_why(scene: Scene) -> None:
+    scene.adapter("bad", version=9, refused=True)
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    scene.write("chat: {source: ./models/chat, adapters: {shout: ./adapters/shout, bad: ./adapters/bad}}")
+    failed = await scene.event("apply_failed")
+    assert "applies to no layer" in failed["error"]
+    assert (await ask(scene, adapter_name="shout")).status_code == 404
+    assert (await text(scene, adapter_name="pirate")) != ""
+    assert scene.runner is not None
+    assert "applies to no layer" in scene.runner.status()["manifest_error"]
+
+
+async def test_another_model_takes_over_once_it_is_ready(scene: Scene) -> None:
+    scene.model("other", load_seconds=0.3)
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    old = pid(scene)
+    scene.write("chat: {source: ./models/other, adapters: {pirate: ./adapters/pirate}}")
+    await scene.event("action_started", 2)
+    assert (await text(scene)).startswith("base "), "the old one serves until then"
+    await scene.event("applied", 2)
+    assert pid(scene) != old
+    assert (await text(scene)).startswith("base ")
+
+
+async def test_a_model_that_cannot_load_leaves_the_old_one(scene: Scene) -> None:
+    scene.model("broken", refuse="no such architecture")
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    old = pid(scene)
+    scene.write("chat: {source: ./models/broken}\nnew: {source: ./models/chat}")
+    failed = await scene.event("apply_failed")
+    assert "no such architecture" in failed["error"]
+    assert pid(scene) == old
+    assert list(scene.live.deployments) == ["chat"]
+    assert (await text(scene)).startswith("base ")
+
+
+async def test_drain_then_start_where_both_do_not_fit(scene: Scene) -> None:
+    scene.model("other", load_seconds=0.2)
+    limit = "memory: {limit: 300MiB, reserve: 0B}"
+    scene.write(ONE, top=limit)
+    scene.start()
+    await scene.event("applied")
+    streaming = asyncio.create_task(text(scene, max_tokens=5))
+    scene.write("chat: {source: ./models/other}", top=limit)
+    await scene.event("applied", 2)
+    assert (await streaming).startswith("base ")
+    assert (await text(scene)).startswith("base ")
+
+
+async def test_a_failed_first_pass_ends_the_runner_with_the_reason(scene: Scene) -> None:
+    scene.model("broken", refuse="no such architecture")
+    scene.write("chat: {source: ./models/broken}")
+    result = await scene.start()
+    assert "no such architecture" in str(result.error)
+
+
+async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -> None:
+    scene.model("chat", token_seconds=0.05)
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    first = pid(scene)
+    streaming = asyncio.create_task(ask(scene, max_tokens=1000))
+    await asyncio.wait_for(_until_running(scene), 5)
+    os.kill(first, signal.SIGKILL)
+    response = await asyncio.wait_for(streaming, 2)
+    assert response.status_code == 500
+    assert "engine died" in response.json()["error"]["message"]
+    waiting = await text(scene)  # waits for the next engine
+    assert waiting.startswith("base ")
+    assert pid(scene) != first
+    assert scene.live.deployments["chat"].restarts == 1
+
+
+async def test_an_edit_while_the_engine_is_down_is_there_when_it_is_back(scene: Scene) -> None:
+    scene.model("chat", load_seconds=0.4)
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    os.kill(pid(scene), signal.SIGKILL)
+    await scene.event("engine_died")
+    scene.write("chat: {source: ./models/chat, adapters: {new: ./adapters/shout}}")
+    await scene.event("applied", 2)
+    await scene.event("engine_restarted")
+    key = scene.live.deployments["chat"].spec.adapters[0].key
+    assert (await text(scene, adapter_name="new")).startswith(key)
+
+
+async def test_a_client_that_leaves_cancels_its_row(scene: Scene) -> None:
+    scene.model("chat", token_seconds=0.05)
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    leaving = asyncio.create_task(ask(scene, max_tokens=1000))
+    await asyncio.wait_for(_until_running(scene), 5)
+    leaving.cancel()
+    connection = scene.live.deployments["chat"].engine.connection
+    await asyncio.wait_for(connection.wait_idle(), 2)
+
+
+async def test_a_listener_is_opened_and_closed_by_an_edit(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    scene.write(ONE, servers=f"more: {{port: {free_port()}}}")
+    await scene.event("applied", 2)
+    more = scene.port("more")
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(f"http://127.0.0.1:{more}/ready")).status_code == 200
+        scene.write(ONE)
+        await scene.event("applied", 3)
+        await scene.live.settle()
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"http://127.0.0.1:{more}/health")
+
+
+async def test_a_renamed_manifest_is_refused(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    scene.manifest.write_text(scene.manifest.read_text().replace("name: dev", "name: other"))
+    failed = await scene.event("apply_failed")
+    assert "dev.yaml:1:7: name: is 'other', but this runner was started as 'dev'" in failed["error"]
+
+
+async def _until_running(scene: Scene) -> None:
+    while not scene.live.deployments["chat"].engine.connection.in_flight:
+        await asyncio.sleep(0.01)

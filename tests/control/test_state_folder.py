@@ -1,0 +1,67 @@
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.control.state_folder import StateFolder, write_atomically
+from runner.errors import AlreadyRunning
+
+
+def test_folders_belong_to_the_owner_alone(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    assert stat.S_IMODE(folder.folder.stat().st_mode) == 0o700
+
+
+def test_a_long_path_gets_a_short_socket_that_both_sides_compute(tmp_path: Path) -> None:
+    root = tmp_path / ("x" * 120)
+    root.mkdir()
+    one, other = StateFolder(root, "dev"), StateFolder(root, "dev", create=False)
+    assert len(str(one.control_socket)) <= 100
+    assert one.control_socket == other.control_socket
+    assert one.control_socket != one.engine_socket("ab12")
+
+
+def test_one_runner_a_name(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    lock = folder.lock()
+    with pytest.raises(AlreadyRunning, match="'dev'"):
+        folder.lock()
+    lock.release()
+    folder.lock().release()
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runner.control.state_folder import StateFolder\n"
+        "lock = StateFolder(Path(sys.argv[1]), 'dev').lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(AlreadyRunning):
+        StateFolder(tmp_path, "dev").lock()
+    holder.kill()
+    holder.communicate()
+    StateFolder(tmp_path, "dev").lock().release()
+
+
+def test_a_generation_survives_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    assert folder.read_generation() is None
+    folder.write_generation({"generation": 3})
+    assert folder.read_generation() == {"generation": 3}
+    folder.generation_file.write_text("{")
+    assert folder.read_generation() is None
+
+
+def test_atomic_writes_leave_nothing_beside_them(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"one")
+    write_atomically(target, b"two")
+    assert target.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
