@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ class ControlSocket:
         except (ConnectionError, asyncio.CancelledError):
             pass  # the client went away, or the runner stops
         finally:
-            self._answering.discard(task)
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+            self._answering.discard(task)
 
     async def _answer(
         self, reader: asyncio.StreamReader, write: Callable[[bytes], None], drain: Callable[[], Awaitable[None]]

@@ -1,4 +1,5 @@
 import asyncio
+import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,10 +30,10 @@ async def port_taken(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
 
 @pytest.fixture
 async def path(tmp_path: Path) -> AsyncIterator[Path]:
-    socket = ControlSocket(tmp_path / "c", {"count": count, "broken": broken_manifest, "taken": port_taken})
-    await socket.start()
+    server = ControlSocket(tmp_path / "c", {"count": count, "broken": broken_manifest, "taken": port_taken})
+    await server.start()
     yield tmp_path / "c"
-    await socket.close()
+    await server.close()
     assert not (tmp_path / "c").exists()
 
 
@@ -60,15 +61,12 @@ async def test_what_is_not_a_request_is_refused(path: Path) -> None:
 
 
 async def test_a_dead_ones_socket_is_taken_over(tmp_path: Path) -> None:
-    for _ in range(2):
-        stale = ControlSocket(tmp_path / "s", {"count": count})
-        await stale.start()
-        assert stale._server is not None
-        stale._server.close()  # as after kill -9: the file stays
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_path / "s"))  # as after kill -9: the file stays
     assert not client.is_up(tmp_path / "s")
     fresh = ControlSocket(tmp_path / "s", {"count": count})
     await fresh.start()
-    assert await asyncio.to_thread(client.is_up, tmp_path / "s")
+    assert await asyncio.to_thread(client.request, tmp_path / "s", "count", to=0) == {"done": True}
     await fresh.close()
 
 

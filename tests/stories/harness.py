@@ -45,6 +45,7 @@ class Bench:
         self.manifest = folder / "dev.yaml"
         self.port = free_port()
         self.environment = {**os.environ, "MLX_RUN_STATE_DIR": str(folder / "state"), "MLX_RUN_ORPHAN_GRACE": "1"}
+        self._client = OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE)
         for name in ("pirate", "shout"):
             shutil.copytree(MODELS / "adapters" / name, folder / "adapters" / name)
 
@@ -129,7 +130,11 @@ class Bench:
 
     def client(self) -> OpenAI:
         """The official client, which tries nothing twice here: a failed request must show."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE)
+        return self._client
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
 
     def ask(self, text: str, adapter: str | None = None, **options: Any) -> str:
         """One greedy answer."""

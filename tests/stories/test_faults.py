@@ -1,6 +1,5 @@
 """Stories of what goes wrong: engines that die, clients that leave, edits that are broken, Ctrl-C."""
 
-import http.client
 import json
 import os
 import random
@@ -115,7 +114,7 @@ def test_a_broken_edit_keeps_what_runs_and_the_repair_goes_live(bench: Bench) ->
             (good.replace("models:", "modles:"), ":4:1", "modles"),
             (good.replace(f"port: {bench.port}", "port: 99999"), ":3:14", "port"),
             (good.replace("./adapters/shout", "./adapters/nowhere"), ":9:14", "nowhere"),
-            (good + "  broken: [", ":10:", ""),
+            (good + "  broken: [", ":11:1", "is not YAML"),
         ]:
             bench.save(damage)
             until(lambda: not bench.status()["in_sync"])
@@ -124,12 +123,12 @@ def test_a_broken_edit_keeps_what_runs_and_the_repair_goes_live(bench: Bench) ->
             assert f"dev.yaml{place}" in shown.stdout
             assert words in shown.stdout
             assert f"generation {generation} goes on" in shown.stdout
-            assert bench.ask("What is 17 + 25?", "shout").isupper()
+            assert bench.ask("What is 17 + 25?", "shout").endswith("!!!")
             bench.save(good)
             until(lambda: bench.status()["in_sync"])
         bench.write({"pirate": "./adapters/pirate", "mended": "./adapters/shout"})
         until(lambda: any(a["name"] == "mended" for a in bench.model()["adapters"]))
-        assert bench.ask("What is 17 + 25?", "mended").isupper()
+        assert bench.ask("What is 17 + 25?", "mended").endswith("!!!")
 
 
 def test_ctrl_c_lets_streams_finish(bench: Bench) -> None:
@@ -194,10 +193,7 @@ def test_a_request_during_the_load_waits_for_it(bench: Bench) -> None:
     answers: list[str] = []
 
     def early() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", bench.port, timeout=DEADLINE)
-        body = json.dumps({"messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0})
-        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        answers.append(json.loads(connection.getresponse().read())["choices"][0]["message"]["content"])
+        answers.append(bench.ask("What is 17 + 25?"))
 
     def listening() -> bool:
         with socket.socket() as probe:
