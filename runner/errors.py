@@ -22,7 +22,8 @@
         └── Unavailable         503 with Retry-After: loading, draining, or the queue is full
 
 Each boundary maps the tree once: the CLI to an exit code (`runner.cli.main`), the gateway to an OpenAI-shaped body
-(`runner.gateway.errors`), the control socket to a JSON object (`runner.control.control_socket`), the engine to a message.
+(`runner.gateway.errors`), the control socket to a JSON object (`runner.control.control_socket`), the engine to a
+message.
 """
 
 from __future__ import annotations

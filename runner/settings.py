@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runner.places import state_dir
+from runner.options import Options, state_dir
 
 
 class Settings(BaseSettings):
@@ -23,3 +23,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="For the runner's log.")
     drain_timeout: float = Field(default=30.0, ge=0, description="Seconds running requests get when something stops.")
     orphan_grace: float = Field(default=5.0, ge=0, description="Seconds an engine waits without its runner.")
+    load_wait: float = Field(default=30.0, ge=0, description="Seconds a request waits for a model that is loading.")
+
+    def options(self) -> Options:
+        """The same values without pydantic."""
+        return Options(**{**self.model_dump(), "state_dir": self.state_dir.absolute()})

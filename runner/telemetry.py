@@ -80,6 +80,9 @@ class GatewayMetrics:
         self.requests = Counter("mlx_run_requests", "Requests answered.", ("listener", "route", "model", "status"))
         self.in_flight = Counter("mlx_run_requests_in_flight", "Requests being worked on.", ("listener",))
         self.prompt_tokens = Counter("mlx_run_prompt_tokens", "Prompt tokens of finished requests.", ("model",))
+        self.cached_tokens = Counter(
+            "mlx_run_cached_prompt_tokens", "Of these, tokens that came from the prefix cache.", ("model",)
+        )
         self.completion_tokens = Counter("mlx_run_completion_tokens", "Tokens sent to clients.", ("model",))
         self.request_seconds = Histogram(
             "mlx_run_request_seconds", "From the request's headers to the end of its answer.", ("route",), SECONDS
@@ -93,7 +96,7 @@ class GatewayMetrics:
 
     def counters(self) -> list[Counter]:
         """Those that only grow."""
-        return [self.requests, self.prompt_tokens, self.completion_tokens]
+        return [self.requests, self.prompt_tokens, self.cached_tokens, self.completion_tokens]
 
     def histograms(self) -> list[Histogram]:
         """All times."""
@@ -114,13 +117,15 @@ class TokenTimer:
         self._count = 0
 
     def tick(self, tokens: int) -> None:
-        """`tokens` more have arrived, together."""
+        """`tokens` more have arrived, together; a batch without any is no event."""
+        if not tokens:
+            return
         now = time.perf_counter()
-        if self._first is not None:
+        if self._first is None:
+            self._gaps.observe((now - self._last) / tokens, tokens)
+        else:
             self._first.observe(now - self._last)
             self._first = None
-        elif tokens:
-            self._gaps.observe((now - self._last) / tokens, tokens)
         self._last = now
         self._count += tokens
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from runner.cli.locate import absolute
 from runner.cli.view import View
 from runner.control import client
+from runner.control.compiler import Compiled, Compiler
 from runner.control.state_folder import StateFolder
 from runner.errors import ManifestError, NotRunning, RunnerError
-from runner.manifest.load import Loaded, load_manifest
 from runner.manifest.report import render_diagnostics
-from runner.settings import Settings
+from runner.options import Options
 from runner.telemetry import configure_logging
 
 _SPAWN_DEADLINE = 15.0
@@ -39,19 +39,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 when the manifest could not be applied."""
     path = Path(absolute(arguments.manifest))
+    compiler = Compiler()
+    compiler.start()
     try:
-        loaded = load_manifest(path, os.environ)
-        settings = Settings()
-        folder = StateFolder(settings.state_dir, loaded.manifest.name)
-        view = View(path)
-        if client.is_up(folder.control_socket):
-            return _follow(folder, "apply", view, manifest=str(path))
-        if arguments.detach:
-            return _detach(folder, path, view)
-        return _become_runner(loaded, settings, folder, view)
+        return _apply(path, compiler, arguments.detach)
     except ManifestError as error:
         print(render_diagnostics(error.diagnostics), file=sys.stderr)
         return 1
+    finally:
+        compiler.stop()
+
+
+def _apply(path: Path, compiler: Compiler, detach: bool) -> int:
+    if not detach:
+        # While the manifest is being read, and only where this process may need it: 100 ms of imports.
+        import_module("runner.control.runner")
+    compiled = compiler.compile(path)
+    error = compiled.error()
+    if compiled.options is None or (error is not None and compiled.missing is None):
+        assert error is not None, "a manifest without options is wrong"
+        raise error
+    folder = StateFolder(compiled.options.state_dir, compiled.name)
+    view = View(path)
+    if client.is_up(folder.control_socket):
+        return _follow(folder, "apply", view, manifest=str(path))
+    if detach:
+        return _detach(folder, path, view)
+    return _become_runner(compiled, compiled.options, compiler, view)
 
 
 def _follow(folder: StateFolder, op: str, view: View, **fields: Any) -> int:
@@ -63,14 +77,13 @@ def _follow(folder: StateFolder, op: str, view: View, **fields: Any) -> int:
     return 0
 
 
-def _become_runner(loaded: Loaded, settings: Settings, folder: StateFolder, view: View) -> int:
-    # Imported here: handing over and detaching need neither HTTP server nor event loop.
-    from runner.control.runner import raise_for, run  # noqa: PLC0415
+def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, view: View) -> int:
+    from runner.control.runner import raise_for, run  # noqa: PLC0415 - handing over and detaching need no HTTP server
 
     # Line buffered, so that `mlx-run logs -f` follows.
-    with folder.log.open("a", buffering=1, encoding="utf-8") as log, view:
-        configure_logging(settings.log_level, stream=log, as_json=True)
-        result = run(loaded, settings, view.show)
+    with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log, view:
+        configure_logging(options.log_level, stream=log, as_json=True)
+        result = run(compiled, options, compiler, view.show)
     raise_for(result)
     return 0
 

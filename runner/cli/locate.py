@@ -8,7 +8,7 @@ from pathlib import Path
 from runner.control import client
 from runner.control.state_folder import StateFolder
 from runner.errors import NotRunning, RunnerError
-from runner.places import state_dir
+from runner.options import state_dir
 
 
 def add_name(parser: argparse.ArgumentParser) -> None:

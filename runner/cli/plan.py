@@ -16,7 +16,7 @@ from runner.control.state_folder import StateFolder
 from runner.errors import ManifestError
 from runner.manifest.load import load_manifest
 from runner.manifest.report import render_diagnostics
-from runner.places import state_dir
+from runner.options import state_dir
 from runner.plan.digests import DigestCache
 from runner.plan.planner import Observed, machine_memory, plan
 from runner.plan.render import plan_json

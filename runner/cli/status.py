@@ -44,7 +44,13 @@ def _well(status: dict[str, Any]) -> bool:
 def _render(status: dict[str, Any]) -> str:
     now = time.time()
     age = format_age(now - status["started_at"])
-    parts = (status["name"], f"up {age}", f"pid {status['pid']}", f"generation {status['generation']}", status["manifest"])
+    parts = (
+        status["name"],
+        f"up {age}",
+        f"pid {status['pid']}",
+        f"generation {status['generation']}",
+        status["manifest"],
+    )
     lines = ["  ".join(parts)]
     if not status["in_sync"]:
         lines += ["", *_problem_lines(status)]

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ from runner.control.backoff import Backoff
 from runner.control.engine_process import EngineProcess
 from runner.control.state_folder import StateFolder
 from runner.errors import EngineError, NotServed, Unavailable
+from runner.options import Options
 from runner.plan.spec import AdapterSpec, ModelSpec
 from runner.protocol import AdapterSource, Configure, Delta, EngineSpec, Generate, Stats
 
@@ -29,25 +29,13 @@ _MAX_WAITING = 1024
 """Requests that may wait for an engine to load; more are told to come back."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How engines are started and waited for; from Settings. Seconds."""
-
-    command: str
-    orphan_grace: float
-    drain_timeout: float
-    load_wait: float = 30.0
-
-
 class Deployment:
     """Implements `runner.gateway.backend.Deployment`.
 
     `state` is pending, loading, ready, backoff, replacing, stopped.
     """
 
-    def __init__(
-        self, spec: ModelSpec, folder: StateFolder, options: EngineOptions, on_event: Callable[..., None]
-    ) -> None:
+    def __init__(self, spec: ModelSpec, folder: StateFolder, options: Options, on_event: Callable[..., None]) -> None:
         self.spec = spec
         self.state = "pending"
         self.last_error = ""
@@ -134,7 +122,10 @@ class Deployment:
         Raises EngineLoadError and EngineDied.
         """
         engine = EngineProcess(
-            _engine_spec(spec, self._options), self._folder, self._options.command, lambda: self._engine_gone(engine)
+            _engine_spec(spec, self._options),
+            self._folder,
+            self._options.engine_command,
+            lambda: self._engine_gone(engine),
         )
         if self.engine is None:
             self.state = "loading"
@@ -276,7 +267,7 @@ class Deployment:
         }
 
 
-def _engine_spec(spec: ModelSpec, options: EngineOptions) -> EngineSpec:
+def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
     return EngineSpec(
         model=spec.name,
         path=str(spec.path),

@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from runner.control.deployment import Deployment, EngineOptions, adapter_source
+from runner.control.deployment import Deployment, adapter_source
 from runner.control.directory import Directory
 from runner.control.engine_process import EngineProcess
 from runner.control.state_folder import StateFolder
 from runner.errors import EngineDied, MlxRunError
 from runner.gateway.listener import Listener
+from runner.options import Options
 from runner.plan.actions import (
     Action,
     CloseListener,
@@ -46,7 +47,7 @@ Emit = Callable[..., None]
 class Live:
     """What is up: the deployments, the listeners, and the directory between them. Written by Executor alone."""
 
-    def __init__(self, folder: StateFolder, options: EngineOptions, emit: Emit) -> None:
+    def __init__(self, folder: StateFolder, options: Options, emit: Emit) -> None:
         self.folder = folder
         self.options = options
         self.emit = emit

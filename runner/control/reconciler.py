@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from runner.control.backoff import Backoff
+from runner.control.compiler import Compiled, Compiler
 from runner.control.events import EventLog
 from runner.control.executor import Executor, Live
-from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError, NotDownloaded
-from runner.manifest.checks import is_path
-from runner.manifest.load import Loaded, load_manifest
+from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError
 from runner.plan.actions import Plan
-from runner.plan.digests import DigestCache
 from runner.plan.planner import machine_memory, plan
 from runner.plan.render import plan_json
-from runner.plan.resolve import resolve
 from runner.plan.spec import Desired
 
 logger = logging.getLogger(__name__)
 
 Download = Callable[[str, str], Awaitable[None]]
 """Brings a repository at a revision into the hub cache. Raises EngineLoadError."""
+
+_REST_AFTER = 10.0
+"""Seconds after a pass until the compiler's process rests: edits come in bursts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Pass:
 class Reconciler:
     """Owns the passes over one manifest. `path` may change when an apply hands over another file of the same name."""
 
-    def __init__(self, path: Path, live: Live, events: EventLog, download: Download) -> None:
+    def __init__(self, path: Path, live: Live, events: EventLog, compiler: Compiler, download: Download) -> None:
         self.path = path
         self.last: Pass | None = None
         self.generation: int = (live.folder.read_generation() or {}).get("generation", 0)
@@ -55,24 +54,30 @@ class Reconciler:
         self._live = live
         self._events = events
         self._download = download
-        self._digests = DigestCache()
+        self._compiler = compiler
+        self._rest: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
         self._retry = Backoff(initial=1.0, maximum=60.0)
         self._name = live.folder.name
         self._memory_bytes = machine_memory()
 
-    async def reconcile(self, loaded: Loaded | None = None) -> Pass:
-        """One pass. `loaded` saves reading a manifest that was read a moment ago. Never raises MlxRunError."""
+    def prepare(self) -> None:
+        """A pass is coming: have what it needs started."""
+        asyncio.get_running_loop().run_in_executor(None, self._compiler.start)
+
+    async def reconcile(self, compiled: Compiled | None = None) -> Pass:
+        """One pass. `compiled` saves reading a manifest that was read a moment ago. Never raises MlxRunError."""
         async with self._lock:
             started = time.monotonic()
             made: Plan | None = None
             error: MlxRunError | None = None
             try:
-                made = await self._pass(loaded)
+                made = await self._pass(compiled)
             except MlxRunError as caught:
                 error = caught
                 self._events.emit("apply_failed", error=str(caught))
             self.last = Pass(made, self.generation, error, time.monotonic() - started)
+            self._let_rest()
             return self.last
 
     async def apply(self, path: Path) -> Pass:
@@ -86,7 +91,8 @@ class Reconciler:
 
     async def preview(self, path: Path) -> Plan:
         """The plan that `apply` would execute now. Raises MlxRunError."""
-        desired = await self._desired(load_manifest(path, os.environ))
+        desired = await self._desired(await self._compile(path))
+        self._let_rest()
         return plan(desired, self._live.observe(self._memory_bytes))
 
     def retry_delay(self) -> float | None:
@@ -95,11 +101,12 @@ class Reconciler:
             return self._retry.failed(time.monotonic())
         return None
 
-    async def _pass(self, loaded: Loaded | None) -> Plan:
-        if loaded is None:
-            loaded = load_manifest(self.path, os.environ)
-        self.files = (*loaded.files, *_local_sources(loaded))
-        desired = await self._desired(loaded)
+    async def _pass(self, compiled: Compiled | None) -> Plan:
+        if compiled is None:
+            compiled = await self._compile(self.path)
+        if compiled.files:
+            self.files = compiled.files
+        desired = await self._desired(compiled)
         made = plan(desired, self._live.observe(self._memory_bytes))
         if made.empty:
             self._live.committed = desired
@@ -110,26 +117,29 @@ class Reconciler:
         self._commit(made)
         return made
 
-    async def _desired(self, loaded: Loaded) -> Desired:
-        if loaded.manifest.name != self._name:
-            message = f"is {loaded.manifest.name!r}, but this runner was started as {self._name!r}"
-            hint = f"keep the name, or `mlx-run down {self._name}` first"
-            raise ManifestError([loaded.at(("name",), message, hint)])
-        fetched: set[tuple[str, str]] = set()
-        while True:
-            try:
-                return await self._resolve(loaded)
-            except NotDownloaded as wanted:
-                source = (wanted.repo, wanted.revision)
-                if source in fetched:
-                    raise  # it was downloaded, and still is not whole
-                fetched.add(source)
-                self._events.emit("downloading", repo=wanted.repo, revision=wanted.revision)
-                await self._download(*source)
+    async def _compile(self, path: Path) -> Compiled:
+        return await asyncio.to_thread(self._compiler.compile, path, self._name)
 
-    async def _resolve(self, loaded: Loaded) -> Desired:
-        # In a thread: hashing a new adapter's files takes a while, and lets the event loop run meanwhile.
-        return await asyncio.to_thread(resolve, loaded, machine_memory=self._memory_bytes, cache=self._digests)
+    def _let_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+        loop = asyncio.get_running_loop()
+        self._rest = loop.call_later(_REST_AFTER, loop.run_in_executor, None, self._compiler.stop)
+
+    async def _desired(self, compiled: Compiled) -> Desired:
+        """The desired state, downloading what is missing. Raises ManifestError and EngineLoadError."""
+        fetched: set[tuple[str, str]] = set()
+        while compiled.missing is not None and compiled.missing not in fetched:
+            fetched.add(compiled.missing)
+            repo, revision = compiled.missing
+            self._events.emit("downloading", repo=repo, revision=revision)
+            await self._download(repo, revision)
+            compiled = await self._compile(compiled.path)
+        error = compiled.error()
+        if error is not None:
+            raise error
+        assert compiled.desired is not None, "a manifest is either wrong or resolved"
+        return compiled.desired
 
     def _commit(self, made: Plan) -> None:
         self.generation += 1
@@ -167,10 +177,3 @@ class Reconciler:
             "manifest_error": str(error) if error else "",
             "problems": problems,
         }
-
-
-def _local_sources(loaded: Loaded) -> tuple[Path, ...]:
-    """Folders whose contents are part of the deployment, whether they are there (yet) or not."""
-    models = loaded.manifest.models.values()
-    sources = [s for m in models for s in (m.source, *(a.source for a in m.adapters.values())) if is_path(s)]
-    return tuple(dict.fromkeys(loaded.path.parent / Path(source).expanduser() for source in sources))

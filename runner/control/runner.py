@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from runner.control.compiler import Compiled, Compiler
 from runner.control.control_socket import ControlSocket, error_json
-from runner.control.deployment import EngineOptions
 from runner.control.download import download
 from runner.control.events import Event, EventLog
 from runner.control.executor import Live
@@ -22,9 +22,8 @@ from runner.control.reconciler import Pass, Reconciler
 from runner.control.state_folder import StateFolder
 from runner.control.watcher import Watcher, signature
 from runner.errors import MlxRunError
-from runner.manifest.load import Loaded
+from runner.options import Options
 from runner.plan.render import plan_json
-from runner.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +31,15 @@ logger = logging.getLogger(__name__)
 class Runner:
     """One runner: everything a name owns while it is up. `on_event` sees each event as it happens."""
 
-    def __init__(self, loaded: Loaded, settings: Settings, on_event: Callable[[Event], None] | None = None) -> None:
-        self._loaded = loaded
-        self._settings = settings
-        self._folder = StateFolder(settings.state_dir, loaded.manifest.name)
+    def __init__(
+        self, compiled: Compiled, options: Options, compiler: Compiler, on_event: Callable[[Event], None] | None = None
+    ) -> None:
+        self._compiled = compiled
+        self._folder = StateFolder(options.state_dir, compiled.name)
         self._events = EventLog(on_event)
-        options = EngineOptions(settings.engine_command, settings.orphan_grace, settings.drain_timeout)
         self._live = Live(self._folder, options, self._events.emit)
-        self._reconciler = Reconciler(loaded.path, self._live, self._events, self._download)
+        self._compiler = compiler
+        self._reconciler = Reconciler(compiled.path, self._live, self._events, compiler, self._download)
         self._control = ControlSocket(
             self._folder.control_socket,
             {
@@ -53,7 +53,7 @@ class Runner:
         self._started_at = time.time()
         self._settled = asyncio.Event()
         self._stop = asyncio.Event()
-        self._drain_timeout = settings.drain_timeout
+        self._drain_timeout = options.drain_timeout
 
     async def run(self) -> Pass:
         """Serve until told to stop. Returns the first pass when that failed, else the last one.
@@ -73,7 +73,7 @@ class Runner:
     async def _serve(self) -> Pass:
         seen = signature(self._reconciler.files)
         stopped = asyncio.create_task(self._stop.wait())
-        first = asyncio.create_task(self._reconciler.reconcile(self._loaded))
+        first = asyncio.create_task(self._reconciler.reconcile(self._compiled))
         await asyncio.wait([first, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not first.done():
             first.cancel()
@@ -116,6 +116,7 @@ class Runner:
 
     async def _shut_down(self) -> None:
         await self._live.shut_down(self._drain_timeout)
+        await asyncio.to_thread(self._compiler.stop)
         self._events.emit("stopped")
 
     async def _download(self, repo: str, revision: str) -> None:
@@ -195,11 +196,13 @@ async def _until(queue: asyncio.Queue[Event], work: asyncio.Task[Any]) -> AsyncI
         yield queue.get_nowait()
 
 
-def run(loaded: Loaded, settings: Settings, on_event: Callable[[Event], None] | None = None) -> Pass:
+def run(
+    compiled: Compiled, options: Options, compiler: Compiler, on_event: Callable[[Event], None] | None = None
+) -> Pass:
     """Run a runner in this process until it is told to stop. Raises AlreadyRunning and what its first pass raised."""
 
     async def main() -> Pass:
-        return await Runner(loaded, settings, on_event).run()
+        return await Runner(compiled, options, compiler, on_event).run()
 
     return asyncio.run(main())
 

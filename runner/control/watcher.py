@@ -30,6 +30,10 @@ class Subject(Protocol):
 
     files: tuple[Path, ...]
 
+    def prepare(self) -> None:
+        """A pass is coming, once the files have settled."""
+        ...
+
     async def reconcile(self) -> Any:
         """Read everything again and act on it."""
         ...
@@ -60,6 +64,7 @@ class Watcher:
                 due = retry_at is not None and asyncio.get_running_loop().time() >= retry_at
                 if now == seen and not due:
                     continue
+                self._reconciler.prepare()
                 seen = await self._settled(now)
                 await self._reconciler.reconcile()
                 delay = self._reconciler.retry_delay()

@@ -20,9 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 T = TypeVar("T")
 
 _SMALL_SUFFIXES: Final = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-_ADAPTER_WEIGHTS: Final = ("adapters.safetensors", "adapter_model.safetensors")
 _MAX_HEADER_BYTES: Final = 100_000_000  # as the safetensors library has it
-_MAX_ENTRIES: Final = 8192
 _RACY_NS: Final = 100_000_000
 _RACY_WHOLE_SECONDS_NS: Final = 2_100_000_000
 
@@ -38,12 +36,14 @@ class BadFolder(Exception):  # noqa: N818 - says what a folder is, and never lea
 
 
 class FileVersion(NamedTuple):
-    """What changes when a file does. `blob` is the name of its blob in the hub's cache, which is its content's hash."""
+    """What changes when a file does; nobody can set `ctime_ns` back. `blob` is the name of its blob in the hub's cache,
+    which is its content's hash."""
 
     path: str
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
     blob: str = ""
 
 
@@ -59,10 +59,13 @@ class DigestCache:
     """What was read from files, by file version; bounded, the least recently used entries go first.
 
     A file that changed just before it was read could change again within the file system's clock tick, and look the
-    same: what was read of it is not kept (git calls such an index entry racy). Not for use from several threads.
+    same: what was read of it is not kept (git calls such an index entry racy). It can be
+    pickled; threads cannot share one. `now` gives the time in nanoseconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_entries: int = 8192, now: Callable[[], int] = time.time_ns) -> None:
+        self._max_entries = max_entries
+        self._now = now
         self._entries: OrderedDict[tuple[str, FileVersion], Any] = OrderedDict()
 
     def remember(self, kind: str, version: FileVersion, read: Callable[[Path], T]) -> T:
@@ -72,15 +75,15 @@ class DigestCache:
             self._entries.move_to_end(key)
             found: T = self._entries[key]
             return found
-        began = time.time_ns()
+        began = self._now()
         path = Path(version.path)
         value = read(path)
         if file_version(path) != version:
             raise BadFolder(f"{path.name} is being written", "it is read again when it is complete", incomplete=True)
-        racy = _RACY_WHOLE_SECONDS_NS if version.mtime_ns % 1_000_000_000 == 0 else _RACY_NS
-        if began - version.mtime_ns > racy:
+        changed = max(version.mtime_ns, version.ctime_ns)
+        if began - changed > (_RACY_WHOLE_SECONDS_NS if changed % 1_000_000_000 == 0 else _RACY_NS):
             self._entries[key] = value
-            if len(self._entries) > _MAX_ENTRIES:
+            if len(self._entries) > self._max_entries:
                 self._entries.popitem(last=False)
         return value
 
@@ -93,7 +96,7 @@ def file_version(path: Path) -> FileVersion | None:
         return None
     if not stat.S_ISREG(found.st_mode):
         return None
-    return FileVersion(str(path), found.st_ino, found.st_size, found.st_mtime_ns, _blob(path))
+    return FileVersion(str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, _blob(path))
 
 
 def _blob(path: Path) -> str:
@@ -112,9 +115,9 @@ def model_digest(folder: Path, cache: DigestCache) -> FolderDigest:
     files = _files(folder)
     if "config.json" not in files:
         raise BadFolder(f"{folder} holds no config.json", "a model folder has config.json and *.safetensors")
-    weights = _weight_files(files)
+    weights = {name for name in files if name.startswith("model") and name.endswith(".safetensors")}
     if not weights:
-        message = f"{folder} holds no *.safetensors weights"
+        message = f"{folder} holds no model*.safetensors"
         raise BadFolder(message, "convert the model with mlx_lm.convert", incomplete=True)
     missing = _indexed(files, cache) - files.keys()
     if missing:
@@ -131,23 +134,24 @@ def model_digest(folder: Path, cache: DigestCache) -> FolderDigest:
 
 
 def adapter_digest(folder: Path, cache: DigestCache) -> FolderDigest:
-    """The digest of an adapter's folder: of the contents of its configuration and its weights.
+    """The digest of an adapter's folder: of the contents of its configuration and of the weights that go with it.
 
-    mlx-lm's `adapters.safetensors` counts before PEFT's `adapter_model.safetensors`; checkpoints beside them do not.
-    Raises BadFolder where one of the two files is missing, or not whole.
+    Those are PEFT's `adapter_model.safetensors` where the configuration has a `peft_type`, else mlx-lm's
+    `adapters.safetensors`; checkpoints beside them do not count. Raises BadFolder where one of the two files is
+    missing, or not whole.
     """
     files = _files(folder)
-    weights = next((name for name in _ADAPTER_WEIGHTS if name in files), None)
-    if "adapter_config.json" not in files:
+    config = files.get("adapter_config.json")
+    if config is None:
         raise BadFolder(f"{folder} holds no adapter_config.json", "an adapter folder has it beside its weights")
+    name = cache.remember("adapter weights", config, _adapter_weights)
+    weights = files.get(name)
     if weights is None:
-        names = " or ".join(_ADAPTER_WEIGHTS)
-        raise BadFolder(f"{folder} holds no weights", f"they are expected in {names}", incomplete=True)
-    size = _weights_bytes([files[weights]], cache)
-    cache.remember("config", files["adapter_config.json"], _require_json_object)
+        raise BadFolder(f"{folder} holds no {name}", "its adapter_config.json asks for it", incomplete=True)
+    size = _weights_bytes([weights], cache)
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("adapter_config.json", weights):
-        _update(digest, name, cache.remember("content", files[name], _content_digest))
+    for version in (config, weights):
+        _update(digest, version.path.rpartition("/")[2], cache.remember("content", version, _content_digest))
     return FolderDigest(digest.hexdigest(), size)
 
 
@@ -165,12 +169,6 @@ def _files(folder: Path) -> dict[str, FileVersion]:
     return {name: version for name, version in versions.items() if version is not None}
 
 
-def _weight_files(files: Iterable[str]) -> set[str]:
-    """As mlx-lm chooses them: `model*.safetensors`; any, where there are none of that name."""
-    found = {name for name in files if name.endswith(".safetensors")}
-    return {name for name in found if name.startswith("model")} or found
-
-
 def _indexed(files: dict[str, FileVersion], cache: DigestCache) -> set[str]:
     index = files.get("model.safetensors.index.json")
     return cache.remember("index", index, _index_files) if index is not None else set()
@@ -183,8 +181,8 @@ def _index_files(path: Path) -> set[str]:
     return {str(name) for name in weight_map.values()}
 
 
-def _require_json_object(path: Path) -> None:
-    _json_object(path)
+def _adapter_weights(path: Path) -> str:
+    return "adapter_model.safetensors" if "peft_type" in _json_object(path) else "adapters.safetensors"
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Only reads: no network, no download. What is wrong is reported at its place in t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +24,6 @@ __all__ = ["NotDownloaded", "resolve"]
 
 PREFIX_CACHE_BYTES: Final = 256 * 2**20
 """Of a model whose manifest says nothing about it."""
-
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache) -> Desired:
@@ -130,15 +127,17 @@ class _Resolution:
         self.missing.setdefault((repo, revision), self._loaded.at(at, message, "it has to be downloaded first"))
 
     def _folder(self, source: str) -> Path | None:
-        """Where a path leads, or None where a bare name is no folder."""
+        """Where a path leads, or None where a bare name is no folder. Links are kept: what they point to may change."""
         folder = self._loaded.path.parent / Path(source).expanduser()
-        return folder if is_path(source) or folder.is_dir() else None
+        if not source.startswith((".", "/", "~")) and not folder.is_dir():
+            return None
+        tidy = Path(os.path.normpath(folder))
+        return tidy if tidy.exists() and tidy.samefile(folder) else folder
 
     def _hub_repo(self, source: str, revision: str | None) -> str | None:
         """The repository that a source names, or None where it is a folder. A revision makes it a repository."""
-        if is_path(source) or not _HUB_ID.fullmatch(source):
-            return None
-        return source if revision is not None or self._folder(source) is None else None
+        is_folder = is_path(source) or (revision is None and self._folder(source) is not None)
+        return None if is_folder else source
 
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runner.control.compiler import Compiler
 from runner.control.runner import Runner
-from runner.manifest.load import load_manifest
-from runner.settings import Settings
+from runner.options import Options
 
 FAKE_ENGINE = Path(__file__).resolve().parents[1] / "fake_engine.py"
 
@@ -80,13 +80,14 @@ class Scene:
 
     def start(self) -> asyncio.Task[Any]:
         """The runner, running."""
-        settings = Settings(
+        options = Options(
             state_dir=self.folder / "state",
             engine_command=shlex.join([sys.executable, str(FAKE_ENGINE)]),
             orphan_grace=0.5,
             drain_timeout=5,
         )
-        self.runner = Runner(load_manifest(self.manifest, {}), settings, self._record)
+        compiler = Compiler()
+        self.runner = Runner(compiler.compile(self.manifest), options, compiler, self._record)
         self.running = asyncio.create_task(self.runner.run())
         return self.running
 

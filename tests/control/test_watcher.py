@@ -14,7 +14,11 @@ class Reader:
     def __init__(self, *files: Path) -> None:
         self.files = files
         self.read: list[str] = []
+        self.prepared = 0
         self.passed = asyncio.Condition()
+
+    def prepare(self) -> None:
+        self.prepared += 1
 
     async def reconcile(self) -> None:
         text = " ".join(_read(path) for path in self.files)
@@ -144,9 +148,12 @@ async def test_an_edit_during_a_pass_means_one_more(tmp_path: Path, watch: Calla
     file.write_text("two")
     await reader.until("three")
     assert reader.read == ["two", "three"]
+    assert reader.prepared == 2
 
 
-async def test_touched_but_not_changed_is_seen_as_a_state_only_once(tmp_path: Path, watch: Callable[..., Reader]) -> None:
+async def test_touched_but_not_changed_is_seen_as_a_state_only_once(
+    tmp_path: Path, watch: Callable[..., Reader]
+) -> None:
     file = tmp_path / "m.yaml"
     file.write_text("one")
     reader = watch(file)

@@ -68,7 +68,9 @@ def test_fifty_random_edits_under_load_fail_no_request(bench: Bench) -> None:
                 adapters = dict(fixed)
                 if choose.random() < 0.7:
                     adapters["extra"] = choose.choice(["./adapters/pirate", "./adapters/shout"])
-                options = choose.choice(["aliases: [gpt-x]", "generation: {top_p: 0.9}", "batching: {max_rows: 24}", ""])
+                options = choose.choice(
+                    ["aliases: [gpt-x]", "generation: {top_p: 0.9}", "batching: {max_rows: 24}", ""]
+                )
                 bench.write(adapters, model_extra=f"    {options}\n    x-edit: {number}\n", extra=OTHER)
                 if "extra" in adapters:
                     until(lambda: "demo-chat:extra" in _ids(bench))

@@ -1,0 +1,192 @@
+"""The resident adapters of one model.
+
+Slots are dense: slot 0 is no adapter, and a freed slot is taken by those above it, so memory is exactly that of the
+adapters that are there. `version` tells who holds slot numbers that they have moved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from runner.engine.adapters import mlx_format, peft_format
+from runner.engine.adapters.check import AdaptableModules, adaptable_modules, check
+from runner.engine.adapters.experts import AdaptedExperts, AdaptedSwitchLinear
+from runner.engine.adapters.formats import Adapter, AdapterRefusal, LowRank, require_folder
+from runner.engine.adapters.layers import AdaptedLinear, RowSlots
+from runner.engine.adapters.stack import Stack
+from runner.protocol import AdapterLoaded, AdapterSource
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """One adapter in memory. `rows` run with it; once `dropped`, it is freed when the last of them ends."""
+
+    key: str
+    slot: int
+    layers: frozenset[str]
+    rank: int
+    nbytes: int
+    rows: int = 0
+    dropped: bool = False
+
+
+class AdapterBank:
+    """Loads, drops and applies adapters. Everything happens in the engine's main thread, between two steps."""
+
+    def __init__(self, model: Any, dtype: mx.Dtype) -> None:
+        """`dtype` is what the model's activations are; adapters are kept in it."""
+        self._active = RowSlots()
+        self.version = 0
+        self._model = model
+        self._dtype = dtype
+        self._modules: AdaptableModules = adaptable_modules(model)
+        self._wrapped: dict[str, AdaptedLinear | AdaptedSwitchLinear] = {}
+        self._blocks: dict[str, AdaptedExperts] = {}
+        self._residents: list[Resident] = []
+
+    @property
+    def keys(self) -> list[str]:
+        """Adapters that take new rows."""
+        return [resident.key for resident in self._residents if not resident.dropped]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all adapters."""
+        return sum(layer.stack.nbytes for layer in self._wrapped.values() if layer.stack is not None)
+
+    def load(self, source: AdapterSource) -> AdapterLoaded:
+        """Make an adapter resident; one that is already is left as it is.
+
+        Raises AdapterRefusal with the reason; nothing has changed then.
+        """
+        resident = self._find(source.key)
+        if resident is None:
+            resident = self._add(source.key, read_adapter(Path(source.path), source.scale))
+        resident.dropped = False
+        return AdapterLoaded(resident.key, len(resident.layers), resident.nbytes, resident.rank)
+
+    def drop(self, key: str) -> None:
+        """Take no new rows for `key`; free it now, or when its last row ends."""
+        resident = self._find(key)
+        if resident is not None:
+            resident.dropped = True
+            self._free_if_unused(resident)
+
+    def acquire(self, key: str) -> Resident | None:
+        """Count a new row of `key`. None when it is not resident."""
+        resident = self._find(key)
+        if resident is None or resident.dropped:
+            return None
+        resident.rows += 1
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """A row of `resident` has ended."""
+        resident.rows -= 1
+        assert resident.rows >= 0, "an adapter was released more often than acquired"
+        self._free_if_unused(resident)
+
+    def slots(self, rows: Sequence[Resident | None]) -> mx.array | None:
+        """[rows] int32, None when no row has an adapter; valid until `version` changes."""
+        if all(resident is None for resident in rows):
+            return None
+        return mx.array([0 if resident is None else resident.slot for resident in rows], dtype=mx.int32)
+
+    def apply(self, slots: mx.array | None) -> None:
+        """Let the next model call's rows have these slots."""
+        self._active.slots = slots
+
+    def _find(self, key: str) -> Resident | None:
+        return next((resident for resident in self._residents if resident.key == key), None)
+
+    def _add(self, key: str, adapter: Adapter) -> Resident:
+        layers = check(adapter, self._modules)
+        stacks = {path: self._stack_with(path, layers.get(path)) for path in self._wrapped.keys() | layers.keys()}
+        mx.eval([stack.arrays for stack in stacks.values() if stack is not None])
+        itemsize = self._dtype.size
+        resident = Resident(
+            key=key,
+            slot=len(self._residents) + 1,
+            layers=frozenset(layers),
+            rank=max(change.rank for change in layers.values()),
+            nbytes=sum((change.a.size + change.b.size) * itemsize for change in layers.values()),
+        )
+        for path, stack in stacks.items():
+            if path not in self._wrapped:
+                self._wrap(path)
+            self._wrapped[path].stack = stack
+        self._residents.append(resident)
+        return resident
+
+    def _stack_with(self, path: str, change: LowRank | None) -> Stack | None:
+        """The layer's stack with one more slot, for `change` or, where it is None, for no change."""
+        old = self._wrapped[path].stack if path in self._wrapped else None
+        if change is None:
+            return None if old is None else old.appended_nothing()
+        a, b = change.a.astype(self._dtype), change.b.astype(self._dtype)
+        factor = None
+        if change.magnitude is not None:
+            factor = (change.magnitude / _adapted_norms(self._modules.layers[path], change)).astype(self._dtype)
+        return (old or Stack.empty(len(self._residents) + 1, a, b)).appended(a, b, factor)
+
+    def _wrap(self, path: str) -> None:
+        base = self._modules.layers[path]
+        if isinstance(base, nn.Linear | nn.QuantizedLinear):
+            self._wrapped[path] = AdaptedLinear(base, self._active)
+            self._replace(path, self._wrapped[path])
+            return
+        block_path, _, name = path.rpartition(".")
+        block = self._blocks.get(block_path)
+        if block is None:
+            block = self._blocks[block_path] = AdaptedExperts(self._modules.blocks[block_path], self._active)
+            self._replace(block_path, block)
+        self._wrapped[path] = AdaptedSwitchLinear(base, block.routed)
+        setattr(block.base, name, self._wrapped[path])
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        self._model.update_modules(tree_unflatten([(path, module)]))
+
+    def _free_if_unused(self, resident: Resident) -> None:
+        if not resident.dropped or resident.rows or resident not in self._residents:
+            return
+        self._residents.remove(resident)
+        for path, layer in self._wrapped.items():
+            if layer.stack is not None:
+                ranks = [r.rank for r in self._residents if path in r.layers]
+                layer.stack = layer.stack.without(resident.slot, max(ranks)) if ranks else None
+        for other in self._residents:
+            other.slot -= other.slot > resident.slot
+        mx.eval([layer.stack.arrays for layer in self._wrapped.values() if layer.stack is not None])
+        self.version += 1
+
+
+def read_adapter(folder: Path, scale: float | None) -> Adapter:
+    """The adapter in a folder of either format; `scale` replaces its own. Raises AdapterRefusal."""
+    require_folder(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterRefusal(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterRefusal(f"{folder / 'adapter_config.json'} is not an object")
+    read = peft_format.read if "peft_type" in config else mlx_format.read
+    return read(folder, config, scale)
+
+
+def _adapted_norms(base: Any, change: LowRank) -> mx.array:
+    """[out]: norms of the adapted weight's rows, which DoRA divides by (Liu et al., arXiv:2402.09353)."""
+    weight = base.weight
+    if isinstance(base, nn.QuantizedLinear):
+        weight = mx.dequantize(
+            weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode
+        )
+    adapted = weight.astype(mx.float32) + (change.a @ change.b).T
+    return mx.linalg.norm(adapted, axis=1)

@@ -1,0 +1,25 @@
+"""Arrays between host and device, with types that MLX's stubs leave open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+
+def start(*trees: Any) -> None:
+    """Start computing arrays (and lists, tuples and dicts of them) without waiting for them."""
+    mx.async_eval(*trees)  # type: ignore[no-untyped-call]
+
+
+def to_list(array: mx.array) -> list[Any]:
+    """An array with at least one axis as nested lists; waits until it is computed."""
+    values: Any = array.tolist()
+    assert isinstance(values, list)
+    return values
+
+
+def read_safetensors(path: str) -> dict[str, mx.array]:
+    """A safetensors file's tensors, not read yet. Raises what MLX raises: RuntimeError, ValueError."""
+    tensors: Any = mx.load(path, format="safetensors")
+    return dict(tensors)

@@ -1,0 +1,85 @@
+"""What the process environment must hold before MLX is imported on Linux without a GPU.
+
+The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slower than OpenBLAS's, and `mx.compile`
+on the CPU calls a C++ compiler (14 s for the first sampled token). Neither can be changed once MLX is imported, so
+the engine decides here, from the files of the installation alone, and starts itself again with what it found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+PREPARED: Final = "MLX_RUN_ENGINE_PREPARED"
+"""Set in the environment of an engine that has started itself again, so that it does so only once."""
+
+_DEBIAN: Final = "sudo apt-get install libopenblas0-pthread"
+
+
+def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables to add to `environ` before MLX is imported; empty where nothing is needed.
+
+    Costs a directory listing or two and imports nothing of MLX.
+    """
+    if PREPARED in environ or not cpu_backend():
+        return {}
+    added: dict[str, str] = {}
+    if "MLX_DISABLE_COMPILE" not in environ:
+        added["MLX_DISABLE_COMPILE"] = "1"
+    if "OPENBLAS_NUM_THREADS" not in environ:
+        # The products of a decode step are small: more threads mostly wait for each other, and take the runner's core.
+        added["OPENBLAS_NUM_THREADS"] = str(min(8, max(1, (os.cpu_count() or 1) // 2)))
+    if "blas" not in environ.get("LD_PRELOAD", "") and (library := find_openblas()):
+        preloaded = environ.get("LD_PRELOAD")
+        added["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else library
+    return added
+
+
+def cpu_backend() -> bool:
+    """Whether MLX will run on the CPU of a Linux machine: no CUDA build of it is installed."""
+    if sys.platform != "linux":
+        return False
+    spec = importlib.util.find_spec("mlx")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    site = Path(next(iter(spec.submodule_search_locations))).parent
+    return not any(site.glob("mlx_cuda*"))
+
+
+def find_openblas() -> str | None:
+    """Path of a system OpenBLAS, the threaded build first, or None."""
+    triplet = f"{platform.machine()}-linux-gnu"
+    for folder in (f"/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/usr/local/lib"):
+        for name in ("openblas-pthread/libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so"):
+            path = Path(folder, name)
+            if path.exists():
+                return str(path)
+    return None
+
+
+def notes(environ: Mapping[str, str]) -> list[str]:
+    """What the user should know about the libraries this process runs with."""
+    if not cpu_backend():
+        return []
+    preloaded = [entry for entry in environ.get("LD_PRELOAD", "").split(":") if "blas" in entry]
+    if preloaded:
+        return [f"matrix products use {preloaded[0]}"]
+    return [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {_DEBIAN}"]
+
+
+def restart_if_needed(now: float) -> float:
+    """Replace this process by itself with the environment that it needs.
+
+    Returns when nothing is missing, with the `time.monotonic` at which the process first began; `now` is that of this
+    run of it.
+    """
+    added = engine_environment(os.environ)
+    if added:
+        environ = {**os.environ, **added, PREPARED: str(now)}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)  # noqa: S606 - itself again
+    return float(os.environ.get(PREPARED, now))

@@ -1,0 +1,46 @@
+"""What the engine is allowed, and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from runner.protocol import Configure, EngineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What can be changed in place; see protocol.EngineSpec."""
+
+    max_rows: int = 32
+    max_queue: int = 1024
+    prefill_step_size: int = 512
+    max_context: int = 0
+    prefix_cache_bytes: int = 0
+
+    @classmethod
+    def of(cls, spec: EngineSpec) -> Limits:
+        """The limits an engine starts with."""
+        return cls(
+            max_rows=spec.max_rows,
+            max_queue=spec.max_queue,
+            prefill_step_size=spec.prefill_step_size,
+            max_context=spec.max_context,
+            prefix_cache_bytes=spec.prefix_cache_bytes,
+        )
+
+    def changed(self, change: Configure) -> Limits:
+        """These, with what `change` names replaced."""
+        given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not None}
+        return replace(self, **given)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the engine started; see protocol.Stats."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    cancelled: int = 0
+    failed: int = 0

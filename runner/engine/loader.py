@@ -1,0 +1,161 @@
+"""A model folder to a model, its tokenizer and its chat template, ready for the loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+from runner.engine.chat import ChatTemplate, Render, jinja_render
+from runner.engine.narrow import NotNarrow, narrow_tokenizer
+from runner.engine.tokenizer import Tokenizer
+from runner.engine.weights import narrow_model
+from runner.errors import EngineLoadError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory.
+
+    `dtype` is what activations are computed in, `vocabulary` the width of its logits, `max_context` is in tokens (0
+    where the model does not say), `notes` are for the user.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+    architecture: str
+    vocabulary: int
+    max_context: int
+    dtype: mx.Dtype
+    weights_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def new_cache(self) -> list[Any]:
+        """An empty KV cache for one row, one entry a layer (or what the model has in its place)."""
+        caches: list[Any] = make_prompt_cache(self.model)
+        return caches
+
+
+def load(folder: Path) -> LoadedModel:
+    """Load a model folder. On the CPU everything is computed in float32, where it is several times faster.
+
+    Raises EngineLoadError: the folder is not a model, or one that cannot be served.
+    """
+    config = _read_config(folder)
+    notes: list[str] = []
+    try:
+        model, config = _load_weights(folder, config, notes)
+        tokenizer, render = _load_tokenizer(folder, config, notes)
+    except EngineLoadError:
+        raise
+    except Exception as error:
+        raise EngineLoadError(f"{folder.name} cannot be loaded: {error}") from error
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    _require_batching(model, folder)
+    parameters = [array for _, array in tree_flatten(model.parameters())]
+    architectures = config.get("architectures") or [config.get("model_type", "")]
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        chat=ChatTemplate(render),
+        architecture=str(architectures[0]),
+        vocabulary=_logits_width(model),
+        max_context=_max_context(config),
+        dtype=_activation_dtype(model),
+        weights_bytes=sum(array.nbytes for array in parameters),
+        notes=tuple(notes),
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+    except FileNotFoundError as error:
+        raise EngineLoadError(f"{folder} is not a model folder: config.json is missing") from error
+    except (OSError, ValueError) as error:
+        raise EngineLoadError(f"{path} cannot be read: {error}") from error
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        try:
+            eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError):
+            eos = None  # upstream ignores a broken one as well
+        if eos:
+            config["eos_token_id"] = eos
+    return config
+
+
+def _load_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Any, dict[str, Any]]:
+    try:
+        if "__float__" in json.dumps(config):
+            raise NotNarrow("config.json has tagged numbers")
+        return narrow_model(folder, config), config
+    except NotNarrow as reason:
+        notes.append(f"weights loaded by mlx_lm: {reason}")
+    # Imported here: 1.2 s and 77 MB that most models need not pay.
+    from runner.engine.full import full_model  # noqa: PLC0415
+
+    return full_model(folder)
+
+
+def _load_tokenizer(folder: Path, config: Mapping[str, Any], notes: list[str]) -> tuple[Tokenizer, Render | None]:
+    try:
+        tokenizer, template = narrow_tokenizer(folder, config, eos_ids(config))
+    except NotNarrow as reason:
+        notes.append(f"tokenizer loaded by transformers: {reason}")
+        from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
+
+        return full_tokenizer(folder, eos_ids(config))
+    return tokenizer, None if template is None else jinja_render(template, tokenizer.special_tokens)
+
+
+def eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end a text, as the configuration names them: one, or a list."""
+    named = config.get("eos_token_id")
+    if named is None:
+        return frozenset()
+    return frozenset(named if isinstance(named, list) else [named])
+
+
+def _max_context(config: Mapping[str, Any]) -> int:
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, Mapping) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+            if isinstance(value := source.get(key), int) and value > 0:
+                return value
+    return 0
+
+
+def _logits_width(model: Any) -> int:
+    """The last dimension of the logits, from a call that is never evaluated."""
+    return int(model(mx.array([[0]]), cache=make_prompt_cache(model)).shape[-1])
+
+
+def _activation_dtype(model: Any) -> mx.Dtype:
+    """What the model computes in: the type of its norms and scales, which quantisation leaves alone."""
+    found: Callable[[mx.array], bool] = lambda array: bool(mx.issubdtype(array.dtype, mx.floating))  # noqa: E731
+    return next((array.dtype for _, array in tree_flatten(model.parameters()) if found(array)), mx.float32)
+
+
+def _require_batching(model: Any, folder: Path) -> None:
+    """Raises EngineLoadError for a model whose cache cannot hold several rows."""
+    for cache in _leaves(make_prompt_cache(model)):
+        if not hasattr(cache, "merge"):
+            raise EngineLoadError(
+                f"{folder.name} cannot be served: its cache ({type(cache).__name__}) does not hold several requests"
+            )
+
+
+def _leaves(caches: list[Any]) -> list[Any]:
+    return [leaf for c in caches for leaf in (_leaves(list(c.caches)) if isinstance(c, CacheList) else [c])]

@@ -1,0 +1,252 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+`Engine.step` is the whole of it: rows that have ended leave, a chunk of waiting prompts is prefilled, the next token of
+every row is dispatched, and while the device works on that, the tokens of the step before are read, decoded and sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import mlx.core as mx
+
+from runner.engine.adapters.bank import AdapterBank
+from runner.engine.admission import Admission
+from runner.engine.arrays import to_list
+from runner.engine.batch import DecodeBatch, StepResult
+from runner.engine.limits import Counters, Limits
+from runner.engine.loader import LoadedModel
+from runner.engine.logprobs import read_logprobs
+from runner.engine.prefill import Prefiller
+from runner.engine.prefix_cache import PrefixCache
+from runner.engine.row import Row
+from runner.errors import NotServed, RequestError, Unavailable
+from runner.protocol import (
+    AdapterLoaded,
+    AdapterSource,
+    Configure,
+    Delta,
+    FromEngine,
+    Generate,
+    Rejected,
+    Stats,
+    Step,
+)
+
+logger = logging.getLogger(__name__)
+
+_CLEAR_EVERY: Final = 512
+"""Steps between two returns of unused buffers to the system, as in mlx-lm."""
+
+
+class Engine:
+    """Serves one loaded model. Every method is called by the thread that loaded it.
+
+    `emit` gets what is to be sent to the runner. While `draining`, new requests are refused.
+    """
+
+    def __init__(self, loaded: LoadedModel, limits: Limits, emit: Callable[[FromEngine], None]) -> None:
+        self.limits = limits
+        self.draining = False
+        self._loaded = loaded
+        self._emit = emit
+        self._counters = Counters()
+        self._bank = AdapterBank(loaded.model, loaded.dtype)
+        self._prefixes = PrefixCache(limits.prefix_cache_bytes)
+        self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary)
+        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.new_cache)
+        self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary)
+        self._in_flight: StepResult | None = None
+
+    # ------------------------------------------------------------- the step
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._batch.rows or self._prefiller.rows)
+
+    def step(self) -> None:
+        """One step; emits one Step frame at most. What fails in it ends the rows concerned with an error."""
+        try:
+            self._remove_ended()
+            self._start_waiting()
+            dispatched = self._batch.dispatch() if self._batch.rows else None
+            before, self._in_flight = self._in_flight, dispatched
+            if before is not None:
+                self._send(self._read(before))
+        except Exception as error:
+            logger.exception("step failed")
+            self._abandon(f"the engine failed: {error}")
+        self._counters.steps += 1
+        if self._counters.steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+    def _remove_ended(self) -> None:
+        """Rows that are done leave; what they have computed is kept for prompts that begin the same."""
+        for row in self._prefiller.remove_ended():
+            self._release(row)
+        rows = self._batch.rows
+        ended = [i for i, row in enumerate(rows) if row.done]
+        if not ended:
+            return
+        for i in ended:
+            if rows[i].completed and rows[i].reusable and self._prefixes.enabled:
+                self._prefixes.store(rows[i].adapter_key, rows[i].prompt + rows[i].generated, self._batch.extract(i))
+            self._release(rows[i])
+        self._batch.keep([i for i, row in enumerate(rows) if not row.done])
+
+    def _start_waiting(self) -> None:
+        """Waiting prompts come nearer, and join the batch once they are prefilled."""
+        free = self.limits.max_rows - len(self._batch.rows)
+        if free > 0 and self._prefiller.rows:
+            for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
+                self._batch.join(rows, caches)
+
+    def _read(self, result: StepResult) -> list[Delta]:
+        """Wait for a step's tokens; what every row that still runs gets for its own."""
+        tokens: list[int] = to_list(result.tokens)
+        logprobs = {}
+        if result.logprobs is not None:
+            logprobs = read_logprobs(result.logprobs, result.rows, tokens, self._loaded.tokenizer)
+        deltas = []
+        for i, row in enumerate(result.rows):
+            if not row.done:
+                deltas.append(row.advance(tokens[i], logprobs.get(i)))
+        self._counters.completion_tokens += len(deltas)
+        return deltas
+
+    def _send(self, deltas: list[Delta]) -> None:
+        if deltas:
+            self._emit(Step(deltas))
+
+    def _abandon(self, reason: str) -> None:
+        """A step has failed: nothing it touched can be trusted, so its rows end, and the loop goes on without them."""
+        rows = [*self._batch.rows, *self._prefiller.abandon()]
+        self._in_flight = None
+        self._batch.keep([])
+        self._send(self._fail(rows, reason))
+        for row in rows:
+            self._release(row)
+
+    def _fail(self, rows: list[Row], reason: str) -> list[Delta]:
+        deltas = [row.fail(reason) for row in rows if not row.done]
+        self._counters.failed += len(deltas)
+        return deltas
+
+    def _release(self, row: Row) -> None:
+        self._counters.prompt_tokens += len(row.prompt)
+        self._counters.cached_tokens += row.cached
+        if row.adapter is not None:
+            self._bank.release(row.adapter)
+
+    # ------------------------------------------------------------- requests
+
+    def submit(self, request: Generate) -> None:
+        """Queue a request, or emit its Rejected."""
+        try:
+            self._prefiller.waiting.append(self._row(request))
+        except RequestError as error:
+            self._emit(Rejected(request.id, error.status, error.message, error.param, error.code))
+        except Exception as error:
+            # Whatever one request trips over (a tokenizer's bug, say) is its own end, not the loop's.
+            logger.exception("request could not be prepared", extra={"request": request.id})
+            self._counters.failed += 1
+            self._emit(Rejected(request.id, 500, f"the request could not be prepared: {error}"))
+
+    def _row(self, request: Generate) -> Row:
+        waiting = len(self._prefiller.waiting)
+        if self.draining:
+            raise Unavailable("the engine is shutting down", code="shutting_down")
+        if waiting >= self.limits.max_queue:
+            raise Unavailable(f"{waiting} requests are waiting already", code="queue_full")
+        row = self._admission.row(request, self.max_context)
+        if request.adapter:
+            row.adapter = self._bank.acquire(request.adapter)
+            if row.adapter is None:
+                raise NotServed("the adapter is not loaded", param="adapter_name", code="adapter_not_found")
+        return row
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together: the declared limit within the model's own, 0 for none."""
+        return min((limit for limit in (self.limits.max_context, self._loaded.max_context) if limit), default=0)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every request that has not ended."""
+        return [row for row in (*self._prefiller.rows, *self._batch.rows) if not row.done]
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request, if it has not ended: nothing more is sent for it, and it leaves before the next step."""
+        for row in self.rows:
+            if row.id == request_id:
+                row.done = True
+                self._counters.cancelled += 1
+
+    def cancel_all(self) -> None:
+        """Drop every request: whoever sent them is gone."""
+        for row in self.rows:
+            self.cancel(row.id)
+
+    def fail_all(self, reason: str) -> None:
+        """End every request with an error."""
+        self._send(self._fail(self.rows, reason))
+
+    def trial(self, request: Generate) -> str | None:
+        """Generate for nobody; returns why it failed, or None. Leaves no trace in counters and prefix cache."""
+        answers: list[FromEngine] = []
+        emit, self._emit = self._emit, answers.append
+        try:
+            self.submit(request)
+            while self.busy:
+                self.step()
+        finally:
+            self._emit, self._counters = emit, Counters()
+            self._prefixes.evict(request.adapter)
+        failures = [answer.reason for answer in answers if isinstance(answer, Rejected)]
+        deltas = [delta for answer in answers if isinstance(answer, Step) for delta in answer.deltas]
+        failures += [delta.error for delta in deltas if delta.finish_reason == "error"]
+        return failures[0] if failures else None
+
+    # ------------------------------------------------------------- adapters, limits, counters
+
+    def load_adapter(self, source: AdapterSource) -> AdapterLoaded:
+        """Make an adapter resident; one that is already stays as it is. Raises AdapterRefusal; nothing has changed."""
+        return self._bank.load(source)
+
+    def drop_adapter(self, key: str) -> None:
+        """Take no new rows for an adapter; it is freed when the last that has it ends. Unknown keys do nothing."""
+        self._bank.drop(key)
+        self._prefixes.evict(key)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Keys that take new rows."""
+        return self._bank.keys
+
+    def configure(self, change: Configure) -> None:
+        """Change limits in place. Rows above a lower `max_rows` finish."""
+        self.limits = self.limits.changed(change)
+        self._prefixes.resize(self.limits.prefix_cache_bytes)
+
+    def stats(self) -> Stats:
+        """The counters now."""
+        waiting = len(self._prefiller.waiting)
+        return Stats(
+            rows=len(self._batch.rows),
+            prefilling=len(self._prefiller.active),
+            waiting=waiting,
+            adapters=self.adapters,
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            cache_bytes=mx.get_cache_memory(),
+            prefix_cache_bytes=self._prefixes.nbytes,
+            prompt_tokens_total=self._counters.prompt_tokens,
+            cached_tokens_total=self._counters.cached_tokens,
+            completion_tokens_total=self._counters.completion_tokens,
+            steps_total=self._counters.steps,
+            cancelled_total=self._counters.cancelled,
+            failed_total=self._counters.failed,
+        )

@@ -1,0 +1,226 @@
+"""The engine process: loads its model, then serves whoever is connected until told to stop, or left alone.
+
+The main thread owns everything of MLX. It takes events from the transport's inbox (waiting for one when there is
+nothing to compute) and steps the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from runner.engine import environment
+from runner.engine.transport import Connected, Disconnected, Event, Transport
+from runner.errors import EngineLoadError
+from runner.protocol import (
+    VERSION,
+    AdapterDropped,
+    AdapterRefused,
+    AdapterSource,
+    Cancel,
+    Configure,
+    DropAdapter,
+    EngineSpec,
+    FromEngine,
+    Generate,
+    Hello,
+    LoadAdapter,
+    Loaded,
+    LoadFailed,
+    Loading,
+    Shutdown,
+    Stats,
+)
+
+if TYPE_CHECKING:
+    from runner.engine.loop import Engine
+
+logger = logging.getLogger(__name__)
+
+_STATS_INTERVAL: Final = 0.5
+_FLUSH_TIMEOUT: Final = 2.0
+"""Seconds that frames under way get when the process ends."""
+
+
+class EngineProcess:
+    """One model's engine behind one socket."""
+
+    def __init__(self, spec: EngineSpec, transport: Transport, started: float) -> None:
+        """`started` is when the process began, by `time.monotonic`."""
+        self._spec = spec
+        self._transport = transport
+        self._started = started
+        self._engine: Engine | None = None
+        self._loaded: Loaded | None = None
+        self._connected = False
+        self._stop_at: float | None = None
+        self._orphaned_at = started
+        self._stats_at = 0.0
+        self._stats: Stats | None = None
+
+    def run(self) -> int:
+        """Load, serve, and return the process's exit code."""
+        try:
+            self._transport.start(self._hello(), Loading("importing"))
+            try:
+                self._engine = self._load()
+            except EngineLoadError as error:
+                logger.error("model cannot be loaded", extra={"reason": error.message})
+                failed = LoadFailed(error.message, error.hint)
+                self._transport.announce(failed, self._hello(), failed)
+                return 1
+            self._serve(self._engine)
+            return 0
+        finally:
+            self._transport.close(_FLUSH_TIMEOUT)
+
+    # ------------------------------------------------------------- loading
+
+    def _load(self) -> Engine:
+        # Imported here: the socket is there, and the runner connected, while this takes its time.
+        from runner.engine import upstream  # noqa: F401, PLC0415
+        from runner.engine.limits import Limits  # noqa: PLC0415
+        from runner.engine.loader import load  # noqa: PLC0415
+        from runner.engine.loop import Engine  # noqa: PLC0415
+        from runner.engine.startup import memory_limit, warm_up  # noqa: PLC0415
+
+        self._stage("weights")
+        memory_limit(self._spec.memory_limit_bytes)
+        model = load(Path(self._spec.path))
+        engine = Engine(model, Limits.of(self._spec), self._transport.send)
+        self._stage("adapters")
+        for adapter in self._spec.adapters:
+            try:
+                engine.load_adapter(adapter)
+            except EngineLoadError as refusal:
+                raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
+        self._stage("warmup")
+        device, active_bytes = warm_up(engine)
+        self._loaded = Loaded(
+            weights_bytes=model.weights_bytes,
+            active_bytes=active_bytes,
+            seconds=time.monotonic() - self._started,
+            max_context=engine.max_context,
+            device=device,
+            architecture=model.architecture,
+            notes=[*environment.notes(os.environ), *model.notes],
+        )
+        self._transport.announce(self._loaded, *self._greeting(engine))
+        logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
+        return engine
+
+    def _stage(self, stage: str) -> None:
+        self._transport.announce(Loading(stage), self._hello(), Loading(stage))
+
+    def _hello(self, adapters: list[str] | None = None) -> Hello:
+        return Hello(
+            VERSION, os.getpid(), self._spec.model, self._spec.digest, self._loaded is not None, adapters or []
+        )
+
+    def _greeting(self, engine: Engine) -> tuple[FromEngine, ...]:
+        """What a runner that connects from now on learns at once."""
+        assert self._loaded is not None
+        return (self._hello(engine.adapters), self._loaded)
+
+    # ------------------------------------------------------------- serving
+
+    def _serve(self, engine: Engine) -> None:
+        # Until now there was nothing to finish, and a SIGTERM ended the process as it always does.
+        signal.signal(signal.SIGTERM, lambda *_: self._transport.inbox.put(Shutdown(0.0)))
+        self._orphaned_at = time.monotonic()
+        while True:
+            for event in self._events(engine):
+                self._handle(engine, event)
+            if self._must_stop(engine):
+                return
+            if engine.busy:
+                engine.step()
+            self._report(engine)
+
+    def _events(self, engine: Engine) -> Iterator[Event]:
+        """What has arrived; waits for something when there is nothing to compute."""
+        inbox = self._transport.inbox
+        try:
+            if not engine.busy:
+                yield inbox.get(timeout=self._patience())
+            while True:
+                yield inbox.get_nowait()
+        except Empty:
+            return
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for an event, None for as long as it takes."""
+        if self._stop_at is not None:
+            return 0.0
+        if self._connected:
+            return None
+        return max(0.0, self._orphaned_at + self._spec.orphan_grace - time.monotonic())
+
+    def _must_stop(self, engine: Engine) -> bool:
+        now = time.monotonic()
+        if self._stop_at is not None and (not engine.busy or now >= self._stop_at):
+            engine.fail_all("the engine is shutting down")
+            logger.info("engine stopped", extra={"model": self._spec.model})
+            return True
+        if not self._connected and now >= self._orphaned_at + self._spec.orphan_grace:
+            logger.info("engine left alone", extra={"model": self._spec.model, "grace": self._spec.orphan_grace})
+            return True
+        return False
+
+    def _handle(self, engine: Engine, event: Event) -> None:
+        match event:
+            case Generate():
+                engine.submit(event)
+            case Cancel(id=request_id):
+                engine.cancel(request_id)
+            case LoadAdapter(adapter=adapter):
+                self._load_adapter(engine, adapter)
+            case DropAdapter(key=key):
+                engine.drop_adapter(key)
+                self._transport.greet(*self._greeting(engine))
+                self._transport.send(AdapterDropped(key))
+            case Configure():
+                engine.configure(event)
+            case Shutdown(deadline=deadline):
+                engine.draining = True
+                stop_at = time.monotonic() + deadline
+                self._stop_at = stop_at if self._stop_at is None else min(stop_at, self._stop_at)
+            case Connected(connection=connection):
+                self._connected = True
+                self._transport.answer(connection)
+            case Disconnected():
+                engine.cancel_all()
+                self._connected = False
+                self._orphaned_at = time.monotonic()
+
+    def _load_adapter(self, engine: Engine, adapter: AdapterSource) -> None:
+        try:
+            loaded = engine.load_adapter(adapter)
+        except EngineLoadError as refusal:
+            self._transport.send(AdapterRefused(adapter.key, refusal.message))
+        else:
+            self._transport.greet(*self._greeting(engine))
+            self._transport.send(loaded)
+
+    def _report(self, engine: Engine) -> None:
+        """Send the counters: twice a second while they change, and once more when there is nothing left to do."""
+        now = time.monotonic()
+        if engine.busy and now < self._stats_at + _STATS_INTERVAL:
+            return
+        stats = engine.stats()
+        if stats != self._stats:
+            self._transport.send(stats)
+            self._stats, self._stats_at = stats, now
+
+
+def read_spec(path: Path) -> EngineSpec:
+    """The spec in a JSON file. Raises OSError and msgspec.DecodeError."""
+    return msgspec.json.decode(path.read_bytes(), type=EngineSpec)

@@ -1,0 +1,176 @@
+"""The engine's socket: one thread reads, one writes, and the main thread sees two queues.
+
+One runner is connected at a time; a newer connection replaces an older. What the main thread sends belongs to the
+connection whose `Connected` event it took last, so nothing of a replaced runner's requests reaches the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Final
+
+import msgspec
+
+from runner.protocol import FrameDecoder, FromEngine, ToEngine, decoder_to_engine, encode_frame
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSENT: Final = 64 * 1024 * 1024
+"""Bytes. A runner that leaves more than this unread is disconnected."""
+
+_CHUNK: Final = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A runner has connected, and has been greeted. Whatever follows in the inbox is its."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The runner of `connection` is gone, or was replaced."""
+
+    connection: int
+
+
+Event = Connected | Disconnected | ToEngine
+
+
+class Transport:
+    """A listening unix socket and its queues. `inbox` is for the main thread to get from."""
+
+    def __init__(self, path: Path) -> None:
+        """Binds `path`, mode 0600, replacing a stale socket. Raises OSError when it cannot be bound."""
+        self.inbox: SimpleQueue[Event] = SimpleQueue()
+        self._path = path
+        self._outbox: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
+        self._flushed = threading.Event()
+        self._lock = threading.RLock()
+        self._greeting: tuple[FromEngine, ...] = ()
+        self._peer: socket.socket | None = None
+        self._connection = 0
+        self._answering = 0
+        self._unsent = 0
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(previous)
+
+    def start(self, *greeting: FromEngine) -> None:
+        """Accept runners from now on; each is sent `greeting` first."""
+        self._greeting = greeting
+        self._listener.listen(4)
+        threading.Thread(target=self._read_loop, name="engine-reader", daemon=True).start()
+        threading.Thread(target=self._write_loop, name="engine-writer", daemon=True).start()
+
+    def answer(self, connection: int) -> None:
+        """From now on `send` goes to `connection`: the main thread has taken its `Connected` event."""
+        self._answering = connection
+
+    def send(self, message: FromEngine) -> None:
+        """Queue one frame for the runner that is being answered."""
+        self._enqueue(self._answering, encode_frame(message))
+
+    def greet(self, *greeting: FromEngine) -> None:
+        """What runners that connect from now on are sent first."""
+        with self._lock:
+            self._greeting = greeting
+
+    def announce(self, message: FromEngine, *greeting: FromEngine) -> None:
+        """Send `message` to whoever is connected, and greet later runners with `greeting`: each sees one of them."""
+        with self._lock:
+            self._greeting = greeting
+            self._enqueue(self._connection, encode_frame(message))
+
+    def close(self, timeout: float) -> None:
+        """Write what is queued, for at most `timeout` seconds, then close and remove the socket."""
+        self._outbox.put(None)
+        self._flushed.wait(timeout)
+        self._path.unlink(missing_ok=True)
+        self._listener.close()
+
+    # ------------------------------------------------------------- the two threads
+
+    def _read_loop(self) -> None:
+        decoder = decoder_to_engine()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is self._listener:
+                        decoder = decoder_to_engine()
+                        self._accept(selector)
+                    elif key.fileobj is self._peer and not self._receive(decoder):
+                        selector.unregister(key.fileobj)
+                        self._hang_up()
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        peer, _ = self._listener.accept()
+        if self._peer is not None:
+            selector.unregister(self._peer)
+            self._hang_up()
+        selector.register(peer, selectors.EVENT_READ)
+        with self._lock:
+            self._connection += 1
+            self._peer = peer
+            for message in self._greeting:
+                self._enqueue(self._connection, encode_frame(message))
+            self.inbox.put(Connected(self._connection))
+
+    def _receive(self, decoder: FrameDecoder[ToEngine]) -> bool:
+        """Put what has arrived into the inbox. False when the connection is of no more use."""
+        assert self._peer is not None
+        try:
+            data = self._peer.recv(_CHUNK)
+            messages = decoder.feed(data)
+        except OSError:
+            return False
+        except (ValueError, msgspec.DecodeError) as error:
+            logger.error("runner sent what does not decode", extra={"error": str(error)})
+            return False
+        for message in messages:
+            self.inbox.put(message)
+        return bool(data)
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            peer, self._peer = self._peer, None
+            connection = self._connection
+        if peer is not None:
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)  # wakes a writer that waits on a full buffer
+            peer.close()
+            self.inbox.put(Disconnected(connection))
+
+    def _enqueue(self, connection: int, frame: bytes) -> None:
+        with self._lock:
+            self._unsent += len(frame)
+            self._outbox.put((connection, frame))
+            if self._unsent > MAX_UNSENT and self._peer is not None:
+                logger.error("runner does not read its frames", extra={"unsent_bytes": self._unsent})
+                with contextlib.suppress(OSError):
+                    self._peer.shutdown(socket.SHUT_RDWR)
+
+    def _write_loop(self) -> None:
+        while (item := self._outbox.get()) is not None:
+            connection, frame = item
+            with self._lock:
+                peer = self._peer if connection == self._connection else None
+                self._unsent -= len(frame)
+            if peer is not None:
+                with contextlib.suppress(OSError):  # the reader sees the end of the connection and reports it
+                    peer.sendall(frame)
+        self._flushed.set()

@@ -1,0 +1,62 @@
+"""The Falcon app of a listener: the routes of its APIs, and one shape for all errors.
+
+Importing this costs 60 ms (Falcon), so the listener does it after it has opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import falcon
+from falcon.asgi import App, Request, Response
+
+from runner.gateway import system
+from runner.gateway.backend import Directory
+from runner.gateway.errors import describe, error_body, error_kind, report
+from runner.gateway.exchange import exchange_of
+from runner.gateway.openai import resources as openai
+from runner.plan.spec import ListenerSpec
+from runner.telemetry import GatewayMetrics
+
+AddRoutes = Callable[[App[Any, Any], str, Directory, GatewayMetrics], None]
+
+APIS: Final[dict[str, AddRoutes]] = {"openai": openai.add_routes}
+"""The APIs that a `servers` entry may name."""
+
+
+def build_app(spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics) -> App[Any, Any]:
+    """An app with the APIs that `spec` names. The manifest has checked that they exist."""
+    app: App[Any, Any] = App()
+    app.add_error_handler(Exception, _on_error)
+    app.add_error_handler(falcon.HTTPError, _on_http_error)
+    system.add_routes(app, spec.name, directory, metrics)
+    for api in spec.apis:
+        APIS[api](app, spec.name, directory, metrics)
+    return app
+
+
+async def _on_http_error(request: Request, response: Response, error: falcon.HTTPError, params: object) -> None:
+    """What Falcon raises itself. Its headers are kept: 405 has `Allow`."""
+    status = error.status_code
+    message = error.description or error.title or ""
+    if status == 404 and not error.description:
+        message = f"no such path: {request.method} {request.path}"
+    elif status == 405:
+        message = f"{request.method} is not allowed on {request.path}"
+    _respond(response, status, dict(error.headers or {}), error_body(message, error_kind(status)))
+
+
+async def _on_error(request: Request, response: Response, error: Exception, params: object) -> None:
+    exchange = exchange_of(request)
+    report(error, {"request_id": exchange.request_id, "route": exchange.route})
+    _respond(response, *describe(error))
+
+
+def _respond(response: Response, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    response.status = status
+    response.set_headers(dict(headers))
+    response.content_type = falcon.MEDIA_JSON
+    response.stream = None
+    response.text = None
+    response.data = body

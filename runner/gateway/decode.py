@@ -1,0 +1,81 @@
+"""Request bodies, decoded: whatever is wrong with one is a 400 that names the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Final, TypeVar
+
+import falcon
+import msgspec
+from falcon.asgi import Request
+
+from runner.errors import InvalidRequest
+
+T = TypeVar("T")
+
+_PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
+_HEAD: Final = re.compile(r"[.\[]")
+_MISSING: Final = re.compile(r"Object missing required field `(.*)`$")
+
+
+Names = Mapping[str, Collection[str]]
+"""Field names to suggest from: those of the body under "", those of what a field holds under that field's name."""
+
+
+async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: Names) -> T:
+    """The body as the decoder's type.
+
+    A body that does not say that it is JSON is refused (415): a page on the web may send any other kind to a local
+    server without asking its browser's leave first.
+
+    Raises InvalidRequest, TooLarge, and falcon.HTTPUnsupportedMediaType.
+    """
+    kind = (request.content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise falcon.HTTPUnsupportedMediaType(description="send the body with `Content-Type: application/json`")
+    body = await request.stream.read()
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error), names) from None
+    except msgspec.DecodeError as error:
+        message = "the body is empty" if not body.strip() else f"the body is not valid JSON: {error}"
+        raise InvalidRequest(message, code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not valid UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+
+
+def _invalid(text: str, names: Names) -> InvalidRequest:
+    """msgspec's message, turned so that the field comes first."""
+    place = _PLACE.search(text)
+    path = place.group(1) if place else ""
+    reason = text[: place.start()] if place else text
+    if unknown := _UNKNOWN.match(reason):
+        field = unknown.group(1)
+        where = f" in `{path}`" if path else ""
+        param = f"{path}.{field}" if path else field
+        hint = _suggestion(field, names.get(_HEAD.split(path, maxsplit=1)[0], ()))
+        return InvalidRequest(f"unknown field `{field}`{where}{hint}", param=param, code="unknown_field")
+    if missing := _MISSING.match(reason):
+        param = f"{path}.{missing.group(1)}" if path else missing.group(1)
+        return InvalidRequest(f"`{param}` is missing", param=param, code="missing_field")
+    if not path:
+        return InvalidRequest(f"the body: {_lower(reason)}", code="invalid_type")
+    param = path.replace("[...]", "")
+    return InvalidRequest(f"`{param}`: {_lower(reason)}", param=param, code="invalid_value")
+
+
+def _lower(reason: str) -> str:
+    return reason[:1].lower() + reason[1:]
+
+
+def _suggestion(field: str, names: Collection[str]) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - only a wrong request needs it, and start-up must not pay
+
+    field = field[:64]
+    close = [name for name in names if field in name] or get_close_matches(field, names, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""

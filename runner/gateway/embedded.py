@@ -1,0 +1,69 @@
+"""Granian's embedded server on a socket that is bound already.
+
+The socket is handed over through the one private method that makes Granian's own (`_init_shared_socket`; tests/gateway
+pins what it must do). Granian's log goes where ours goes: it gets no handlers of its own, and logging's configuration of
+the rest of the process stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from typing import Any, Final
+
+from granian._granian import SocketHolder
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.embed import Server
+
+from runner.gateway.sockets import BACKLOG
+
+MAX_CONNECTIONS: Final = 4096
+"""Open at once, idle keep-alive connections included; those beyond wait in the backlog."""
+
+HEADER_TIMEOUT_MS: Final = 10_000
+READ_BUFFER_BYTES: Final = 64 * 1024
+
+_LOGGING: Final = {
+    "incremental": True,
+    "formatters": {},
+    "filters": {},
+    "handlers": {},
+    "loggers": {"_granian": {"propagate": True}, "granian.access": {"propagate": True}},
+}
+
+
+class EmbeddedServer(Server):  # type: ignore[misc] # granian has no types for it
+    """One worker in the running loop, HTTP/1.1 only. Takes over `sock`, and closes it when it stops serving."""
+
+    def __init__(self, application: Any, sock: socket.socket) -> None:
+        host, port = sock.getsockname()[:2]
+        super().__init__(
+            application,
+            address=host,
+            port=port,
+            interface=Interfaces.ASGINL,
+            http=HTTPModes.http1,
+            websockets=False,
+            runtime_threads=1,
+            runtime_blocking_threads=1,
+            blocking_threads=1,
+            backlog=BACKLOG,
+            backpressure=MAX_CONNECTIONS,
+            http1_settings=HTTP1Settings(header_read_timeout=HEADER_TIMEOUT_MS, max_buffer_size=READ_BUFFER_BYTES),
+            log_level=LogLevels.error,
+            log_dictconfig=_LOGGING,
+        )
+        self._sock = sock
+        self.started = asyncio.Event()
+        self.on_startup(self.started.set)
+
+    def _init_shared_socket(self) -> None:
+        """Granian's, with our socket in place of one that it would build. The worker owns the descriptor from here."""
+        make_holder: Any = SocketHolder  # (fd, is a unix socket), and on Linux the backlog, to be called with again
+        fd = self._sock.detach()
+        self._ssp = None
+        self._shd = make_holder(fd, False, BACKLOG) if sys.platform == "linux" else make_holder(fd, False)
+        self._sfd = self._shd.get_fd()

@@ -1,0 +1,116 @@
+"""A listener: one `servers` entry of the manifest, open on its port until it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from runner.errors import ListenerError
+from runner.gateway.call import Application, Receive, Scope, Send
+from runner.gateway.embedded import EmbeddedServer
+from runner.gateway.guard import Guard
+from runner.gateway.policy import Policy
+from runner.gateway.sockets import bind, sever
+from runner.plan.spec import ListenerSpec
+from runner.telemetry import GatewayMetrics
+
+if TYPE_CHECKING:
+    from runner.gateway.backend import Directory
+
+logger = logging.getLogger(__name__)
+
+_SETTLE: Final = 0.3
+"""Seconds for connections to close once their requests have ended."""
+
+_WARM_UP_DELAY: Final = 0.1
+"""Seconds from the first listener's opening to the import of Falcon, unless a request needs it before."""
+
+
+class Listener:
+    """Serves `spec` from the running event loop. `metrics` is shared by a runner's listeners."""
+
+    def __init__(self, spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics) -> None:
+        self.spec = spec
+        self._directory = directory
+        self._metrics = metrics
+        self._app: Application | None = None
+        self._guard = Guard(spec.name, Policy(spec), self._serve, metrics)
+        self._server: EmbeddedServer | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._port = spec.port
+        self._closed = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port; the port that was bound, once it is, when the spec says 0."""
+        return (self.spec.host, self._port)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being worked on."""
+        return self._guard.in_flight
+
+    async def start(self) -> None:
+        """Returns when clients can connect. Raises ListenerError when the port cannot be had."""
+        assert self._serving is None, "a listener starts once"
+        sock = bind(self.spec.host, self.spec.port)
+        self._port = sock.getsockname()[1]
+        self._server = EmbeddedServer(self._guard, sock)
+        self._serving = asyncio.create_task(self._server.serve(), name=f"listener-{self.spec.name}")
+        started = asyncio.create_task(self._server.started.wait())
+        await asyncio.wait({self._serving, started}, return_when=asyncio.FIRST_COMPLETED)
+        if not started.done():
+            started.cancel()
+            sock.close()
+            raise ListenerError(f"cannot serve on {self.spec.host}:{self._port}: {self._serving.exception()!r}")
+        self._serving.add_done_callback(self._on_end)
+        asyncio.get_running_loop().call_later(_WARM_UP_DELAY, self._application)
+
+    def update(self, spec: ListenerSpec) -> None:
+        """Takes over everything but the address, for the requests that follow."""
+        assert (spec.name, spec.address) == (self.spec.name, self.spec.address), "that is another listener"
+        if spec.apis != self.spec.apis:
+            self._app = None
+        self._guard.policy = Policy(spec)
+        self.spec = spec
+
+    async def close(self, deadline: float) -> int:
+        """Refuses new connections at once, gives running requests `deadline` seconds, then cuts them.
+
+        Returns how many were cut. The port is free, and all connections are closed, when this returns.
+        """
+        if self._server is None or self._serving is None or self._closed:
+            return 0
+        self._closed = True
+        self._server.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await self._guard.wait_idle()
+        cut = self._guard.cut()
+        await self._guard.wait_idle()
+        await asyncio.wait({self._serving}, timeout=_SETTLE)
+        if not self._serving.done():
+            # Granian waits for requests that have come in part, and its threads panic when the interpreter ends first.
+            sever(self._port)
+            await asyncio.wait({self._serving}, timeout=_SETTLE)
+        return cut
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._application()(scope, receive, send)
+
+    def _application(self) -> Application:
+        """The app, made when it is first needed."""
+        if self._app is None:
+            # Falcon costs 60 ms of imports: the port opens, and /health answers, without waiting for them.
+            from runner.gateway.app import build_app  # noqa: PLC0415
+
+            self._app = build_app(self.spec, self._directory, self._metrics)
+        return self._app
+
+    def _on_end(self, serving: asyncio.Task[None]) -> None:
+        assert self._server is not None
+        if not self._server.interrupt_signal:
+            error = None if serving.cancelled() else serving.exception()
+            logger.error("listener ended unexpectedly", extra={"listener": self.spec.name}, exc_info=error)

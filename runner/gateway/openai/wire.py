@@ -1,0 +1,176 @@
+"""OpenAI's request bodies as types: decoded and validated in one pass, unknown fields refused.
+
+Beside OpenAI's own fields they take what other local runners take under these names: `adapter_name`, `top_k`, `min_p`,
+`repetition_penalty`, `repetition_context_size` and `chat_template_kwargs`. A field given as null is a field not given.
+
+Two kinds of fields are typed `Any`: those that change nothing about the answer and are accepted as they are (HARMLESS),
+and those that this version cannot honour: they are refused unless they say what is done anyway (UNSUPPORTED_CHAT,
+UNSUPPORTED_COMPLETION: the values that do).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+MAX_CHOICES: Final = 128
+MAX_STOPS: Final = 16
+MAX_LOGPROBS: Final = 20
+
+HARMLESS: Final = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "user",
+    }
+)
+"""Accepted and without effect: labels for the caller's own accounts, and hints to a hosted service's scheduler."""
+
+UNSUPPORTED_CHAT: Final[dict[str, tuple[Any, ...]]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+UNSUPPORTED_COMPLETION: Final[dict[str, tuple[Any, ...]]] = {"echo": (False,), "suffix": ("",)}
+
+UNSUPPORTED_MESSAGE: Final[dict[str, tuple[Any, ...]]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+"""Clients send back the assistant's messages as they received them, with these fields null."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=512)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A piece of a message's content."""
+
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`include_obfuscation` is accepted and without effect."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Any = None
+
+
+class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of requests take."""
+
+    model: Name | None = None
+    adapter_name: Name | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Probability | None = None
+    max_tokens: Tokens | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_context_size: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    user: Any = None
+
+
+class ChatRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    response_format: Any = None
+    store: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class CompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/completions`. `prompt` is text or token ids, or a list of either; `best_of` may only repeat `n`."""
+
+    prompt: (
+        str
+        | Annotated[
+            list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]],
+            Meta(min_length=1),
+        ]
+    )
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    echo: Any = None
+    suffix: Any = None
+
+
+_NESTED: Final = {
+    "messages": (*Message.__struct_fields__, "type", "text"),
+    "stream_options": StreamOptions.__struct_fields__,
+}
+CHAT_NAMES: Final = {"": ChatRequest.__struct_fields__, **_NESTED}
+COMPLETION_NAMES: Final = {"": CompletionRequest.__struct_fields__, **_NESTED}
+"""Field names, for `runner.gateway.decode` to suggest from."""
+
+chat_decoder = msgspec.json.Decoder(ChatRequest)
+completion_decoder = msgspec.json.Decoder(CompletionRequest)

@@ -1,0 +1,351 @@
+"""What a manifest may say, as frozen pydantic models. The JSON schema that editors use is generated from them.
+
+Validation is strict (the text "8080" is no port) and its errors are rewritten by `runner.manifest.report`, so the
+models hold shapes and ranges only; what needs two places of the document at once is in `runner.manifest.checks`, and
+what this version cannot do yet in `runner.manifest.pending`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from runner.manifest.values import (
+    Alias,
+    ApiKey,
+    Duration,
+    Host,
+    MemoryAmount,
+    MemorySize,
+    Name,
+    Origin,
+    Size,
+    problem,
+)
+
+Api = Literal["openai", "anthropic", "ollama", "admin"]
+LoadPolicy = Literal["eager", "on_demand"]
+_Text = Annotated[str, Field(min_length=1)]
+_INT32 = 2**31 - 1
+
+
+class _Section(BaseModel):
+    # defer_build: a load needs the root's validator only, which holds the others (1.5 ms less at start-up)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True, defer_build=True
+    )
+
+
+class Memory(_Section):
+    """How much memory all engines together may use."""
+
+    limit: MemorySize | None = Field(
+        None,
+        description="The most that all engines together may use: a size, or a share of the machine's memory. "
+        "Default: all of the machine's memory.",
+        examples=["75%", "24GiB"],
+    )
+    reserve: MemorySize = Field(
+        MemoryAmount(),
+        description="The part of the limit that is kept free, for KV caches and whatever else runs here. Models are "
+        "planned into limit - reserve.",
+        examples=["2GiB", "10%"],
+    )
+
+
+class Auth(_Section):
+    """Who may use a server. Give exactly one of the two."""
+
+    api_keys: list[ApiKey] | None = Field(
+        None,
+        min_length=1,
+        description="Keys that clients send as `Authorization: Bearer KEY`. Keep them out of the file with "
+        "${VARIABLE} or ${file:path}.",
+        examples=[["${MLX_RUN_API_KEY}"], ["${file:secrets/api_key}"]],
+    )
+    allow_unauthenticated: bool = Field(
+        False,
+        description="true: whoever reaches the port may use it. Needed on purpose where `host` is not loopback.",
+        examples=[True],
+    )
+
+
+class Cors(_Section):
+    """Which web pages may call a server from a browser."""
+
+    allow_origins: list[Origin] = Field(
+        min_length=1,
+        description="Origins of the pages that may call this server, or * for any.",
+        examples=[["http://localhost:3000"]],
+    )
+
+
+class Server(_Section):
+    """One port: a listener with the models and APIs it serves."""
+
+    port: int = Field(ge=1, le=65535, description="TCP port to listen on.", examples=[8080])
+    host: Host = Field(
+        "127.0.0.1",
+        description="Address to listen on. One that is not loopback needs `auth`.",
+        examples=["127.0.0.1", "0.0.0.0"],  # noqa: S104 - an example of what a user may write
+    )
+    models: list[Name] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the models this server serves. Default: all.",
+        examples=[["chat"]],
+    )
+    apis: list[Api] = Field(
+        default=["openai"],
+        min_length=1,
+        description="APIs this server speaks.",
+        examples=[["openai"]],
+    )
+    auth: Auth | None = Field(
+        None, description="Who may use this server.", examples=[{"api_keys": ["${MLX_RUN_API_KEY}"]}]
+    )
+    cors: Cors | None = Field(
+        None,
+        description="Web pages that may call this server from a browser. Default: none.",
+        examples=[{"allow_origins": ["http://localhost:3000"]}],
+    )
+
+
+class Quantization(_Section):
+    """How to quantise a source that is not quantised; made once and cached."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.", examples=[4])
+    group_size: Literal[16, 32, 64, 128] = Field(64, description="Weights that share one scale.", examples=[64])
+    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(
+        "affine", description="Quantisation mode.", examples=["affine"]
+    )
+
+
+class KVCache(_Section):
+    """How much of each conversation is kept, and at which precision."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = Field(
+        None, description="Bits per value of a quantised KV cache. Default: not quantised.", examples=[8]
+    )
+    group_size: Literal[32, 64, 128] | None = Field(
+        None, description="Values that share one scale in a quantised KV cache.", examples=[64]
+    )
+    max_context: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="The most tokens a request may have, prompt and completion together. Default: the model's own.",
+        examples=[16384],
+    )
+    prefix_cache: Size | None = Field(
+        None,
+        description="Memory that keeps the KV cache of earlier prompts, so that a prompt that begins alike starts "
+        "sooner. 0 turns it off. Default: 256MiB.",
+        examples=["256MiB", "1GiB", 0],
+    )
+
+
+class Batching(_Section):
+    """How many requests are worked on at once."""
+
+    max_rows: int | None = Field(
+        None, ge=1, le=1024, description="Requests that decode together in one batch. Default: 32.", examples=[32]
+    )
+    prefill_step_size: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Prompt tokens that are processed at a time. Smaller keeps running answers smoother, larger "
+        "starts new ones sooner. Default: 512.",
+        examples=[512],
+    )
+    max_queue: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Requests that may wait for a row; more get 503 with Retry-After. Default: 1024.",
+        examples=[1024],
+    )
+
+
+class Draft(_Section):
+    """A small model that proposes tokens for the large one to verify."""
+
+    source: _Text = Field(
+        description="Hub repository, or path relative to this file, of a model with the same tokenizer.",
+        examples=["../examples/models/demo-draft"],
+    )
+    revision: _Text | None = Field(
+        None, description="Branch, tag or commit of a hub source. Default: main.", examples=["main"]
+    )
+    num_draft_tokens: int = Field(4, ge=1, le=64, description="Tokens that are proposed at a time.", examples=[4])
+
+
+class Adapter(_Section):
+    """A LoRA adapter, chosen per request by `adapter_name` or by the model id `model:adapter`."""
+
+    source: _Text = Field(
+        description="Hub repository, or path relative to this file, of the adapter's folder (mlx-lm or PEFT).",
+        examples=["../examples/models/adapters/pirate", "org/sql-lora"],
+    )
+    revision: _Text | None = Field(
+        None, description="Branch, tag or commit of a hub source. Default: main.", examples=["main"]
+    )
+    scale: float | None = Field(
+        None, ge=-1000, le=1000, description="Strength, instead of the adapter's own scale.", examples=[10]
+    )
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_Stops = Annotated[list[_Stop], Field(max_length=16)]
+StopTexts = Annotated[_Stops, BeforeValidator(_one_as_list, json_schema_input_type=_Stop | _Stops)]
+
+
+class Generation(_Section):
+    """Defaults for what a request leaves out, by the request's own names and with its ranges."""
+
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="Randomness: 0 always takes the likeliest token.", examples=[0.7]
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Choose among the likeliest tokens that together have this share.", examples=[0.9]
+    )
+    top_k: int | None = Field(
+        None, ge=0, description="Choose among this many likeliest tokens; 0 is off.", examples=[40]
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Drop tokens below this share of the likeliest one's probability; 0 is off.",
+        examples=[0.05],
+    )
+    max_tokens: int | None = Field(None, ge=1, le=_INT32, description="The most tokens to generate.", examples=[1024])
+    seed: int | None = Field(
+        None, ge=0, le=2**63 - 1, description="Seed of the sampler, for answers that repeat.", examples=[7]
+    )
+    stop: StopTexts | None = Field(
+        None,
+        description="Text, or up to 16 texts, that end the answer.",
+        examples=["###", ["\nUser:", "###"]],
+    )
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="Above 1 avoids recent tokens; 1 is off.", examples=[1.1]
+    )
+    repetition_context_size: int | None = Field(
+        None, ge=0, le=_INT32, description="Recent tokens that repetition_penalty looks at.", examples=[20]
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Above 0 avoids tokens that were generated before; 0 is off.", examples=[0.5]
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Above 0 avoids tokens, the more the more often they were generated; 0 is off.",
+        examples=[0.5],
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
+    )
+
+
+def _adapter_entry(value: Any) -> Any:
+    if isinstance(value, bool | int | float | list):
+        raise problem("should be a path, a hub repository, or a mapping with source")
+    return {"source": value} if isinstance(value, str) else value
+
+
+AdapterEntry = Annotated[Adapter, BeforeValidator(_adapter_entry, json_schema_input_type=_Text | Adapter)]
+
+
+class Model(_Section):
+    """One model to serve."""
+
+    source: _Text = Field(
+        description="Hugging Face repository (org/name), or path of a model folder relative to this file.",
+        examples=["mlx-community/Llama-3.2-1B-Instruct-4bit", "../examples/models/demo-chat"],
+    )
+    revision: _Text | None = Field(
+        None,
+        description="Branch, tag or commit of a hub source. Default: main.",
+        examples=["main", "08231374eeacb049a0eade7922910865b8fce912"],
+    )
+    aliases: list[Alias] = Field(
+        default=[], description="Other ids that requests may use for this model.", examples=[["gpt-4o-mini"]]
+    )
+    quantization: Quantization | None = Field(
+        None, description="How to quantise the source.", examples=[{"bits": 4, "group_size": 64}]
+    )
+    memory_limit: Size | None = Field(
+        None, description="The most memory this model's engine may use.", examples=["4GiB"]
+    )
+    kv_cache: KVCache | None = Field(None, description="KV cache and prefix cache.", examples=[{"max_context": 16384}])
+    batching: Batching | None = Field(None, description="Continuous batching.", examples=[{"max_rows": 32}])
+    draft: Draft | None = Field(
+        None, description="Draft model for speculative decoding.", examples=[{"source": "org/small-model"}]
+    )
+    adapters: dict[Name, AdapterEntry] = Field(
+        default={},
+        description="LoRA adapters by name: a path or hub repository, or source, revision and scale.",
+        examples=[{"pirate": "../examples/models/adapters/pirate"}],
+    )
+    default_adapter: Name | None = Field(
+        None, description="Adapter of requests that name none. Default: the plain model.", examples=["pirate"]
+    )
+    generation: Generation | None = Field(
+        None,
+        description="Defaults for what requests leave out.",
+        examples=[{"temperature": 0.7, "max_tokens": 1024}],
+    )
+    load: LoadPolicy | None = Field(
+        None, description="eager: load at start. on_demand: load at the first request.", examples=["eager"]
+    )
+    idle_timeout: Duration | None = Field(None, description="Unload after so long without a request.", examples=["30m"])
+
+
+class Defaults(_Section):
+    """What models leave out. Sections are filled in key by key."""
+
+    load: LoadPolicy | None = Field(None, description="`load` of models that have none.", examples=["eager"])
+    idle_timeout: Duration | None = Field(
+        None, description="`idle_timeout` of models that have none.", examples=["30m"]
+    )
+    kv_cache: KVCache | None = Field(
+        None, description="`kv_cache` keys that models leave out.", examples=[{"max_context": 8192}]
+    )
+    batching: Batching | None = Field(
+        None, description="`batching` keys that models leave out.", examples=[{"max_rows": 16}]
+    )
+    generation: Generation | None = Field(
+        None,
+        description="`generation` keys that models leave out.",
+        examples=[{"temperature": 0.7}],
+    )
+
+
+class Manifest(_Section):
+    """What mlx-run should serve."""
+
+    name: Name = Field(description="Name of this runner; one of a name runs at a time on a machine.", examples=["dev"])
+    memory: Memory | None = Field(
+        None,
+        description="Memory of all engines together.",
+        examples=[{"limit": "75%", "reserve": "2GiB"}],
+    )
+    servers: dict[Name, Server] = Field(
+        min_length=1, description="Listeners by name, one a port.", examples=[{"main": {"port": 8080}}]
+    )
+    defaults: Defaults | None = Field(
+        None, description="What models leave out.", examples=[{"generation": {"temperature": 0.7}}]
+    )
+    models: dict[Name, Model] = Field(
+        min_length=1,
+        description="Models by the name that requests use.",
+        examples=[{"chat": {"source": "mlx-community/Llama-3.2-1B-Instruct-4bit"}}],
+    )

@@ -1,0 +1,80 @@
+"""Drives an engine in this process, without its socket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.engine.limits import Limits
+from runner.engine.loader import LoadedModel
+from runner.engine.loop import Engine
+from runner.protocol import Delta, FromEngine, Generate, Rejected, Sampling, Step, TokenLogprob, Usage
+
+
+@dataclass
+class Answer:
+    """What one request got."""
+
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    rejected: Rejected | None = None
+    ends: int = 0
+
+    def add(self, delta: Delta) -> None:
+        """Take one delta in."""
+        assert self.ends == 0, "something came after the end"
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs or []
+        if delta.finish_reason is not None:
+            self.finish_reason, self.usage, self.error = delta.finish_reason, delta.usage, delta.error
+            self.ends += 1
+
+
+class Driver:
+    """An engine and the answers so far, by request id."""
+
+    def __init__(self, loaded: LoadedModel, **limits: Any) -> None:
+        self.frames: list[FromEngine] = []
+        self.answers: dict[int, Answer] = {}
+        self.engine = Engine(loaded, Limits(**limits), self._receive)
+
+    def _receive(self, frame: FromEngine) -> None:
+        self.frames.append(frame)
+        if isinstance(frame, Rejected):
+            answer = self.answers.setdefault(frame.id, Answer())
+            answer.rejected = frame
+            answer.ends += 1
+        elif isinstance(frame, Step):
+            for delta in frame.deltas:
+                self.answers.setdefault(delta.id, Answer()).add(delta)
+
+    def run(self, requests: Iterable[Generate], steps: int = 100_000) -> dict[int, Answer]:
+        """Submit all at once, and step until nothing is left to do."""
+        for request in requests:
+            self.engine.submit(request)
+        return self.drain(steps)
+
+    def drain(self, steps: int = 100_000) -> dict[int, Answer]:
+        """Step until nothing is left to do."""
+        while self.engine.busy:
+            assert steps, "the engine does not come to an end"
+            self.engine.step()
+            steps -= 1
+        return self.answers
+
+    def one(self, **fields: Any) -> Answer:
+        """One request, alone."""
+        request = generate(len(self.answers) + 1_000_000, **fields)
+        return self.run([request])[request.id]
+
+
+def generate(request_id: int, **fields: Any) -> Generate:
+    """A request; fields of Sampling are given beside those of Generate."""
+    sampling = {name: fields.pop(name) for name in Sampling.__struct_fields__ if name in fields}
+    return Generate(id=request_id, sampling=Sampling(**sampling), **fields)

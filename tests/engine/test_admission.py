@@ -1,0 +1,74 @@
+"""Requests that cannot become rows are refused with the field at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runner.engine.admission import Admission
+from runner.engine.loader import LoadedModel
+from runner.engine.row import Row
+from runner.errors import InvalidRequest
+from runner.protocol import Generate
+from tests.engine.drive import generate
+from tests.engine.tiny import backend, encode
+
+
+@pytest.fixture(scope="module")
+def admission(llama: LoadedModel) -> Admission:
+    return Admission(llama.tokenizer, llama.chat, llama.vocabulary)
+
+
+def row(admission: Admission, max_context: int = 64, **fields: Any) -> Row:
+    return admission.row(generate(1, **fields), max_context)
+
+
+def test_a_prompt_of_text_gets_the_tokenizers_beginning_once(admission: Admission) -> None:
+    bos = backend().token_to_id("<|bos|>")
+    assert row(admission, prompt="hello").prompt == [bos, *encode("hello")]
+    assert row(admission, prompt="<|bos|>hello").prompt == [bos, *encode("hello")]
+    assert row(admission, prompt=[5, 6]).prompt == [5, 6]
+
+
+def test_messages_are_rendered_with_no_second_beginning(admission: Admission) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    assert row(admission, messages=messages).prompt == encode("<|bos|><|user|>hello<|end|>\n<|assistant|>")
+    open_end = row(admission, messages=messages, chat_template_kwargs={"add_generation_prompt": False}).prompt
+    assert open_end == encode("<|bos|><|user|>hello<|end|>\n")
+
+
+@pytest.mark.parametrize(("asked", "max_context", "given"), [(0, 64, 61), (5, 64, 5), (100, 64, 61), (100, 0, 100)])
+def test_the_answer_fits_the_context(admission: Admission, asked: int, max_context: int, given: int) -> None:
+    assert row(admission, max_context, prompt=[5, 6, 7], max_tokens=asked).max_tokens == given
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "reason"),
+    [
+        ({}, "messages", "either messages or prompt"),
+        ({"messages": [], "prompt": "x"}, "messages", "either messages or prompt"),
+        ({"messages": []}, "messages", "empty"),
+        ({"prompt": []}, "prompt", "no tokens"),
+        ({"prompt": [1, 10_000]}, "prompt", "token 10000"),
+        ({"prompt": [-1]}, "prompt", "token -1"),
+        ({"prompt": [5] * 64}, "prompt", "has 64 tokens, and the model's context holds 64"),
+        ({"messages": [{"role": "user", "content": "word " * 90}]}, "messages", "context holds 64"),
+        ({"prompt": "x", "logit_bias": {99_999: 1.0}}, "logit_bias", "token 99999"),
+        ({"prompt": "x", "repetition_penalty": 0.0}, "repetition_penalty", "greater than 0"),
+        ({"prompt": "x", "temperature": -0.5}, "temperature", "0 or greater"),
+        ({"prompt": "x", "seed": 1 << 80}, "seed", "64 bits"),
+    ],
+)
+def test_refusals_name_the_field(admission: Admission, fields: dict[str, Any], param: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as error:
+        row(admission, **fields)
+    assert error.value.param == param
+    if "context holds" in reason:
+        assert error.value.code == "context_length_exceeded"
+
+
+def test_rows_without_a_seed_get_different_ones(admission: Admission) -> None:
+    seeds = {admission.row(Generate(id=i, prompt="x"), 64).seed for i in range(50)}
+    assert len(seeds) == 50
+    assert row(admission, prompt="x", seed=-3).seed == -3

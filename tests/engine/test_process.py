@@ -1,0 +1,280 @@
+"""Real engine processes over their sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runner.engine.loader import load
+from runner.protocol import (
+    VERSION,
+    AdapterDropped,
+    AdapterLoaded,
+    AdapterRefused,
+    AdapterSource,
+    Cancel,
+    Configure,
+    DropAdapter,
+    Hello,
+    LoadAdapter,
+    Loaded,
+    LoadFailed,
+    Loading,
+    Rejected,
+    Shutdown,
+    Stats,
+)
+from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
+from tests.engine.client import Client, EngineChild, engine_child
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+ENDLESS = 400
+
+
+@pytest.fixture
+def start(tmp_path: Path, model_folder: ModelFolder) -> Iterator[Callable[..., EngineChild]]:
+    """`start(**spec)`: an engine process on the tiny llama."""
+    children = []
+
+    def begin(**fields: Any) -> EngineChild:
+        child = engine_child(tmp_path / str(len(children)), fields.pop("path", model_folder("llama")), **fields)
+        children.append(child)
+        return child.__enter__()
+
+    yield begin
+    for child in children:
+        child.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[EngineChild]:
+    """One engine for tests that leave it as they found it."""
+    with engine_child(tmp_path_factory.mktemp("shared"), model_folder("llama"), prefix_cache_bytes=1 << 20) as child:
+        yield child
+
+
+@pytest.fixture
+def client(shared: EngineChild) -> Iterator[Client]:
+    connected = shared.ready()
+    yield connected
+    connected.close()
+
+
+def test_greets_loads_and_streams(start: Callable[..., EngineChild], model_folder: ModelFolder) -> None:
+    child = start(digest="abc", model="chat")
+    client = child.connect()
+    loaded = client.wait(Loaded)
+    hello = client.frames[0]
+    assert isinstance(hello, Hello)
+    assert (hello.version, hello.pid, hello.model, hello.digest) == (VERSION, child.process.pid, "chat", "abc")
+    if not hello.loaded:
+        stages = [frame.stage for frame in client.frames if isinstance(frame, Loading)]
+        assert stages == ["importing", "weights", "adapters", "warmup"][-len(stages) :]
+    assert loaded.max_context == 512
+    assert 0 < loaded.weights_bytes <= loaded.active_bytes
+    assert 0 < loaded.seconds < 30
+    assert stat.S_IMODE(child.socket.stat().st_mode) == 0o600
+
+    client.send(generate(1, messages=MESSAGES, max_tokens=20))
+    answer = client.finish(1)
+
+    assert answer.finish_reason == "length"
+    in_process = Driver(load(model_folder("llama")))
+    assert answer.text == in_process.one(messages=MESSAGES, max_tokens=20).text
+    assert client.wait(Stats, rows=0, completion_tokens_total=20).active_bytes > 0
+
+
+def test_refuses_what_it_cannot_do(client: Client) -> None:
+    client.send(generate(1, messages=MESSAGES, adapter="none"), generate(2, prompt=[]))
+    assert client.wait(Rejected, id=1).status == 404
+    assert client.wait(Rejected, id=2).param == "prompt"
+
+
+def test_a_cancelled_request_sends_no_more(client: Client) -> None:
+    client.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
+    client.until(lambda: client.answer(1).tokens)
+    client.send(Cancel(1), generate(2, messages=MESSAGES, max_tokens=5))
+    client.finish(2)
+    said = client.answer(1).tokens
+    client.send(generate(3, messages=MESSAGES, max_tokens=5))
+    client.finish(3)
+    assert client.answer(1).tokens == said < ENDLESS
+    assert client.answer(1).ends == 0
+
+
+def test_adapters_come_and_go_under_load(client: Client, tmp_path: Path, model_folder: ModelFolder) -> None:
+    loaded = load(model_folder("llama"))
+    pairs = draw(linear_shapes(loaded, ATTENTION), 4, 1)
+    folder = write_mlx(tmp_path / "a", pairs)
+    reference = Driver(loaded)
+    plain = reference.one(messages=MESSAGES, max_tokens=60).text
+    reference.engine.load_adapter(AdapterSource("a", str(folder)))
+    adapted = reference.one(messages=MESSAGES, max_tokens=60, adapter="a").text
+    assert plain != adapted
+
+    client.send(generate(1, messages=MESSAGES, max_tokens=60))
+    client.until(lambda: client.answer(1).tokens)
+    client.send(LoadAdapter(AdapterSource("a", str(folder))))
+    client.send(generate(2, messages=MESSAGES, max_tokens=60, adapter="a"))
+    assert client.wait(AdapterLoaded, key="a").layers == len(pairs)
+    client.send(DropAdapter("a"), generate(3, messages=MESSAGES, adapter="a"))
+    client.wait(AdapterDropped, key="a")
+
+    assert client.finish(1).text == plain
+    assert client.finish(2).text == adapted
+    assert client.wait(Rejected, id=3).status == 404
+
+
+def test_a_refused_adapter_says_why(client: Client, tmp_path: Path) -> None:
+    client.send(LoadAdapter(AdapterSource("x", str(tmp_path / "nowhere"))), DropAdapter("x"))
+    assert "is not a folder" in client.wait(AdapterRefused, key="x").reason
+    client.wait(AdapterDropped, key="x")
+
+
+def test_limits_change_in_place(client: Client) -> None:
+    client.send(Configure(max_context=5), generate(1, messages=MESSAGES, max_tokens=50))
+    assert client.wait(Rejected, id=1).code == "context_length_exceeded"
+    client.send(Configure(max_context=0), generate(2, messages=MESSAGES, max_tokens=5))
+    assert client.finish(2).tokens == 5
+
+
+def test_a_lost_runner_takes_its_rows_with_it(shared: EngineChild) -> None:
+    client = shared.ready()
+    for i in range(3):
+        client.send(generate(i, messages=MESSAGES, max_tokens=ENDLESS))
+    client.until(lambda: client.answer(0).tokens)
+    client.close()
+
+    successor = shared.ready()
+    hello = successor.frames[0]
+    assert isinstance(hello, Hello)
+    assert hello.loaded, "a runner that comes later learns at once that the model is there"
+    successor.send(generate(0, messages=MESSAGES, max_tokens=5))
+    assert successor.finish(0).tokens == 5, "nothing of the old request 0 is in it"
+    assert successor.wait(Stats, rows=0, waiting=0).cancelled_total >= 3
+    successor.close()
+
+
+def test_a_newer_runner_replaces_an_older(shared: EngineChild) -> None:
+    older = shared.ready()
+    older.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
+    newer = shared.ready()
+    older.until_closed()
+    newer.send(generate(1, messages=MESSAGES, max_tokens=5))
+    assert newer.finish(1).tokens == 5
+    newer.close()
+
+
+def test_garbage_ends_the_connection_and_nothing_else(shared: EngineChild) -> None:
+    client = shared.ready()
+    client.socket.sendall(b"\x00\x00\x00\x03abc")
+    client.until_closed()
+    again = shared.ready()
+    again.send(generate(1, messages=MESSAGES, max_tokens=2))
+    assert again.finish(1).tokens == 2
+    again.close()
+
+
+def test_costs_nothing_when_idle(client: Client, shared: EngineChild) -> None:
+    client.send(generate(1, messages=MESSAGES, max_tokens=3))
+    client.finish(1)
+    client.wait(Stats, rows=0)
+    process = psutil.Process(shared.process.pid)
+    before = process.cpu_times()
+    assert not client.receive(timeout=0.5), "an idle engine sends nothing"
+    after = process.cpu_times()
+    assert (after.user - before.user) + (after.system - before.system) <= 0.01
+
+
+def test_an_interrupt_is_not_for_the_engine(client: Client, shared: EngineChild) -> None:
+    client.send(generate(1, messages=MESSAGES, max_tokens=30))
+    os.kill(shared.process.pid, signal.SIGINT)
+    assert client.finish(1).tokens == 30
+
+
+def test_left_alone_it_ends(start: Callable[..., EngineChild]) -> None:
+    never_met = start(orphan_grace=0.05)
+    left = start(orphan_grace=0.05)
+    client = left.connect()
+    client.wait(Loaded)
+    client.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
+    client.close()
+    assert never_met.exit_code() == 0
+    assert left.exit_code() == 0
+    assert not left.socket.exists()
+
+
+def test_a_stale_socket_is_replaced(start: Callable[..., EngineChild], tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "e.sock").write_text("of a process that was killed")
+    start().ready().close()
+
+
+def test_shutdown_finishes_what_runs(start: Callable[..., EngineChild]) -> None:
+    child = start()
+    client = child.ready()
+    client.send(generate(1, messages=MESSAGES, max_tokens=50), generate(2, messages=MESSAGES, max_tokens=60))
+    client.until(lambda: client.answer(1).tokens)
+    client.send(Shutdown(20.0), generate(3, messages=MESSAGES))
+    assert client.wait(Rejected, id=3).code == "shutting_down"
+    assert client.finish(1).tokens == 50
+    assert client.finish(2).tokens == 60
+    client.until_closed()
+    assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("how", ["a shutdown without patience", "a SIGTERM"])
+def test_told_to_end_at_once_it_fails_what_runs(start: Callable[..., EngineChild], how: str) -> None:
+    child = start()
+    client = child.ready()
+    client.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
+    client.until(lambda: client.answer(1).tokens)
+    if how == "a SIGTERM":
+        os.kill(child.process.pid, signal.SIGTERM)
+    else:
+        client.send(Shutdown(0.0))
+    answer = client.finish(1)
+    assert (answer.finish_reason, answer.error) == ("error", "the engine is shutting down")
+    client.until_closed()
+    assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_what_cannot_be_loaded_is_told_and_ends_the_process(
+    start: Callable[..., EngineChild], tmp_path: Path, what: str
+) -> None:
+    if what == "model":
+        child = start(path=tmp_path / "empty")
+    else:
+        child = start(adapters=(AdapterSource("a", str(tmp_path / "empty")),))
+    client = child.connect()
+    failed = client.wait(LoadFailed)
+    assert "is not a model folder" in failed.reason if what == "model" else "is not a folder" in failed.reason
+    assert child.exit_code() == 1
+    assert "Traceback" not in child.log.read_text()
+
+
+@pytest.mark.parametrize("spec", [None, "{", json.dumps({"model": "m"})])
+def test_wrong_arguments_are_one_line(tmp_path: Path, spec: str | None) -> None:
+    path = tmp_path / "spec.json"
+    if spec is not None:
+        path.write_text(spec)
+    command = [sys.executable, "-m", "runner.engine", "--spec", str(path), "--socket", str(tmp_path / "e.sock")]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "engine cannot start" in done.stderr

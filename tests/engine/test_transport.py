@@ -1,0 +1,134 @@
+"""The socket's two queues: what belongs to which runner, and runners that do not behave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runner.engine import transport as transport_module
+from runner.engine.transport import Connected, Disconnected, Transport
+from runner.protocol import Cancel, Delta, FromEngine, Hello, Loading, Step, encode_frame
+from tests.engine.client import PATIENCE, Client
+
+HELLO = Hello(1, 1, "m", "d", False)
+
+
+def step(text: str) -> Step:
+    return Step([Delta(1, text, 1)])
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> Iterator[Transport]:
+    made = Transport(tmp_path / "e.sock")
+    made.start(HELLO)
+    yield made
+    made.close(PATIENCE)
+
+
+@pytest.fixture
+def connect(transport: Transport, tmp_path: Path) -> Iterator[Callable[[], Client]]:
+    clients = []
+
+    def begin() -> Client:
+        clients.append(Client(tmp_path / "e.sock"))
+        return clients[-1]
+
+    yield begin
+    for client in clients:
+        client.close()
+
+
+def test_greets_then_carries_both_ways(transport: Transport, connect: Callable[[], Client]) -> None:
+    client = connect()
+    assert client.wait(Hello) == HELLO
+    event = transport.inbox.get(timeout=PATIENCE)
+    assert isinstance(event, Connected)
+    transport.answer(event.connection)
+    client.send(Cancel(5), Cancel(6))
+    assert transport.inbox.get(timeout=PATIENCE) == Cancel(5)
+    assert transport.inbox.get(timeout=PATIENCE) == Cancel(6)
+    transport.send(step("x"))
+    assert client.wait(Step) == step("x")
+    client.close()
+    assert transport.inbox.get(timeout=PATIENCE) == Disconnected(event.connection)
+
+
+def test_what_was_meant_for_an_older_runner_does_not_reach_the_newer(
+    transport: Transport, connect: Callable[[], Client]
+) -> None:
+    connect().wait(Hello)
+    first = transport.inbox.get(timeout=PATIENCE)
+    assert isinstance(first, Connected)
+    transport.answer(first.connection)
+    newer = connect()
+    newer.wait(Hello)
+    assert transport.inbox.get(timeout=PATIENCE) == Disconnected(first.connection)
+    # The main thread has not taken the next event yet: what it computes is still the older runner's.
+    transport.send(step("old"))
+    second = transport.inbox.get(timeout=PATIENCE)
+    assert isinstance(second, Connected)
+    transport.answer(second.connection)
+    transport.send(step("new"))
+    assert newer.wait(Step) == step("new")
+
+
+def test_each_runner_learns_a_stage_once(transport: Transport, connect: Callable[[], Client]) -> None:
+    early = connect()
+    early.wait(Hello)
+    transport.announce(Loading("weights"), HELLO, Loading("weights"))
+    early.wait(Loading, stage="weights")
+    late = connect()
+    late.wait(Loading, stage="weights")
+    transport.announce(Loading("warmup"), HELLO, Loading("warmup"))
+    late.wait(Loading, stage="warmup")
+    assert [type(frame) for frame in late.frames] == [Hello, Loading, Loading]
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", encode_frame(HELLO)])
+def test_garbage_is_the_end_of_a_connection(
+    transport: Transport, connect: Callable[[], Client], garbage: bytes
+) -> None:
+    client = connect()
+    client.socket.sendall(garbage)
+    client.until_closed()
+    assert isinstance(transport.inbox.get(timeout=PATIENCE), Connected)
+    assert isinstance(transport.inbox.get(timeout=PATIENCE), Disconnected)
+    connect().wait(Hello)
+
+
+def test_a_runner_that_does_not_read_is_disconnected(
+    transport: Transport, connect: Callable[[], Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "MAX_UNSENT", 4_000_000)
+    client = connect()
+    event = transport.inbox.get(timeout=PATIENCE)
+    assert isinstance(event, Connected)
+    transport.answer(event.connection)
+    for _ in range(50):
+        transport.send(step("x" * 200_000))
+    assert transport.inbox.get(timeout=PATIENCE) == Disconnected(event.connection)
+    client.until_closed()
+
+
+def test_closing_sends_what_is_queued(tmp_path: Path) -> None:
+    made = Transport(tmp_path / "c.sock")
+    made.start()
+    client = Client(tmp_path / "c.sock")
+    event = made.inbox.get(timeout=PATIENCE)
+    assert isinstance(event, Connected)
+    made.answer(event.connection)
+    frames: list[FromEngine] = [step(str(i)) for i in range(100)]
+    for frame in frames:
+        made.send(frame)
+    made.close(PATIENCE)
+    client.until(lambda: len(client.frames) == 100)
+    assert client.frames == frames
+    assert not (tmp_path / "c.sock").exists()
+    client.close()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        Transport(tmp_path / "nowhere" / "e.sock")

@@ -1,0 +1,93 @@
+"""A directory and deployments that record what reaches them, and answer with what a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.errors import InvalidRequest, NotServed
+from runner.gateway.backend import ModelCard, Route
+from runner.protocol import Delta, Generate, Stats, TokenLogprob, Usage
+
+Item = list[Delta] | Exception | asyncio.Event
+"""Deltas to yield, an error to raise, or an event to wait for."""
+
+
+def text_script(*texts: str, reason: str = "stop", usage: Usage | None = None) -> list[Item]:
+    """One batch a text, and the end in a batch of its own, as the engine sends it."""
+    usage = usage or Usage(7, len(texts), 3)
+    return [*([Delta(0, text, 1)] for text in texts), [Delta(0, "", 0, reason, usage)]]
+
+
+@dataclass
+class FakeDeployment:
+    """Answers each request with the next script, or with the last one when they run out."""
+
+    name: str = "chat"
+    ready: bool = True
+    stats: Stats | None = None
+    scripts: list[Sequence[Item]] = field(default_factory=lambda: [text_script("Hello", " world")])
+    requests: list[Generate] = field(default_factory=list)
+    opened: int = 0
+    closed: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
+        script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
+        self.requests.append(request)
+        self.opened += 1
+        self.changed.set()
+        try:
+            for item in script:
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield item
+        finally:
+            self.closed += 1
+            self.changed.set()
+
+    async def until(self, condition: str, *, deadline: float = 5.0) -> None:
+        """Waits until `condition`, over this object's own names, holds."""
+        async with asyncio.timeout(deadline):
+            while not eval(condition, {}, vars(self)):  # the conditions are the tests' own
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@dataclass
+class FakeDirectory:
+    """One model `chat` with the adapters `pirate` and `shout`; `generation` are its manifest defaults."""
+
+    deployment: FakeDeployment = field(default_factory=FakeDeployment)
+    adapters: tuple[str, ...] = ("pirate", "shout")
+    generation: dict[str, Any] = field(default_factory=dict)
+    lookups: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+
+    def cards(self, listener: str) -> list[ModelCard]:
+        ready = self.deployment.ready
+        cards = [ModelCard(name, 1700000000, "chat", None, ready) for name in ("chat", "org/gpt-4o")]
+        return cards + [ModelCard(f"chat:{name}", 1700000000, "chat", name, ready) for name in self.adapters]
+
+    def resolve(self, listener: str, model: str | None, adapter_name: str | None) -> Route:
+        self.lookups.append((listener, model, adapter_name))
+        name, _, from_id = (model or "chat").partition(":")
+        if from_id and adapter_name and from_id != adapter_name:
+            raise InvalidRequest("`model` and `adapter_name` name different adapters", param="adapter_name")
+        adapter = from_id or adapter_name
+        if name not in {"chat", "org/gpt-4o"} or (adapter and adapter not in self.adapters):
+            raise NotServed(f"`{model}` is not served here", param="model", code="model_not_found")
+        key = f"key-{adapter}" if adapter else ""
+        return Route(self.deployment, "chat", adapter, key, f"fp_{adapter or 'base'}", self.generation)
+
+    def deployments(self, listener: str) -> list[FakeDeployment]:
+        return [self.deployment]
+
+
+def logprob(token: str, value: float, *top: tuple[str, float]) -> TokenLogprob:
+    """A token's logprob with its alternatives."""
+    return TokenLogprob(token, value, list(token.encode()), [(t, v, list(t.encode())) for t, v in top])

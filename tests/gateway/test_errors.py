@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from runner import errors
+from runner.gateway.errors import describe
+from tests.gateway.conftest import Client
+from tests.gateway.fakes import FakeDeployment, FakeDirectory
+
+
+def tree(cls: type[errors.MlxRunError]) -> Iterator[type[errors.MlxRunError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from tree(child)
+
+
+@pytest.mark.parametrize("cls", list(tree(errors.RequestError)))
+def test_every_request_error_has_its_status_and_shape(cls: type[errors.RequestError]) -> None:
+    status, headers, body = describe(cls("what happened", param="field", code="why"))
+    assert status == cls.status
+    assert 400 <= status < 600
+    assert json.loads(body) == {
+        "error": {"message": "what happened", "type": cls.kind, "param": "field", "code": "why"}
+    }
+    assert ("Retry-After" in headers) == (status == 503)
+    assert ("WWW-Authenticate" in headers) == (status == 401)
+
+
+@pytest.mark.parametrize("cls", [errors.EngineLoadError, errors.EngineDied, errors.ListenerError, errors.RunnerError])
+def test_what_is_no_request_error_is_a_server_error(cls: type[errors.MlxRunError]) -> None:
+    status, _, body = describe(cls("the engine is gone"))
+    assert (status, json.loads(body)["error"]["type"]) == (500, "server_error")
+
+
+def test_what_is_not_ours_tells_nothing() -> None:
+    status, _, body = describe(ValueError("/home/secret"))
+    assert status == 500
+    assert b"secret" not in body
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "message"),
+    [
+        (b"", "application/json", 400, "empty"),
+        (b"{", "application/json", 400, "not valid JSON"),
+        (b'{"model": NaN}', "application/json", 400, "not valid JSON"),
+        (b'{"messages": [{"role": "user", "content": "hi"}]} trailing', "application/json", 400, "not valid JSON"),
+        (b"[]", "application/json; charset=utf-8", 400, "expected `object`"),
+        (b'{"model": "\xff"}', "application/json", 400, "UTF-8"),
+        (b'{"model": "\\ud800"}', "application/json", 400, "not valid JSON"),
+        (b'{"metadata": ' + b"[" * 100_000, "application/json", 400, "nested too deeply"),
+        (b"{}", "text/plain", 415, "application/json"),
+        (b"{}", "", 415, "application/json"),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "application/json"),
+    ],
+)
+async def test_bodies_that_are_no_json_request(
+    client: Client, body: bytes, content_type: str, status: int, message: str
+) -> None:
+    response = await client.post("/v1/chat/completions", body, content_type)
+    assert response.status_code == status
+    error = response.json["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+async def test_unknown_path(client: Client) -> None:
+    response = await client.get("/v1/nowhere")
+    assert response.status_code == 404
+    assert "/v1/nowhere" in response.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/chat/completions", "POST"), ("POST", "/v1/models", "GET"), ("POST", "/health", "GET")],
+)
+async def test_wrong_method_keeps_allow(client: Client, method: str, path: str, allowed: str) -> None:
+    response = await client.request(method, path)
+    assert response.status_code == 405
+    assert allowed in response.headers["allow"]
+    assert response.json["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_bug_is_logged_and_not_told(
+    client: Client, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a secret of ours")
+
+    monkeypatch.setattr(directory, "resolve", broken)
+    response = await client.chat()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert record.message == "request handler failed"
+    assert record.exc_info is not None
+    assert vars(record)["request_id"] == response.headers["x-request-id"]
+
+
+async def test_a_failing_engine_is_logged_and_a_loading_one_is_not(
+    client: Client, deployment: FakeDeployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment.scripts = [[errors.EngineFailed("out of memory")], [errors.Unavailable("loading")]]
+    await client.chat()
+    await client.chat()
+    (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert vars(record)["error"] == "out of memory"

@@ -1,0 +1,215 @@
+"""From a manifest and folders to the desired state, or to what is wrong and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.plan.digests import DigestCache
+from runner.plan.resolve import PREFIX_CACHE_BYTES, NotDownloaded
+from runner.plan.spec import AdapterSpec, EngineLimits, ListenerSpec
+
+from .conftest import Place
+from .folders import GIB, adapter, hub_snapshot, later, model, safetensors, write
+
+
+def test_a_full_manifest(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "models" / "chat", weights=5000)
+    adapter(tmp_path / "models" / "pirate")
+    adapter(tmp_path / "models" / "shout", fill=b"\2")
+    desired = place.resolve(
+        """
+        name: dev
+        memory: {limit: 75%, reserve: 2GiB}
+        defaults: {generation: {temperature: 0.5, top_p: 0.9}, batching: {max_rows: 8}, kv_cache: {max_context: 99}}
+        servers:
+          lm: {port: 8080, models: [chat]}
+          lan:
+            {port: 8081, host: 0.0.0.0, auth: {api_keys: ["${KEY}"]}, cors: {allow_origins: ["http://a.b"]}}
+          local: {port: 8082, host: localhost}
+        models:
+          chat:
+            source: ../models/chat
+            aliases: [gpt-4o]
+            memory_limit: 4GiB
+            adapters:
+              pirate: ../models/pirate
+              shout: {source: ../models/shout, scale: 2.5}
+            default_adapter: pirate
+            generation: {temperature: 1, stop: x}
+            batching: {max_queue: 3}
+            kv_cache: {prefix_cache: 1MiB}
+          plain: {source: ../models/chat}
+        """
+    )
+    assert (desired.name, desired.memory_limit_bytes) == ("dev", 10 * GIB)
+    chat, plain = desired.models
+    assert (chat.name, chat.source, chat.path) == ("chat", "../models/chat", tmp_path / "models" / "chat")
+    assert (chat.weights_bytes, chat.memory_limit_bytes) == (5000, 4 * GIB)
+    assert (chat.aliases, chat.default_adapter) == (("gpt-4o",), "pirate")
+    assert chat.generation == {"temperature": 1.0, "top_p": 0.9, "stop": ["x"]}
+    assert chat.limits == EngineLimits(max_rows=8, max_queue=3, max_context=99, prefix_cache_bytes=2**20)
+    pirate, shout = chat.adapters
+    assert pirate == AdapterSpec("pirate", tmp_path / "models" / "pirate", pirate.digest)
+    assert (shout.scale, shout.key) == (2.5, f"{shout.digest}@2.5")
+    assert pirate.digest != shout.digest
+    assert plain.limits.prefix_cache_bytes == PREFIX_CACHE_BYTES
+    assert plain.generation == {"temperature": 0.5, "top_p": 0.9}
+    assert plain.weights_digest == chat.weights_digest
+    assert desired.listeners == (
+        ListenerSpec("lm", "127.0.0.1", 8080, ("chat",)),
+        ListenerSpec("lan", "0.0.0.0", 8081, ("chat", "plain"), ("openai",), ("sk-secret",), ("http://a.b",)),
+        ListenerSpec("local", "127.0.0.1", 8082, ("chat", "plain")),
+    )
+    assert "sk-secret" not in repr(desired)
+
+
+SIMPLE = """
+    name: dev
+    servers: {lm: {port: 8080}}
+    models:
+      chat:
+        source: ./chat
+        adapters: {pirate: ./pirate}
+"""
+
+
+def test_the_same_files_give_the_same_state(place: Place) -> None:
+    model(place.folder / "chat")
+    adapter(place.folder / "pirate")
+    before = place.resolve(SIMPLE)
+    assert place.resolve(SIMPLE + "    # a comment\n") == before
+    place.cache = DigestCache(now=later)
+    assert place.resolve(SIMPLE) == before
+
+
+def test_an_adapter_with_new_weights_has_a_new_key_and_the_model_stays(place: Place) -> None:
+    model(place.folder / "chat")
+    adapter(place.folder / "pirate")
+    before = place.resolve(SIMPLE).models[0]
+    write(place.folder / "pirate" / "adapters.safetensors", safetensors({"a": 100}, fill=b"\7"))
+    after = place.resolve(SIMPLE).models[0]
+    assert after.adapters[0].key != before.adapters[0].key
+    assert after.process_digest == before.process_digest
+
+
+def test_everything_wrong_is_told_at_its_place(place: Place) -> None:
+    model(place.folder / "good")
+    adapter(place.folder / "pirate")
+    write(place.folder / "half" / "adapter_config.json", "{}")
+    write(place.folder / "cut" / "adapter_config.json", "{}")
+    write(place.folder / "cut" / "adapters.safetensors", safetensors({"a": 50})[:-10])
+    write(place.folder / "file", "")
+    found = place.wrong(
+        """\
+        name: dev
+        servers: {lm: {port: 8080}}
+        models:
+          a: {source: ./none}
+          b: {source: nothing}
+          c: {source: ./file}
+          d: {source: ./pirate}
+          e:
+            source: ./good
+            adapters:
+              half: ./half
+              cut:
+                source: ./cut
+              good: ./pirate
+        """
+    )
+    assert [(d.path, d.line, d.column) for d in found] == [
+        ("models.a.source", 4, 15),
+        ("models.b.source", 5, 15),
+        ("models.c.source", 6, 15),
+        ("models.d.source", 7, 15),
+        ("models.e.adapters.half", 11, 13),
+        ("models.e.adapters.cut.source", 13, 17),
+    ]
+    folder = place.folder
+    assert [d.message for d in found] == [
+        f"there is no folder {folder}/none",
+        'there is no folder "nothing" beside the manifest',
+        f"{folder}/file is a file, not a folder",
+        f"{folder}/pirate holds no config.json",
+        f"{folder}/half holds no adapters.safetensors",
+        f"{folder}/cut/adapters.safetensors has 145 bytes where its header says 155",
+    ]
+    assert all(d.hint and d.excerpt for d in found)
+
+
+def test_sources_are_paths_or_repositories(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    files = {"config.json": b"{}", "model.safetensors": safetensors({"w": 9})}
+    held = hub_snapshot(tmp_path / "hub", "org/chat", files)
+    other = hub_snapshot(tmp_path / "hub", "org/chat", files, commit="d" * 40, ref="v2")
+    folders = {
+        "./chat": model(place.folder / "chat"),
+        "chat": place.folder / "chat",
+        "near/chat": model(place.folder / "near" / "chat"),
+        "~/chat": model(tmp_path / "home" / "chat"),
+        str(tmp_path / "abs"): model(tmp_path / "abs"),
+        "org/chat": held,
+    }
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels:\n"
+    for index, source in enumerate(folders):
+        text += f"  m{index}: {{source: '{source}'}}\n"
+    text += f"  v2: {{source: org/chat, revision: v2}}\n  commit: {{source: org/chat, revision: {'c' * 40}}}\n"
+    paths = [m.path for m in place.resolve(text).models]
+    assert paths == [*folders.values(), other, held]
+
+
+def test_a_repository_that_is_not_in_the_cache(place: Place, tmp_path: Path) -> None:
+    model(place.folder / "chat")
+    with pytest.raises(NotDownloaded) as caught:
+        place.resolve(
+            """\
+            name: dev
+            servers: {lm: {port: 8080}}
+            models:
+              chat: {source: ./chat, adapters: {a: {source: org/a, revision: v2}, b: org/b}}
+              other: {source: org/b}
+            """
+        )
+    assert (caught.value.repo, caught.value.revision) == ("org/a", "v2")
+    assert [(d.line, d.path) for d in caught.value.diagnostics] == [
+        (4, "models.chat.adapters.a.source"),
+        (4, "models.chat.adapters.b"),
+    ]
+
+
+def test_a_repository_of_which_only_a_part_is_in_the_cache(place: Place, tmp_path: Path) -> None:
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: org/chat}}\n"
+    hub_snapshot(tmp_path / "hub", "org/chat", {"config.json": b"{}"})
+    assert "holds no model*.safetensors" in place.wrong(text)[0].message
+    write(tmp_path / "hub" / "models--org--chat" / "blobs" / "abc.incomplete", "")
+    with pytest.raises(NotDownloaded):
+        place.resolve(text)
+
+
+def test_what_is_wrong_comes_before_what_is_missing(place: Place) -> None:
+    found = place.wrong("name: dev\nservers: {lm: {port: 8080}}\nmodels: {a: {source: org/a}, b: {source: ./none}}\n")
+    assert [d.path for d in found] == ["models.b.source"]
+
+
+def test_links_are_kept_as_they_are(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "store" / "v1")
+    model(tmp_path / "store" / "v2", vocab_size=5)
+    (tmp_path / "current").symlink_to(tmp_path / "store" / "v1")
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ../current}}\n"
+    before = place.resolve(text).models[0]
+    assert before.path == tmp_path / "current"
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(tmp_path / "store" / "v2")
+    after = place.resolve(text).models[0]
+    assert after.path == before.path
+    assert after.weights_digest != before.weights_digest
+
+
+def test_dots_after_a_link_lead_where_the_file_system_says(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "far" / "chat")
+    (tmp_path / "far" / "deep").mkdir()
+    (place.folder / "link").symlink_to(tmp_path / "far" / "deep")
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./link/../chat}}\n"
+    assert place.resolve(text).models[0].path.samefile(tmp_path / "far" / "chat")
