@@ -28,8 +28,7 @@ message.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
 class MlxRunError(Exception):
@@ -49,8 +48,7 @@ class MlxRunError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
+class Diagnostic(NamedTuple):
     """One thing wrong in a manifest, at one place.
 
     `line` and `column` count from 1; 0 means the place is not known. `path` is dotted (`models.chat.source`).

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-STATE_DIR_VARIABLE = "MLX_RUN_STATE_DIR"
+PREFIX = "MLX_RUN_"
+STATE_DIR_VARIABLE = f"{PREFIX}STATE_DIR"
+
+
+def configured(variables: Iterable[str]) -> bool:
+    """Whether the environment says more than where state is kept, so that it takes `runner.settings` to read it."""
+    return any(name.upper().startswith(PREFIX) and name != STATE_DIR_VARIABLE for name in variables)
 
 
 def state_dir() -> Path:

@@ -3,26 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import subprocess
-import sys
-import time
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-from runner.cli.locate import absolute
-from runner.cli.view import View
-from runner.control import client
-from runner.control.compiler import Compiled, Compiler
-from runner.control.state_folder import StateFolder
-from runner.errors import ManifestError, NotRunning, RunnerError
-from runner.manifest.report import render_diagnostics
-from runner.options import Options
-from runner.telemetry import configure_logging
-
-_SPAWN_DEADLINE = 15.0
-"""Seconds a detached runner gets to open its control socket."""
+from runner.control.compiler import Compiler
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,71 +20,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 when the manifest could not be applied."""
-    path = Path(absolute(arguments.manifest))
     compiler = Compiler()
     compiler.start()
     try:
-        return _apply(path, compiler, arguments.detach)
-    except ManifestError as error:
-        print(render_diagnostics(error.diagnostics), file=sys.stderr)
-        return 1
+        # Imported here, while the process that reads the manifest starts: the two take turns at nothing.
+        from runner.cli.applying import apply  # noqa: PLC0415
+        from runner.cli.locate import absolute  # noqa: PLC0415
+
+        return apply(absolute(arguments.manifest), compiler, detach=arguments.detach)
     finally:
         compiler.stop()
-
-
-def _apply(path: Path, compiler: Compiler, detach: bool) -> int:
-    if not detach:
-        # While the manifest is being read, and only where this process may need it: 100 ms of imports.
-        import_module("runner.control.runner")
-    compiled = compiler.compile(path)
-    error = compiled.error()
-    if compiled.options is None or (error is not None and compiled.missing is None):
-        assert error is not None, "a manifest without options is wrong"
-        raise error
-    folder = StateFolder(compiled.options.state_dir, compiled.name)
-    view = View(path)
-    if client.is_up(folder.control_socket):
-        return _follow(folder, "apply", view, manifest=str(path))
-    if detach:
-        return _detach(folder, path, view)
-    return _become_runner(compiled, compiled.options, compiler, view)
-
-
-def _follow(folder: StateFolder, op: str, view: View, **fields: Any) -> int:
-    """Show what a runner does until it is done with it."""
-    with view:
-        for reply in client.stream(folder.control_socket, op, **fields):
-            view.show(reply)
-    view.summary(folder.name)
-    return 0
-
-
-def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, view: View) -> int:
-    from runner.control.runner import raise_for, run  # noqa: PLC0415 - handing over and detaching need no HTTP server
-
-    # Line buffered, so that `mlx-run logs -f` follows.
-    with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log, view:
-        configure_logging(options.log_level, stream=log, as_json=True)
-        result = run(compiled, options, compiler, view.show)
-    raise_for(result)
-    return 0
-
-
-def _detach(folder: StateFolder, path: Path, view: View) -> int:
-    """Start a runner that outlives this terminal, and wait until it has settled."""
-    with folder.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "runner.cli.main", "apply", str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + _SPAWN_DEADLINE
-    while not client.is_up(folder.control_socket):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(timeout=0.05)
-            raise NotRunning(f"the runner exited with code {code}", hint=f"See {folder.log}.")
-        if time.monotonic() > deadline:
-            raise RunnerError("the runner did not start in time", hint=f"See {folder.log}.")
-    return _follow(folder, "follow", view)

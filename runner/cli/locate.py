@@ -55,6 +55,6 @@ def _others() -> str:
     return f"Up: {', '.join(up)}." if up else "Start one with `mlx-run apply MANIFEST`."
 
 
-def absolute(path: str) -> str:
+def absolute(path: str) -> Path:
     """A manifest's path as another process, in another folder, will find it; symlinks stay as they are."""
-    return str(Path(path).absolute())
+    return Path(path).absolute()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from runner.errors import MlxRunError
+from runner.errors import ManifestError, MlxRunError
 
 COMMANDS: Final = {
     "apply": "Make it so: start or change what a manifest declares",
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.configure(parser)
     try:
         code: int = command.run(parser.parse_args(arguments[1:]))
+    except ManifestError as error:
+        from runner.manifest.report import render_diagnostics  # noqa: PLC0415 - only a wrong manifest pays for it
+
+        print(render_diagnostics(error.diagnostics), file=sys.stderr)
+        return error.exit_code
     except MlxRunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from runner.cli.locate import absolute
 from runner.cli.text import render_plan_json
 from runner.control import client
 from runner.control.state_folder import StateFolder
-from runner.errors import ManifestError
+from runner.machine import machine_memory
 from runner.manifest.load import load_manifest
-from runner.manifest.report import render_diagnostics
 from runner.options import state_dir
 from runner.plan.digests import DigestCache
-from runner.plan.planner import Observed, machine_memory, plan
+from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
 from runner.plan.resolve import resolve
 
@@ -31,12 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 when the manifest cannot be used."""
-    try:
-        made = _plan(Path(arguments.manifest))
-    except ManifestError as error:
-        print(render_diagnostics(error.diagnostics), file=sys.stderr)
-        return 1
+    """0; raises ManifestError when the manifest cannot be used."""
+    made = _plan(absolute(arguments.manifest))
     if arguments.json:
         print(json.dumps(made, indent=2))
     else:
@@ -49,7 +43,7 @@ def _plan(path: Path) -> dict[str, Any]:
     loaded = load_manifest(path, os.environ)
     folder = StateFolder(state_dir(), loaded.manifest.name, create=False)
     if client.is_up(folder.control_socket):
-        answer = client.request(folder.control_socket, "plan", manifest=absolute(str(path)))
+        answer = client.request(folder.control_socket, "plan", manifest=str(path))
         made: dict[str, Any] = answer["plan"]
         return made
     memory = machine_memory()

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import os
+import pickle
+import socket
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from runner.control.compiler import Compiled, Request
+from runner.control.compiled import Compiled, Request
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.machine import machine_memory
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded, load_manifest
-from runner.options import Options
+from runner.options import Options, configured, state_dir
 from runner.plan.digests import DigestCache
-from runner.plan.planner import machine_memory
 from runner.plan.resolve import resolve
-from runner.settings import Settings
 
 
 def compile_manifest(request: Request) -> Compiled:
     """One request's answer; whatever is wrong with the manifest is part of it."""
-    digests = request.digests or DigestCache()
+    path, name, digests = request
+    digests = digests or DigestCache()
     try:
         options = _options()
-        loaded = load_manifest(request.path, os.environ)
+        loaded = load_manifest(path, os.environ)
     except ManifestError as error:
-        return Compiled(request.path, diagnostics=tuple(error.diagnostics), digests=digests)
+        return Compiled(path, diagnostics=tuple(error.diagnostics), digests=digests)
     known: dict[str, Any] = {
         "path": loaded.path,
         "name": loaded.manifest.name,
@@ -37,7 +36,7 @@ def compile_manifest(request: Request) -> Compiled:
         "digests": digests,
     }
     try:
-        _check_name(loaded, request.name)
+        _check_name(loaded, name)
         desired = resolve(loaded, machine_memory=machine_memory(), cache=digests)
     except ManifestError as error:
         missing = (error.repo, error.revision) if isinstance(error, NotDownloaded) else None
@@ -46,6 +45,13 @@ def compile_manifest(request: Request) -> Compiled:
 
 
 def _options() -> Options:
+    if not configured(os.environ):
+        return Options(state_dir())
+    # Imported here: 60 ms on the way to an open port, and few people set any of it.
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from runner.settings import Settings  # noqa: PLC0415
+
     try:
         return Settings().options()
     except ValidationError as error:
@@ -73,13 +79,14 @@ def _local_sources(loaded: Loaded) -> tuple[Path, ...]:
 
 def main(descriptor: int) -> int:
     """Answer requests until the other side is gone."""
-    with Connection(descriptor) as connection:
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         while True:
             try:
-                request = connection.recv()
+                request = pickle.load(stream)  # noqa: S301 - from the process that started this one
             except EOFError:
                 return 0
-            connection.send(compile_manifest(request))
+            pickle.dump(compile_manifest(request), stream)
+            stream.flush()
 
 
 if __name__ == "__main__":

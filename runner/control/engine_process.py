@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import shlex
 import signal
@@ -154,9 +155,8 @@ class EngineProcess:
 
     def _lost(self) -> None:
         # An engine whose socket is gone is of no use, even if the process hangs on.
-        if self._process is not None and self._process.returncode is None and self.loaded is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+        if self.loaded is not None:
+            self._signal(signal.SIGTERM)
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -220,11 +220,15 @@ class EngineProcess:
         """End the process now and wait until it is gone."""
         if self._process is None:
             return
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        self._signal(signal.SIGKILL)
         if self._watch is not None and asyncio.current_task() is not self._watch:
             await asyncio.shield(self._watch)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not by Process.kill: that polls first, and so takes the exit code away from asyncio's own wait.
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
 
 def _describe_exit(code: int) -> str:

@@ -152,6 +152,9 @@ class Executor:
 
     async def _open(self, action: OpenListener | MoveListener) -> None:
         spec = action.spec if isinstance(action, OpenListener) else action.new
+        if action.disruption is Disruption.DRAIN:
+            assert isinstance(action, MoveListener), "only a port that is held has to be given back"
+            await self._close_first(action.old)
         listener = Listener(spec, self._live.directory, self._live.metrics)
         await listener.start()
         self._opened[spec.name] = listener
@@ -162,6 +165,16 @@ class Executor:
             await listener.close(0.0)
 
         self._undo.append(close)
+
+    async def _close_first(self, old: ListenerSpec) -> None:
+        await _close(self._live.listeners.pop(old.name), self._live.options.drain_timeout)
+
+        async def reopen() -> None:
+            listener = Listener(old, self._live.directory, self._live.metrics)
+            await listener.start()
+            self._live.listeners[old.name] = listener
+
+        self._undo.append(reopen)
 
     def _adopt_opened(self) -> None:
         self._live.listeners.update(self._opened)
@@ -241,7 +254,8 @@ class Executor:
                 return [live.deployments.pop(spec.name).stop()]
             case MoveListener() | CloseListener():
                 name = action.new.name if isinstance(action, MoveListener) else action.spec.name
-                return [_close(live.listeners.pop(name), timeout)]
+                closing = live.listeners.pop(name, None)  # None: it had to give its port back before
+                return [_close(closing, timeout)] if closing else []
             case UpdateListener(new=spec):
                 live.listeners[spec.name].update(spec)
             case _:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from runner.control.backoff import Backoff
-from runner.control.compiler import Compiled, Compiler
+from runner.control.compiled import Compiled
+from runner.control.compiler import Compiler
 from runner.control.events import EventLog
 from runner.control.executor import Executor, Live
 from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError
+from runner.machine import machine_memory
 from runner.plan.actions import Plan
-from runner.plan.planner import machine_memory, plan
+from runner.plan.planner import plan
 from runner.plan.render import plan_json
 from runner.plan.spec import Desired
 
@@ -45,11 +47,13 @@ class Pass:
 class Reconciler:
     """Owns the passes over one manifest. `path` may change when an apply hands over another file of the same name."""
 
-    def __init__(self, path: Path, live: Live, events: EventLog, compiler: Compiler, download: Download) -> None:
-        self.path = path
+    def __init__(
+        self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, download: Download
+    ) -> None:
+        self.path = compiled.path
         self.last: Pass | None = None
         self.generation: int = (live.folder.read_generation() or {}).get("generation", 0)
-        self.files: tuple[Path, ...] = (path,)
+        self.files = compiled.files or (compiled.path,)
         self.changed = asyncio.Event()
         self._live = live
         self._events = events

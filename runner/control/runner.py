@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.control.compiler import Compiled, Compiler
+from runner.control.compiled import Compiled
+from runner.control.compiler import Compiler
 from runner.control.control_socket import ControlSocket, error_json
 from runner.control.download import download
 from runner.control.events import Event, EventLog
@@ -27,6 +29,8 @@ from runner.plan.render import plan_json
 
 logger = logging.getLogger(__name__)
 
+_FILES = 8192
+
 
 class Runner:
     """One runner: everything a name owns while it is up. `on_event` sees each event as it happens."""
@@ -39,7 +43,7 @@ class Runner:
         self._events = EventLog(on_event)
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
-        self._reconciler = Reconciler(compiled.path, self._live, self._events, compiler, self._download)
+        self._reconciler = Reconciler(compiled, self._live, self._events, compiler, self._download)
         self._control = ControlSocket(
             self._folder.control_socket,
             {
@@ -61,6 +65,7 @@ class Runner:
         Raises AlreadyRunning.
         """
         lock = self._folder.lock()
+        _allow_many_files()
         self._catch_signals()
         try:
             await self._control.start()
@@ -174,6 +179,14 @@ class Runner:
             ],
             "models": [d.status() for d in self._live.deployments.values()],
         }
+
+
+def _allow_many_files() -> None:
+    """Every connection is a file, and macOS allows 256 of them unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _outcome(result: Pass) -> dict[str, Any]:

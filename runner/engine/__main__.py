@@ -20,7 +20,7 @@ logger = logging.getLogger("runner.engine")
 
 
 def main() -> int:
-    """Serve until told to stop; returns the exit code: 0, 1 when the model cannot be loaded, 2 for wrong arguments."""
+    """Serve until told to stop; returns the exit code: EngineProcess's, or 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="python -m runner.engine", description=__doc__)
     parser.add_argument("--spec", type=Path, required=True, help="JSON of protocol.EngineSpec")
     parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen on")

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
+from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import start
 from runner.engine.row import Row
 from runner.engine.sampling import Logprobs, Sampler
@@ -38,7 +39,7 @@ class DecodeBatch:
         self._caches: Caches = []
         self._tokens: mx.array | None = None
         self._sampler: Sampler | None = None
-        self._slots: mx.array | None = None
+        self._slots: RowSlots | None = None
         self._slots_version = -1
 
     def join(self, rows: Sequence[Row], caches: Caches) -> None:

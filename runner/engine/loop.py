@@ -22,7 +22,7 @@ from runner.engine.logprobs import read_logprobs
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
-from runner.errors import NotServed, RequestError, Unavailable
+from runner.errors import EngineDied, NotServed, RequestError, Unavailable
 from runner.protocol import (
     AdapterLoaded,
     AdapterSource,
@@ -68,7 +68,10 @@ class Engine:
         return bool(self._batch.rows or self._prefiller.rows)
 
     def step(self) -> None:
-        """One step; emits one Step frame at most. What fails in it ends the rows concerned with an error."""
+        """One step; emits one Step frame at most. What fails in it ends the rows concerned with an error.
+
+        Raises EngineDied when nothing can be computed any more; every request has ended then.
+        """
         try:
             self._remove_ended()
             self._start_waiting()
@@ -129,6 +132,12 @@ class Engine:
         self._send(self._fail(rows, reason))
         for row in rows:
             self._release(row)
+        self._bank.apply(None)
+        try:
+            mx.eval(self._loaded.model(mx.array([[0]]), cache=self._loaded.new_cache()))
+        except Exception as error:
+            self.fail_all(reason)
+            raise EngineDied(f"the device does not compute any more: {error}") from error
 
     def _fail(self, rows: list[Row], reason: str) -> list[Delta]:
         deltas = [row.fail(reason) for row in rows if not row.done]

@@ -37,6 +37,7 @@ class Prefiller:
         self._prefixes = prefixes
         self._new_cache = new_cache
         self._long: _LongPrompt | None = None
+        self._others_turn = False
 
     @property
     def rows(self) -> list[Row]:
@@ -68,30 +69,21 @@ class Prefiller:
             self.active = [row for row in self.active if row not in ready[0]]
 
     def _advance(self, free_rows: int, chunk: int) -> Iterator[Ready]:
-        if self._long is None:
-            group = self._take(free_rows, chunk)
-            if whole := [(row, caches) for row, caches in group if not row.uncached]:
-                yield [row for row, _ in whole], merge([caches for _, caches in whole])
-            rest = [(row, caches) for row, caches in group if row.uncached]
-            if len(rest) == 1:
-                self._long = _LongPrompt(*rest[0])
-            elif rest:
-                rows = [row for row, _ in rest]
-                yield rows, self._call_together(rows, [caches for _, caches in rest])
+        # Prompts that fit into one call need not wait for all the calls of a long one: they take turns with it.
+        self._others_turn = not self._others_turn
+        if self._long is None or self._others_turn:
+            group = self._take(free_rows - len(self.active), chunk)
+            if group:
+                yield from self._start(group)
+                if self._long is None:
+                    return
         if self._long is not None:
-            self._apply_adapters([self._long.row])
-            self._long.call(self._model, chunk)
-            if not self._long.todo:
-                row, caches, self._long = self._long.row, self._long.caches, None
-                if row.reusable:
-                    # Merging copies, so the prompt's own caches can be kept as they are.
-                    self._prefixes.store(row.adapter_key, row.prompt[:-1], caches)
-                yield [row], merge([caches])
+            yield from self._continue(self._long, chunk)
 
     def _take(self, free_rows: int, chunk: int) -> list[tuple[Row, Caches]]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
 
-        The first may be longer than a call: it is then alone.
+        The first may be longer than a call, unless a long prompt is under way: it is then alone.
         """
         group: list[tuple[Row, Caches]] = []
         longest = 0
@@ -99,11 +91,31 @@ class Prefiller:
             row = self.waiting[0]
             caches = self._look_up(row)
             longest = max(longest, row.uncached)
-            if group and longest * (len(group) + 1) > chunk:
+            if longest * (len(group) + 1) > chunk and (group or self._long is not None):
                 break
             self.active.append(self.waiting.popleft())
             group.append((row, caches))
         return group
+
+    def _start(self, group: list[tuple[Row, Caches]]) -> Iterator[Ready]:
+        if whole := [(row, caches) for row, caches in group if not row.uncached]:
+            yield [row for row, _ in whole], merge([caches for _, caches in whole])
+        rest = [(row, caches) for row, caches in group if row.uncached]
+        if len(rest) == 1 and self._long is None:
+            self._long = _LongPrompt(*rest[0])
+        elif rest:
+            rows = [row for row, _ in rest]
+            yield rows, self._call_together(rows, [caches for _, caches in rest])
+
+    def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
+        self._apply_adapters([long.row])
+        long.call(self._model, chunk)
+        if not long.todo:
+            self._long = None
+            if long.row.reusable:
+                # Merging copies, so the prompt's own caches can be kept as they are.
+                self._prefixes.store(long.row.adapter_key, long.row.prompt[:-1], long.caches)
+            yield [long.row], merge([long.caches])
 
     def _look_up(self, row: Row) -> Caches:
         hit = self._prefixes.fetch(row.adapter_key, row.prompt)

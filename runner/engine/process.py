@@ -6,6 +6,7 @@ nothing to compute) and steps the engine.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ import msgspec
 
 from runner.engine import environment
 from runner.engine.transport import Connected, Disconnected, Event, Transport
-from runner.errors import EngineLoadError
+from runner.errors import EngineDied, EngineLoadError
 from runner.protocol import (
     VERSION,
     AdapterDropped,
@@ -67,7 +68,7 @@ class EngineProcess:
         self._stats: Stats | None = None
 
     def run(self) -> int:
-        """Load, serve, and return the process's exit code."""
+        """Load, serve, and return the exit code: 0, 1 when the model cannot be loaded, 3 when it cannot go on."""
         try:
             self._transport.start(self._hello(), Loading("importing"))
             try:
@@ -76,17 +77,25 @@ class EngineProcess:
                 logger.error("model cannot be loaded", extra={"reason": error.message})
                 failed = LoadFailed(error.message, error.hint)
                 self._transport.announce(failed, self._hello(), failed)
+                self._wait_for_runner()
                 return 1
             self._serve(self._engine)
             return 0
+        except EngineDied as error:
+            logger.error("engine cannot go on", extra={"reason": error.message})
+            return 3
         finally:
             self._transport.close(_FLUSH_TIMEOUT)
+
+    def _wait_for_runner(self) -> None:
+        """Until somebody has connected, and so been told what the greeting says, or the grace is over."""
+        with contextlib.suppress(Empty):
+            self._transport.inbox.get(timeout=self._spec.orphan_grace)
 
     # ------------------------------------------------------------- loading
 
     def _load(self) -> Engine:
         # Imported here: the socket is there, and the runner connected, while this takes its time.
-        from runner.engine import upstream  # noqa: F401, PLC0415
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
         from runner.engine.loop import Engine  # noqa: PLC0415
@@ -196,6 +205,7 @@ class EngineProcess:
             case Connected(connection=connection):
                 self._connected = True
                 self._transport.answer(connection)
+                self._stats = None  # it has seen none yet
             case Disconnected():
                 engine.cancel_all()
                 self._connected = False

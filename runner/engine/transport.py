@@ -54,7 +54,6 @@ class Transport:
         self.inbox: SimpleQueue[Event] = SimpleQueue()
         self._path = path
         self._outbox: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
-        self._flushed = threading.Event()
         self._lock = threading.RLock()
         self._greeting: tuple[FromEngine, ...] = ()
         self._peer: socket.socket | None = None
@@ -66,15 +65,21 @@ class Transport:
         previous = os.umask(0o177)
         try:
             self._listener.bind(str(path))
+        except OSError:
+            self._listener.close()
+            raise
         finally:
             os.umask(previous)
+        self._closing, self._close = socket.socketpair()
+        self._reader = threading.Thread(target=self._read_loop, name="engine-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write_loop, name="engine-writer", daemon=True)
 
     def start(self, *greeting: FromEngine) -> None:
         """Accept runners from now on; each is sent `greeting` first."""
         self._greeting = greeting
         self._listener.listen(4)
-        threading.Thread(target=self._read_loop, name="engine-reader", daemon=True).start()
-        threading.Thread(target=self._write_loop, name="engine-writer", daemon=True).start()
+        self._reader.start()
+        self._writer.start()
 
     def answer(self, connection: int) -> None:
         """From now on `send` goes to `connection`: the main thread has taken its `Connected` event."""
@@ -98,18 +103,23 @@ class Transport:
     def close(self, timeout: float) -> None:
         """Write what is queued, for at most `timeout` seconds, then close and remove the socket."""
         self._outbox.put(None)
-        self._flushed.wait(timeout)
+        self._writer.join(timeout)
         self._path.unlink(missing_ok=True)
-        self._listener.close()
+        self._close.close()
+        self._reader.join(timeout)
 
     # ------------------------------------------------------------- the two threads
 
     def _read_loop(self) -> None:
         decoder = decoder_to_engine()
-        with selectors.DefaultSelector() as selector:
+        with self._closing, self._listener, selectors.DefaultSelector() as selector:
+            selector.register(self._closing, selectors.EVENT_READ)
             selector.register(self._listener, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
+                    if key.fileobj is self._closing:
+                        self._hang_up()
+                        return
                     if key.fileobj is self._listener:
                         decoder = decoder_to_engine()
                         self._accept(selector)
@@ -173,4 +183,3 @@ class Transport:
             if peer is not None:
                 with contextlib.suppress(OSError):  # the reader sees the end of the connection and reports it
                     peer.sendall(frame)
-        self._flushed.set()

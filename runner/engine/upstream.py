@@ -13,17 +13,14 @@ import sys
 from types import ModuleType
 
 
-def install() -> None:
+def install_bare_package() -> None:
     """Make `mlx_lm` a package without its initialiser, unless it is already imported."""
     if "mlx_lm" in sys.modules:
         return
     spec = importlib.util.find_spec("mlx_lm")
     if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError("mlx_lm is not installed", name="mlx_lm")
+        return  # the first import of it says so
     package = ModuleType("mlx_lm")
     package.__path__ = list(spec.submodule_search_locations)
     package.__spec__ = spec
     sys.modules["mlx_lm"] = package
-
-
-install()

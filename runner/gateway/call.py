@@ -70,7 +70,9 @@ class Call:
         self._receive = receive
         self._send = send
         self._headers = [(b"x-request-id", exchange.request_id.encode()), *policy.cors_headers(headers)]
-        self._task = asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None, "a call is made in its request's task"
+        self._task = task
         self._watcher: asyncio.Task[None] | None = None
         length = headers.get(b"content-length", b"")
         self._body_length = int(length) if length.isdigit() else None
@@ -86,8 +88,7 @@ class Call:
         except asyncio.CancelledError:
             if not (self.left or self._cut):
                 raise
-            if self._task is not None:
-                self._task.uncancel()
+            self._task.uncancel()
         except RequestError as error:  # Falcon's handlers do not cover the first piece of the body
             if self._begun:
                 raise
@@ -117,7 +118,7 @@ class Call:
 
     def cut(self) -> None:
         """Ends the request because the listener closes."""
-        if not self._ended and self._task is not None:
+        if not self._ended:
             self._cut = True
             self._task.cancel()
 
@@ -165,7 +166,7 @@ class Call:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if not self._ended and self._task is not None:
+        if not self._ended:
             self.left = True
             self._task.cancel()
 

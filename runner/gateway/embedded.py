@@ -1,8 +1,8 @@
 """Granian's embedded server on a socket that is bound already.
 
 The socket is handed over through the one private method that makes Granian's own (`_init_shared_socket`; tests/gateway
-pins what it must do). Granian's log goes where ours goes: it gets no handlers of its own, and logging's configuration of
-the rest of the process stays as it is.
+pins what it must do). Granian's log goes where ours goes: it gets no handlers of its own, and the configuration of the
+rest of the process's logging stays as it is.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from falcon.asgi import Request
+
+logger = logging.getLogger(__name__)
 
 SCOPE_KEY: Final = "mlx_run.exchange"
 
@@ -40,9 +43,12 @@ class Exchange:
         self._closers.append(close)
 
     async def close(self) -> None:
-        """Runs what was deferred, the last first."""
+        """Runs what was deferred, the last first, and all of it."""
         while self._closers:
-            await self._closers.pop()()
+            try:
+                await self._closers.pop()()
+            except Exception:
+                logger.exception("closing a request failed", extra={"request_id": self.request_id})
 
 
 def exchange_of(request: Request) -> Exchange:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final
+from typing import Final, NamedTuple
 
 from runner.plan.spec import ListenerSpec
 
@@ -24,8 +23,7 @@ _OPEN_PATHS: Final = frozenset({"/health"})
 _EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, x-mlx-run-adapter")
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why a request goes no further."""
 
     status: int

@@ -24,13 +24,13 @@ def bind(host: str, port: int) -> socket.socket:
     *:8080 and take its clients. When only the remains of old connections are in the way, the second try has it.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenerError(
             f"cannot listen on {host}:{port}: {error.strerror}", hint="set `host` to an address of this machine"
         ) from None
+    # "localhost" is both; clients that were told 127.0.0.1 are the more common.
+    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
     try:
         return _listen(family, kind, protocol, address, reuse=False)
     except OSError as error:
@@ -47,8 +47,6 @@ def _listen(family: int, kind: int, protocol: int, address: Any, *, reuse: bool)
     try:
         if reuse:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
         # Its connections inherit this, and must have it for the port to be bound again while they are in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -29,11 +28,6 @@ class Observed:
     models: tuple[ModelSpec, ...] = ()
     listeners: tuple[ListenerSpec, ...] = ()
     memory_bytes: int = 0
-
-
-def machine_memory() -> int:
-    """Bytes of memory this machine has, for `Observed.memory_bytes`. By sysconf: psutil takes 4 MB to say the same."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan(desired: Desired, observed: Observed) -> Plan:
@@ -81,7 +75,9 @@ def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Actio
     if old == new:
         return []
     if old.address != new.address:
-        return [MoveListener(old, new, f"address {old.host}:{old.port} → {new.host}:{new.port}")]
+        # One port cannot be had twice, so the old address has to be given back first.
+        disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
+        return [MoveListener(old, new, f"address {old.host}:{old.port} → {new.host}:{new.port}", disruption)]
     return [UpdateListener(old, new, "changed: " + ", ".join(_changed(old, new)))]
 
 

@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import mlx.core as mx  # noqa: E402
 
-from runner.engine import upstream  # noqa: E402, F401 - before anything of mlx_lm
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import LoadedModel, load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402

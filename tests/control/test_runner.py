@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from typing import Any
 
 import httpx
@@ -182,6 +183,41 @@ async def test_a_listener_is_opened_and_closed_by_an_edit(scene: Scene) -> None:
         await scene.live.settle()
         with pytest.raises(httpx.ConnectError):
             await client.get(f"http://127.0.0.1:{more}/health")
+
+
+async def test_a_listener_moves_to_another_port_and_to_another_address_on_it(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    engine, before = pid(scene), scene.lm
+    scene.lm = f"lm: {{port: {free_port()}}}"
+    scene.write(ONE)
+    await scene.event("applied", 2)
+    assert (await text(scene)).startswith("base ")
+    scene.lm = scene.lm.replace("}", ", host: 127.0.0.2}")
+    scene.write(ONE)
+    await scene.event("applied", 3)
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(f"http://127.0.0.2:{scene.port()}/ready")).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"http://127.0.0.1:{scene.port()}/health")
+    assert pid(scene) == engine
+    assert before != scene.lm
+
+
+async def test_a_port_that_is_taken_at_the_last_moment_leaves_everything(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    taken = free_port()
+    with socket.create_server(("127.0.0.1", taken)):
+        scene.write("chat: {source: ./models/chat}", servers=f"more: {{port: {taken}}}")
+        failed = await scene.event("apply_failed")
+        assert str(taken) in failed["error"]
+        key = scene.live.deployments["chat"].spec.adapters[0].key
+        assert (await text(scene, adapter_name="pirate")).startswith(key)
+    await scene.event("applied", 2)  # it is tried again by itself
+    assert (await ask(scene, adapter_name="pirate")).status_code == 404
 
 
 async def test_a_renamed_manifest_is_refused(scene: Scene) -> None:

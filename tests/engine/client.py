@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0
 """Seconds that anything may take before a test fails."""
 
+POLL = 0.005
+"""Seconds between two looks at what cannot be waited for."""
+
 M = TypeVar("M")
 
 
@@ -38,6 +41,7 @@ class Client:
                 self.socket.connect(str(path))
             except (FileNotFoundError, ConnectionRefusedError):
                 assert time.monotonic() < deadline, "the engine never listened"
+                time.sleep(POLL)
             else:
                 return
 
@@ -121,7 +125,7 @@ class EngineChild:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "runner.engine", *command],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -138,6 +142,13 @@ class EngineChild:
         client = self.connect()
         client.wait(Loaded)
         return client
+
+    def until_logged(self, message: str) -> None:
+        """Wait for a line in its log."""
+        deadline = time.monotonic() + PATIENCE
+        while message not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(POLL)
 
     def exit_code(self) -> int:
         """Wait for the process to end by itself."""

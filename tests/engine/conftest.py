@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from runner.engine import upstream  # noqa: F401 - before anything of mlx_lm
 from runner.engine.loader import LoadedModel, load
 from tests.engine.tiny import build_model
 

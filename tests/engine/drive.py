@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import mlx.core as mx
 
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel
@@ -72,6 +75,13 @@ class Driver:
         """One request, alone."""
         request = generate(len(self.answers) + 1_000_000, **fields)
         return self.run([request])[request.id]
+
+
+def active_memory() -> int:
+    """Bytes in use once garbage is collected and the device has nothing left to do."""
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
 
 
 def generate(request_id: int, **fields: Any) -> Generate:

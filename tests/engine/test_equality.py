@@ -133,19 +133,19 @@ bounded = settings(deadline=None, derandomize=True, database=None, suppress_heal
 
 
 @given(schedule=plans(("", "", "a", "b")))
-@settings(bounded, max_examples=40)
+@settings(bounded, max_examples=30)
 def test_base_adapters_and_mixes(pair: Callable[..., Pair], schedule: list[Planned]) -> None:
     pair("llama", adapters=True).check(schedule)
 
 
 @given(schedule=plans(("", "a", "b")))
-@settings(bounded, max_examples=10)
+@settings(bounded, max_examples=8)
 def test_quantised(pair: Callable[..., Pair], schedule: list[Planned]) -> None:
     pair("llama", 4, adapters=True).check(schedule)
 
 
 @given(schedule=plans(("",)))
-@settings(bounded, max_examples=12)
+@settings(bounded, max_examples=8)
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "qwen3_moe", "lfm2"])
 def test_other_architectures(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
     """Normalised heads, sliding windows that wrap, experts, and recurrent states."""

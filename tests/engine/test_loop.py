@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import mlx.core as mx
 import pytest
 
 from runner.engine.loader import LoadedModel, load
+from runner.errors import EngineDied
 from runner.protocol import AdapterSource, Configure, Step
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
-from tests.engine.drive import Driver, generate
+from tests.engine.drive import Driver, active_memory, generate
 from tests.engine.tiny import backend, encode
 
 PROMPT = encode("the quick brown fox, hello world. def main")
@@ -180,6 +182,27 @@ def test_what_breaks_a_step_ends_its_rows_and_not_the_loop(llama: LoadedModel, m
     assert driver.engine.rows == []
 
 
+def test_when_nothing_can_be_computed_any_more_all_requests_end_and_so_does_the_engine(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(llama, max_rows=2)
+    for i in range(3):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=6))
+    driver.engine.step()
+
+    class Lost:
+        make_cache = llama.model.make_cache
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr(driver.engine._batch, "_model", Lost())
+    monkeypatch.setattr(driver.engine, "_loaded", replace(llama, model=Lost()))
+    with pytest.raises(EngineDied, match="device lost"):
+        driver.engine.step()
+    assert [driver.answers[i].finish_reason for i in range(3)] == ["error"] * 3
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_what_breaks_a_prefill_ends_its_rows_and_not_the_queue(
     llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, together: bool
@@ -269,14 +292,14 @@ def test_two_hundred_cancels_leave_nothing_behind(model_folder: ModelFolder, tmp
             pending.remove(due)
         driver.engine.step()
         if not driver.engine.busy:
-            memory.append(mx.get_active_memory())
+            memory.append(active_memory())
         step += 1
     stats = driver.engine.stats()
     assert (stats.rows, stats.prefilling, stats.waiting, stats.cancelled_total) == (0, 0, 0, 200)
     assert all(answer.ends == 0 for answer in driver.answers.values())
     driver.engine.configure(Configure(prefix_cache_bytes=0))
     driver.engine.drop_adapter("a")
-    assert mx.get_active_memory() <= min(memory)
+    assert active_memory() <= min(memory)
 
 
 def test_rows_finish_on_the_adapter_version_they_began_with(model_folder: ModelFolder, tmp_path: Path) -> None:

@@ -188,9 +188,10 @@ def test_garbage_ends_the_connection_and_nothing_else(shared: EngineChild) -> No
 
 
 def test_costs_nothing_when_idle(client: Client, shared: EngineChild) -> None:
+    before_it = client.wait(Stats)
     client.send(generate(1, messages=MESSAGES, max_tokens=3))
     client.finish(1)
-    client.wait(Stats, rows=0)
+    client.wait(Stats, rows=0, completion_tokens_total=before_it.completion_tokens_total + 3)
     process = psutil.Process(shared.process.pid)
     before = process.cpu_times()
     assert not client.receive(timeout=0.5), "an idle engine sends nothing"
@@ -259,11 +260,16 @@ def test_what_cannot_be_loaded_is_told_and_ends_the_process(
         child = start(path=tmp_path / "empty")
     else:
         child = start(adapters=(AdapterSource("a", str(tmp_path / "empty")),))
-    client = child.connect()
-    failed = client.wait(LoadFailed)
-    assert "is not a model folder" in failed.reason if what == "model" else "is not a folder" in failed.reason
+    # However late the runner connects, it is told.
+    child.until_logged("model cannot be loaded")
+    failed = child.connect().wait(LoadFailed)
+    assert ("is not a model folder" if what == "model" else "is not a folder") in failed.reason
     assert child.exit_code() == 1
     assert "Traceback" not in child.log.read_text()
+
+
+def test_with_nobody_to_tell_it_ends_all_the_same(start: Callable[..., EngineChild], tmp_path: Path) -> None:
+    assert start(path=tmp_path / "empty", orphan_grace=0.05).exit_code() == 1
 
 
 @pytest.mark.parametrize("spec", [None, "{", json.dumps({"model": "m"})])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from runner.gateway import call as call_module
+from runner.gateway.exchange import Exchange
 from runner.gateway.guard import CLIENT_LEFT
 from runner.protocol import Delta
 from runner.telemetry import GatewayMetrics
@@ -182,3 +183,20 @@ async def test_a_cancel_of_the_task_itself_is_not_swallowed(client: Client, depl
     with pytest.raises(asyncio.CancelledError):
         await request
     assert deployment.closed == 1
+
+
+async def test_all_that_was_deferred_is_closed_though_one_fails(caplog: pytest.LogCaptureFixture) -> None:
+    exchange = Exchange("req_1")
+    closed: list[str] = []
+
+    async def fail() -> None:
+        raise RuntimeError("no")
+
+    async def close() -> None:
+        closed.append("first")
+
+    exchange.defer(close)
+    exchange.defer(fail)
+    await exchange.close()
+    assert closed == ["first"]
+    assert "closing a request failed" in caplog.text

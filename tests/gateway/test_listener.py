@@ -6,6 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -35,6 +37,22 @@ async def health(listener: Listener) -> int:
 async def test_answers_on_the_port_it_tells(listener: Listener) -> None:
     assert listener.address[1] != 0
     assert await health(listener) == 200
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+async def test_ipv6(directory: FakeDirectory, metrics: GatewayMetrics) -> None:
+    listener = Listener(spec_of(host="::1"), directory, metrics)
+    await listener.start()
+    assert await health(listener) == 200
+    await listener.close(0)
+
+
+async def test_localhost_is_127_0_0_1(directory: FakeDirectory, metrics: GatewayMetrics) -> None:
+    listener = Listener(spec_of(host="localhost"), directory, metrics)
+    await listener.start()
+    _, writer = await asyncio.open_connection("127.0.0.1", listener.address[1])
+    writer.close()
+    await listener.close(0)
 
 
 async def test_several_listeners_share_a_loop(directory: FakeDirectory, metrics: GatewayMetrics) -> None:
@@ -162,6 +180,35 @@ async def test_close_does_not_wait_for_half_a_request(connect: Connect, listener
         assert await listener.close(30) == 0
     with pytest.raises(ConnectionRefusedError):
         await connect(listener)
+
+
+SERVE_AND_END = """
+import asyncio, sys
+from runner.gateway.listener import Listener
+from runner.telemetry import GatewayMetrics
+from tests.gateway.conftest import spec_of
+from tests.gateway.fakes import FakeDirectory
+from tests.gateway.wire import chat
+
+async def main():
+    listener = Listener(spec_of(), FakeDirectory(), GatewayMetrics())
+    await listener.start()
+    _, idle = await asyncio.open_connection(*listener.address)
+    _, writer = await asyncio.open_connection(*listener.address)
+    writer.write(chat()[:-5])
+    while not listener.in_flight:
+        await asyncio.sleep(0.001)
+    assert await listener.close(0) == 1
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_that_closes_its_listener_ends_without_a_word() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE_AND_END], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 async def test_update_in_place(connect: Connect, listener: Listener, directory: FakeDirectory) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-import os
 import socket
+from pathlib import Path
 
 from runner.gateway.sockets import bind, connections, sever
+
+
+def descriptors() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 def test_bind_does_not_share() -> None:
@@ -26,10 +30,10 @@ def test_connections_are_those_of_clients_to_the_port() -> None:
         with socket.create_connection(address) as client, socket.create_connection(elsewhere):
             accepted, _ = listening.accept()
             with accepted:
-                before = len(os.listdir("/dev/fd"))
+                before = descriptors()
                 found = [sock.getpeername() for sock in connections(address[1])]
                 assert found == [client.getsockname()]
-                assert len(os.listdir("/dev/fd")) == before
+                assert descriptors() == before
                 sever(address[1])
                 assert client.recv(1) == b""
                 client.close()

@@ -122,6 +122,9 @@ def test_other_weights_drain_first_when_both_do_not_fit() -> None:
 def test_listener_moves_only_for_another_address() -> None:
     (moved,) = plan(desired(model(), listeners=(listener(port=9000),)), observed(model())).actions
     assert isinstance(moved, MoveListener)
+    assert moved.disruption is Disruption.NONE
+    (same_port,) = plan(desired(model(), listeners=(listener(host="127.0.0.2"),)), observed(model())).actions
+    assert same_port.disruption is Disruption.DRAIN, "one port cannot be had twice"
     (updated,) = plan(desired(model(), listeners=(listener(api_keys=("secret",)),)), observed(model())).actions
     assert isinstance(updated, UpdateListener)
 

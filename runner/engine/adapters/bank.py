@@ -20,7 +20,7 @@ from runner.engine.adapters import mlx_format, peft_format
 from runner.engine.adapters.check import AdaptableModules, adaptable_modules, check
 from runner.engine.adapters.experts import AdaptedExperts, AdaptedSwitchLinear
 from runner.engine.adapters.formats import Adapter, AdapterRefusal, LowRank, require_folder
-from runner.engine.adapters.layers import AdaptedLinear, RowSlots
+from runner.engine.adapters.layers import AdaptedLinear, CurrentSlots, RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.protocol import AdapterLoaded, AdapterSource
 
@@ -43,7 +43,7 @@ class AdapterBank:
 
     def __init__(self, model: Any, dtype: mx.Dtype) -> None:
         """`dtype` is what the model's activations are; adapters are kept in it."""
-        self._active = RowSlots()
+        self._current = CurrentSlots()
         self.version = 0
         self._model = model
         self._dtype = dtype
@@ -94,15 +94,17 @@ class AdapterBank:
         assert resident.rows >= 0, "an adapter was released more often than acquired"
         self._free_if_unused(resident)
 
-    def slots(self, rows: Sequence[Resident | None]) -> mx.array | None:
-        """[rows] int32, None when no row has an adapter; valid until `version` changes."""
-        if all(resident is None for resident in rows):
+    def slots(self, rows: Sequence[Resident | None]) -> RowSlots | None:
+        """The slots of rows, None when no row has an adapter; valid until `version` changes."""
+        numbers = [0 if resident is None else resident.slot for resident in rows]
+        if not any(numbers):
             return None
-        return mx.array([0 if resident is None else resident.slot for resident in rows], dtype=mx.int32)
+        shared = len(set(numbers)) == 1
+        return RowSlots(mx.array(numbers, dtype=mx.int32), numbers[0] if shared else None)
 
-    def apply(self, slots: mx.array | None) -> None:
+    def apply(self, rows: RowSlots | None) -> None:
         """Let the next model call's rows have these slots."""
-        self._active.slots = slots
+        self._current.rows = rows
 
     def _find(self, key: str) -> Resident | None:
         return next((resident for resident in self._residents if resident.key == key), None)
@@ -140,13 +142,13 @@ class AdapterBank:
     def _wrap(self, path: str) -> None:
         base = self._modules.layers[path]
         if isinstance(base, nn.Linear | nn.QuantizedLinear):
-            self._wrapped[path] = AdaptedLinear(base, self._active)
+            self._wrapped[path] = AdaptedLinear(base, self._current)
             self._replace(path, self._wrapped[path])
             return
         block_path, _, name = path.rpartition(".")
         block = self._blocks.get(block_path)
         if block is None:
-            block = self._blocks[block_path] = AdaptedExperts(self._modules.blocks[block_path], self._active)
+            block = self._blocks[block_path] = AdaptedExperts(self._modules.blocks[block_path], self._current)
             self._replace(block_path, block)
         self._wrapped[path] = AdaptedSwitchLinear(base, block.routed)
         setattr(block.base, name, self._wrapped[path])

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.layers import CurrentSlots
 from runner.engine.adapters.stack import Stack
 
 
@@ -23,12 +23,10 @@ class RoutedSlots:
         self._indices: mx.array | None = None
         self._sorted: mx.array | None = None
 
-    def set(self, slots: mx.array | None, indices: mx.array) -> None:
+    def set(self, slots: mx.array, indices: mx.array) -> None:
         """`slots` [rows] for `indices` [rows, …, experts per token], or [rows · tokens, experts per token]."""
-        self._plain = self._sorted = None
-        if slots is not None:
-            self._indices = indices
-            self._plain = mx.repeat(slots, indices.size // slots.shape[0]).reshape(indices.shape)
+        self._indices, self._sorted = indices, None
+        self._plain = mx.repeat(slots, indices.size // slots.shape[0]).reshape(indices.shape)
 
     def clear(self) -> None:
         """The block is done."""
@@ -47,17 +45,24 @@ class RoutedSlots:
 class AdaptedExperts(nn.Module):  # type: ignore[misc]
     """A mixture block (upstream's SwitchGLU or SwitchMLP) that tells its layers which rows their tokens are of."""
 
-    def __init__(self, base: Any, rows: RowSlots) -> None:
+    def __init__(self, base: Any, current: CurrentSlots) -> None:
         super().__init__()
         self.base = base
         self.routed = RoutedSlots()
-        self._rows = rows
+        self._current = current
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """As the base."""
-        self.routed.set(self._rows.slots, indices)
-        y: mx.array = self.base(x, indices)
+        rows = self._current.rows
+        if rows is None:
+            return self._base(x, indices)
+        self.routed.set(rows.slots, indices)
+        y = self._base(x, indices)
         self.routed.clear()
+        return y
+
+    def _base(self, x: mx.array, indices: mx.array) -> mx.array:
+        y: mx.array = self.base(x, indices)
         return y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -18,6 +18,7 @@ class Stack:
     a: mx.array
     b: mx.array
     magnitude: mx.array | None
+    _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, slots: int, a: mx.array, b: mx.array) -> Stack:
@@ -33,6 +34,13 @@ class Stack:
     def nbytes(self) -> int:
         """Bytes of all slots together."""
         return sum(array.nbytes for array in self.arrays)
+
+    def slot(self, index: int) -> tuple[mx.array, mx.array, mx.array | None]:
+        """`a`, `b` and `magnitude` of one slot. They are views, and cut once."""
+        if index not in self._slices:
+            factor = None if self.magnitude is None else self.magnitude[index]
+            self._slices[index] = self.a[index], self.b[index], factor
+        return self._slices[index]
 
     def appended(self, a: mx.array, b: mx.array, factor: mx.array | None) -> Stack:
         """With one more slot; the smaller rank is padded with zeros."""

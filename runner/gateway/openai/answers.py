@@ -17,6 +17,8 @@ from runner.protocol import Delta, TokenLogprob, Usage
 
 DONE: Final = b"data: [DONE]\n\n"
 _END: Final = b"}]}\n\n"
+_MORE: Final = b',"logprobs":null,"finish_reason":null' + _END
+"""The end of a choice, and of its chunk, that is neither the last nor has logprobs."""
 
 
 async def whole(generation: Generation, head: Head) -> bytes:
@@ -56,7 +58,9 @@ async def events(generation: Generation, head: Head, exchange: Exchange) -> Asyn
     """
     encode = Chunks(head, generation.count).encode
     try:
-        yield encode(generation.first)
+        data = encode(generation.first)
+        if data:
+            yield data
         async for batch in generation.rest:
             data = encode(batch)
             if data:
@@ -85,9 +89,9 @@ class Chunks:
         self._starts = [b'%b,"choices":[{"index":%d,' % (prefix, index) for index in range(count)]
         before, self._after = shape.piece()
         self._openings = [start + before for start in self._starts]
-        self._closing = self._after + b',"logprobs":null,"finish_reason":null' + _END
+        self._closing = self._after + _MORE
         first = shape.first()
-        self._first = None if first is None else encode_json(first)[1:-1] + self._closing[len(self._after) :]
+        self._first = None if first is None else encode_json(first)[1:-1] + _MORE
         self._begun = [False] * count
         self._offsets = [0] * count
         self._usages: list[Usage | None] = [None] * count

@@ -12,6 +12,7 @@ from runner.engine.loader import LoadedModel, load
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx, write_peft
 from tests.engine.conftest import ModelFolder
+from tests.engine.drive import active_memory
 from tests.engine.tiny import encode
 
 EVERY_LINEAR = (*ATTENTION, "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -150,7 +151,7 @@ def test_a_dropped_adapter_is_freed_when_its_last_row_ends(model_folder: ModelFo
     loaded = load(model_folder("llama"))
     bank = AdapterBank(loaded.model, loaded.dtype)
     shapes = linear_shapes(loaded, EVERY_LINEAR)
-    before = mx.get_active_memory()
+    before = active_memory()
     sources = [
         AdapterSource(name, str(write_mlx(tmp_path / name, draw(shapes, rank, rank), keys=EVERY_LINEAR)))
         for name, rank in [("a", 4), ("b", 16), ("c", 2)]
@@ -175,7 +176,7 @@ def test_a_dropped_adapter_is_freed_when_its_last_row_ends(model_folder: ModelFo
     bank.drop("c")
     assert bank.nbytes == 0
     del expected
-    assert mx.get_active_memory() <= before
+    assert active_memory() <= before
 
 
 def test_loading_a_resident_adapter_again_changes_nothing(model_folder: ModelFolder, tmp_path: Path) -> None:

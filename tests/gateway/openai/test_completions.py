@@ -36,6 +36,13 @@ async def test_stream(client: Client) -> None:
     assert {c["object"] for c in chunks} == {"text_completion"}
 
 
+async def test_a_stream_may_begin_with_half_a_character(client: Client, deployment: FakeDeployment) -> None:
+    deployment.scripts = [text_script("", "é")]
+    *chunks, done = events_of((await client.complete(stream=True)).text)
+    assert done == "[DONE]"
+    assert [c["choices"][0]["text"] for c in chunks] == ["é", ""]
+
+
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
     [
