@@ -19,10 +19,11 @@ from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
 from runner.engine.logprobs import read_logprobs
+from runner.engine.memory import MemoryBudget, cache_bytes_per_token
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
-from runner.errors import EngineDied, NotServed, RequestError, Unavailable
+from runner.errors import EngineDied, InvalidRequest, NotServed, RequestError, Unavailable
 from runner.protocol import (
     AdapterLoaded,
     AdapterSource,
@@ -44,10 +45,13 @@ _CLEAR_EVERY: Final = 512
 class Engine:
     """Serves one loaded model. Every method is called by the thread that loaded it.
 
-    `emit` gets what is to be sent to the runner. While `draining`, new requests are refused.
+    `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. While `draining`, new requests
+    are refused.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, emit: Callable[[FromEngine], None]) -> None:
+    def __init__(
+        self, loaded: LoadedModel, limits: Limits, emit: Callable[[FromEngine], None], memory_limit: int = 0
+    ) -> None:
         self.limits = limits
         self.draining = False
         self._loaded = loaded
@@ -56,9 +60,13 @@ class Engine:
         self._bank = AdapterBank(loaded.model, loaded.dtype)
         self._prefixes = PrefixCache(limits.prefix_cache_bytes)
         self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary)
-        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.new_cache)
+        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.new_cache, self._has_room)
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary)
         self._in_flight: StepResult | None = None
+        self._budget: MemoryBudget | None = None
+        if memory_limit:
+            token_bytes = cache_bytes_per_token(loaded.model, loaded.new_cache)
+            self._budget = MemoryBudget(memory_limit, loaded.weights_bytes, token_bytes)
 
     # ------------------------------------------------------------- the step
 
@@ -106,6 +114,17 @@ class Engine:
         if free > 0 and self._prefiller.rows:
             for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
                 self._batch.join(rows, caches)
+
+    def _has_room(self, row: Row) -> bool:
+        """Whether memory has room for one more row, kept prefixes given up for it if need be."""
+        if self._budget is None:
+            return True
+        rows = [*self._batch.rows, *self._prefiller.active, row]
+        excess = self._budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
+        if excess > 0:
+            excess -= self._prefixes.release(excess)
+        # A row by itself was found to fit when it was submitted.
+        return excess <= 0 or len(rows) == 1
 
     def _read(self, result: StepResult) -> list[Delta]:
         """Wait for a step's tokens; what every row that still runs gets for its own."""
@@ -171,6 +190,12 @@ class Engine:
         if waiting >= self.limits.max_queue:
             raise Unavailable(f"{waiting} requests are waiting already", code="queue_full")
         row = self._admission.row(request, self.max_context)
+        if self._budget is not None and (excess := self._budget.excess([row], self._bank.nbytes)) > 0:
+            raise InvalidRequest(
+                f"{len(row.prompt)} tokens and the answer need {excess / 2**20:.0f} MiB more than memory_limit leaves",
+                param="max_tokens",
+                code="memory_limit_exceeded",
+            )
         if request.adapter:
             row.adapter = self._bank.acquire(request.adapter)
             if row.adapter is None:

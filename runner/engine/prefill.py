@@ -29,13 +29,22 @@ class Prefiller:
     `active` rows have left the queue and have not joined the batch.
     """
 
-    def __init__(self, model: Any, bank: AdapterBank, prefixes: PrefixCache, new_cache: Callable[[], Caches]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        bank: AdapterBank,
+        prefixes: PrefixCache,
+        new_cache: Callable[[], Caches],
+        has_room: Callable[[Row], bool],
+    ) -> None:
+        """`new_cache` makes empty caches for a row; `has_room` says whether memory has room for one more."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._model = model
         self._bank = bank
         self._prefixes = prefixes
         self._new_cache = new_cache
+        self._has_room = has_room
         self._long: _LongPrompt | None = None
         self._others_turn = False
 
@@ -71,11 +80,12 @@ class Prefiller:
     def _advance(self, free_rows: int, chunk: int) -> Iterator[Ready]:
         # Prompts that fit into one call need not wait for all the calls of a long one: they take turns with it.
         self._others_turn = not self._others_turn
-        if self._long is None or self._others_turn:
+        long = self._long
+        if long is None or self._others_turn:
             group = self._take(free_rows - len(self.active), chunk)
             if group:
                 yield from self._start(group)
-                if self._long is None:
+                if self._long is long:
                     return
         if self._long is not None:
             yield from self._continue(self._long, chunk)
@@ -92,6 +102,8 @@ class Prefiller:
             caches = self._look_up(row)
             longest = max(longest, row.uncached)
             if longest * (len(group) + 1) > chunk and (group or self._long is not None):
+                break
+            if not self._has_room(row):
                 break
             self.active.append(self.waiting.popleft())
             group.append((row, caches))

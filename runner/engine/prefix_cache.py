@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
+
+from runner.engine.arrays import start
 
 Caches = list[Any]
 
@@ -79,6 +82,7 @@ class PrefixCache:
         if not self.enabled or not tokens:
             return
         packed = _pack(tokens)
+        _compact(caches)
         nbytes = sum(cache.nbytes for cache in caches) + len(packed)
         if nbytes > self._limit:
             return
@@ -100,6 +104,13 @@ class PrefixCache:
         for tokens in list(self._entries.get(adapter, ())):
             self._remove(adapter, tokens)
 
+    def release(self, nbytes: int) -> int:
+        """Give up entries until at least `nbytes` bytes are free, or none is left; returns how many were freed."""
+        before = self.nbytes
+        while self._order and before - self.nbytes < nbytes:
+            self._remove(*next(iter(self._order)))
+        return before - self.nbytes
+
     def _shrink(self) -> None:
         while self.nbytes > self._limit:
             self._remove(*next(iter(self._order)))
@@ -114,6 +125,15 @@ class PrefixCache:
         del self._order[adapter, tokens]
         if not entries:
             del self._entries[adapter]
+
+
+def _compact(caches: Caches) -> None:
+    """Let go of the room that upstream's caches keep for tokens to come: up to 255 of them."""
+    for cache in caches:
+        if type(cache) is KVCache and cache.keys is not None and cache.keys.shape[2] > cache.offset:
+            keys, values = cache.keys_and_values()
+            cache.keys, cache.values = mx.contiguous(keys), mx.contiguous(values)
+            start(cache.keys, cache.values)
 
 
 def _pack(tokens: Sequence[int]) -> bytes:

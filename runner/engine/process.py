@@ -99,12 +99,13 @@ class EngineProcess:
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
         from runner.engine.loop import Engine  # noqa: PLC0415
-        from runner.engine.startup import memory_limit, warm_up  # noqa: PLC0415
+        from runner.engine.memory import ask_for  # noqa: PLC0415
+        from runner.engine.startup import warm_up  # noqa: PLC0415
 
         self._stage("weights")
-        memory_limit(self._spec.memory_limit_bytes)
+        ask_for(self._spec.memory_limit_bytes)
         model = load(Path(self._spec.path))
-        engine = Engine(model, Limits.of(self._spec), self._transport.send)
+        engine = Engine(model, Limits.of(self._spec), self._transport.send, self._spec.memory_limit_bytes)
         self._stage("adapters")
         for adapter in self._spec.adapters:
             try:

@@ -1,4 +1,4 @@
-"""What happens between loading and serving: memory limits, and the token that proves the model works."""
+"""Between loading and serving: the token that proves that the model works."""
 
 from __future__ import annotations
 
@@ -7,19 +7,6 @@ import mlx.core as mx
 from runner.engine.loop import Engine
 from runner.errors import EngineLoadError
 from runner.protocol import Generate
-
-
-def memory_limit(limit: int) -> None:
-    """Ask MLX to stay within `limit` bytes; 0 for its own default. It is a guideline to MLX, not a wall.
-
-    On Metal the model's memory is also wired, so that it is not paged out between requests.
-    """
-    if limit:
-        mx.set_memory_limit(limit)
-    if mx.metal.is_available():
-        wired = int(mx.device_info().get("max_recommended_working_set_size", 0))
-        if wired:
-            mx.set_wired_limit(min(wired, limit) if limit else wired)
 
 
 def warm_up(engine: Engine) -> tuple[str, int]:

@@ -42,10 +42,10 @@ class Answer:
 class Driver:
     """An engine and the answers so far, by request id."""
 
-    def __init__(self, loaded: LoadedModel, **limits: Any) -> None:
+    def __init__(self, loaded: LoadedModel, memory_limit: int = 0, **limits: Any) -> None:
         self.frames: list[FromEngine] = []
         self.answers: dict[int, Answer] = {}
-        self.engine = Engine(loaded, Limits(**limits), self._receive)
+        self.engine = Engine(loaded, Limits(**limits), self._receive, memory_limit)
 
     def _receive(self, frame: FromEngine) -> None:
         self.frames.append(frame)

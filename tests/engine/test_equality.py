@@ -55,7 +55,7 @@ def plans(adapters: tuple[str, ...]) -> st.SearchStrategy[list[Planned]]:
     """Up to eight requests within a dozen steps. Few beginnings, so that prompts share them."""
     planned = st.builds(
         Planned,
-        arrives=st.integers(0, 12),
+        arrives=st.sampled_from([0, 0, 0, 1, 2, 4, 9]),
         start=st.sampled_from([0, 3, 11]),
         length=st.sampled_from([1, 2, 5, 13, 14, 31, 60]),
         max_tokens=st.integers(1, 14),
@@ -122,7 +122,7 @@ def pair(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) ->
                 for name, rank in (("a", 4), ("b", 2)):
                     path = tmp_path_factory.mktemp(name)
                     paths[name] = write_mlx(path, draw(shapes, rank, rank), keys=None, scale=1.0)
-            limits = {"max_rows": 4, "prefill_step_size": 16, "prefix_cache_bytes": 200_000}
+            limits = {"max_rows": 4, "prefill_step_size": 40, "prefix_cache_bytes": 200_000}
             built[key] = Pair(folder, paths, **limits)
         return built[key]
 
@@ -150,6 +150,21 @@ def test_quantised(pair: Callable[..., Pair], schedule: list[Planned]) -> None:
 def test_other_architectures(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
     """Normalised heads, sliding windows that wrap, experts, and recurrent states."""
     pair(model_type).check(schedule)
+
+
+@pytest.mark.parametrize("prefixes", [0, 1 << 20], ids=["cold", "with prefixes"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2"])
+def test_prompts_of_many_lengths_in_one_prefill(model_folder: ModelFolder, model_type: str, prefixes: int) -> None:
+    loaded = load(model_folder(model_type))
+    prompts = [TEXT[:2], TEXT[:31], TEXT[:9], TEXT[:1], TEXT[5:20], TEXT[3:30]]
+    alone = [Driver(loaded).one(prompt=prompt, max_tokens=12).text for prompt in prompts]
+    together = Driver(loaded, prefill_step_size=512, prefix_cache_bytes=prefixes)
+    if prefixes:
+        together.one(prompt=TEXT[:25], max_tokens=1)
+        together.one(prompt=TEXT[3:12], max_tokens=1)
+    answers = together.run([generate(i, prompt=prompt, max_tokens=12) for i, prompt in enumerate(prompts)])
+    assert [answers[i].text for i in range(len(prompts))] == alone
+    assert bool(prefixes) == bool(together.engine.stats().cached_tokens_total)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "lfm2"])

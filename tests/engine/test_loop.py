@@ -96,6 +96,21 @@ def test_rows_decode_while_a_long_prompt_is_prefilled(llama: LoadedModel) -> Non
     assert driver.answers[1].tokens - before == steps, "one token a step, chunk or not"
 
 
+def test_short_prompts_need_not_wait_for_a_long_one(llama: LoadedModel) -> None:
+    driver = Driver(llama, prefill_step_size=16, max_rows=3)
+    driver.engine.submit(generate(1, prompt=[7] * 320, max_tokens=1))
+    driver.engine.step()
+    for i in (2, 3, 4):
+        driver.engine.submit(generate(i, prompt=PROMPT[:6], max_tokens=4))
+    driver.engine.submit(generate(5, prompt=[9] * 64, max_tokens=1))
+    ended: list[int] = []
+    while driver.engine.busy:
+        driver.engine.step()
+        ended += [i for i, answer in driver.answers.items() if answer.ends and i not in ended]
+        assert driver.engine.stats().rows + driver.engine.stats().prefilling <= 3
+    assert ended == [2, 3, 4, 1, 5], "a second long one waits for the first"
+
+
 def test_short_prompts_are_prefilled_together(llama: LoadedModel) -> None:
     driver = Driver(llama, prefill_step_size=64)
     for i in range(4):

@@ -1,0 +1,99 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.cli.main import COMMANDS, main
+from runner.cli.text import format_age, format_bytes
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"mlx-run {command}" in shown
+    assert "example:" in shown
+    assert COMMANDS[command] in shown
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["aply", "dev.yaml"])
+    assert exit_.value.code == 2
+    assert "did you mean 'apply'?" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mlx-run 0.")
+
+
+@pytest.mark.parametrize("command", ["apply", "plan", "validate"])
+def test_a_file_that_is_not_there(command: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([command, str(tmp_path / "none.yaml")]) == 1
+    shown = capfd.readouterr().err
+    assert "none.yaml" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["down"], ["chat"], ["logs"], ["status", "nobody"]])
+def test_without_a_runner(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_RUN_STATE_DIR", str(tmp_path))
+    assert main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "mlx-run apply MANIFEST" in shown
+
+
+def test_a_wrong_setting_is_named(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_RUN_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("MLX_RUN_DRAIN_TIMEOUT", "soon")
+    assert main(["apply", str(tmp_path / "dev.yaml")]) == 1
+    assert "MLX_RUN_DRAIN_TIMEOUT" in capfd.readouterr().err
+
+
+def test_status_imports_neither_pydantic_nor_an_http_server() -> None:
+    code = (
+        "import sys; from runner.cli.main import main; main(['status'])\n"
+        "heavy = {'pydantic', 'yaml', 'falcon', 'granian', 'asyncio', 'rich', 'msgspec', 'psutil'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_runner_imports_neither_pydantic_nor_yaml() -> None:
+    code = (
+        "import sys, runner.cli.apply, runner.cli.applying, runner.control.runner, falcon.asgi\n"
+        "heavy = {'pydantic', 'yaml', 'rich', 'mlx', 'psutil', 'prometheus_client'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")]
+)
+def test_sizes(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0s"), (59, "59s"), (61, "1m 1s"), (3700, "1h 1m"), (90000, "1d 1h")]
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

@@ -1,0 +1,65 @@
+"""A declared limit decides how many rows run, not whether requests are answered."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.engine.loader import LoadedModel, load
+from runner.engine.memory import MemoryBudget, cache_bytes_per_token
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+from tests.engine.tiny import encode
+
+PROMPT = encode("the quick brown fox, hello world. def main")
+
+
+@pytest.fixture(scope="module")
+def token_bytes(llama: LoadedModel) -> float:
+    return cache_bytes_per_token(llama.model, llama.new_cache)
+
+
+def test_a_token_is_what_the_caches_hold_for_it(llama: LoadedModel, token_bytes: float) -> None:
+    layers, heads, width, keys_and_values, size = 3, 2, 16, 2, 4
+    assert token_bytes == layers * heads * width * keys_and_values * size
+
+
+def limited(llama: LoadedModel, token_bytes: float, tokens: int, **limits: int) -> Driver:
+    """An engine with room for the weights and `tokens` tokens."""
+    return Driver(llama, memory_limit=int(llama.weights_bytes + tokens * token_bytes), **limits)
+
+
+def test_rows_wait_for_room_and_are_answered(llama: LoadedModel, token_bytes: float) -> None:
+    each = len(PROMPT) + 10
+    driver = limited(llama, token_bytes, 2 * each)
+    for i in range(6):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=10))
+    most = 0
+    while driver.engine.busy:
+        driver.engine.step()
+        most = max(most, driver.engine.stats().rows)
+    assert most == 2
+    assert [driver.answers[i].tokens for i in range(6)] == [10] * 6
+
+
+def test_one_that_never_fits_is_refused(llama: LoadedModel, token_bytes: float) -> None:
+    answer = limited(llama, token_bytes, 30).one(prompt=PROMPT, max_tokens=40)
+    assert answer.rejected is not None
+    assert (answer.rejected.status, answer.rejected.code) == (400, "memory_limit_exceeded")
+
+
+def test_kept_prefixes_give_way_to_rows(llama: LoadedModel, token_bytes: float) -> None:
+    each = len(PROMPT) + 10
+    driver = limited(llama, token_bytes, each + 5, prefix_cache_bytes=1 << 20)
+    driver.one(prompt=PROMPT, max_tokens=10)
+    assert driver.engine.stats().prefix_cache_bytes > 5 * token_bytes
+    other = PROMPT[::-1]
+    assert driver.one(prompt=other, max_tokens=10).tokens == 10
+    kept = driver.engine.stats().prefix_cache_bytes
+    assert kept <= (each + 5) * token_bytes, "only the newer one is left"
+
+
+def test_the_batch_is_counted_padded(model_folder: ModelFolder, token_bytes: float) -> None:
+    driver = Driver(load(model_folder("llama")))
+    rows = [driver.engine._admission.row(generate(i, prompt=[5] * n, max_tokens=4), 0) for i, n in enumerate((10, 30))]
+    assert MemoryBudget(1000, 100, 2.0).excess(rows, 50) == 100 + 50 + 2 * 34 * 2 - 1000
+    assert MemoryBudget(1000, 100, 2.0).excess([], 50) == -850
