@@ -130,9 +130,20 @@ class FakeEngine:
     def stats(self) -> None:
         self.send(
             Stats(
-                rows=len(self.rows), prefilling=0, waiting=0, adapters=sorted(self.adapters), active_bytes=1000,
-                peak_bytes=1000, cache_bytes=0, prefix_cache_bytes=0, prompt_tokens_total=0, cached_tokens_total=0,
-                completion_tokens_total=self.tokens, steps_total=0, cancelled_total=self.cancelled, failed_total=0,
+                rows=len(self.rows),
+                prefilling=0,
+                waiting=0,
+                adapters=sorted(self.adapters),
+                active_bytes=1000,
+                peak_bytes=1000,
+                cache_bytes=0,
+                prefix_cache_bytes=0,
+                prompt_tokens_total=0,
+                cached_tokens_total=0,
+                completion_tokens_total=self.tokens,
+                steps_total=0,
+                cancelled_total=self.cancelled,
+                failed_total=0,
             )
         )
 

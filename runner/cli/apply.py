@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from runner.control.compiler import Compiler
 
@@ -20,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 when the manifest could not be applied."""
+    began = time.monotonic()
     compiler = Compiler()
     compiler.start()
     try:
@@ -27,6 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
         from runner.cli.applying import apply  # noqa: PLC0415
         from runner.cli.locate import absolute  # noqa: PLC0415
 
-        return apply(absolute(arguments.manifest), compiler, detach=arguments.detach)
+        return apply(absolute(arguments.manifest), compiler, began, detach=arguments.detach)
     finally:
         compiler.stop()

@@ -23,8 +23,8 @@ _SPAWN_DEADLINE = 15.0
 """Seconds a detached runner gets to open its control socket."""
 
 
-def apply(path: Path, compiler: Compiler, *, detach: bool) -> int:
-    """Returns 0; raises ManifestError and whatever else kept it from being so."""
+def apply(path: Path, compiler: Compiler, began: float, *, detach: bool) -> int:
+    """Returns 0; `began` is when the command did. Raises ManifestError and whatever else kept it from being so."""
     if not detach:
         # While the manifest is being read, and only where this process may need it: 100 ms of imports.
         import_module("runner.control.runner")
@@ -34,7 +34,7 @@ def apply(path: Path, compiler: Compiler, *, detach: bool) -> int:
         assert error is not None, "a manifest without options is wrong"
         raise error
     folder = StateFolder(compiled.options.state_dir, compiled.name)
-    view = View(path)
+    view = View(path, began)
     if client.is_up(folder.control_socket):
         return _follow(folder, "apply", view, manifest=str(path))
     if detach:
@@ -56,7 +56,7 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, vie
 
     # Line buffered, so that `mlx-run logs -f` follows.
     with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log, view:
-        configure_logging(options.log_level, stream=log, as_json=True)
+        configure_logging(options.log_level, stream=log)
         result = run(compiled, options, compiler, view.show)
     raise_for(result)
     return 0
@@ -64,11 +64,11 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, vie
 
 def _detach(folder: StateFolder, path: Path, view: View) -> int:
     """Start a runner that outlives this terminal, and wait until it has settled."""
-    with folder.log.open("ab") as log:
+    with folder.start_log.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "runner.cli.main", "apply", str(path)],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
         )
@@ -76,7 +76,8 @@ def _detach(folder: StateFolder, path: Path, view: View) -> int:
     while not client.is_up(folder.control_socket):
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=0.05)
-            raise NotRunning(f"the runner exited with code {code}", hint=f"See {folder.log}.")
+            reason = folder.start_log.read_text(errors="replace").strip().removeprefix("error: ")
+            raise NotRunning(reason or f"the runner exited with code {code}; see {folder.log}")
         if time.monotonic() > deadline:
             raise RunnerError("the runner did not start in time", hint=f"See {folder.log}.")
     return _follow(folder, "follow", view)

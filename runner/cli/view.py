@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class View:
     """Shows events (`runner.control.events`) as they come. On a terminal, a spinner names what is being loaded."""
 
-    def __init__(self, manifest: Path) -> None:
+    def __init__(self, manifest: Path, began: float) -> None:
+        """`began` is when the command did, by `time.monotonic`."""
         self._manifest = manifest
-        self._begun = time.monotonic()
+        self._began = began
         self._loading: list[str] = []
         self._spinner: Status | None = None
         self._settled = False
@@ -79,8 +80,8 @@ class View:
         else:
             self._settled = True
             self._print(
-                f"Ready after {time.monotonic() - self._begun:.2f} s (generation {event['generation']}). "
-                f"Edits of {self._manifest.name} go live as you save."
+                f"Ready after {time.monotonic() - self._began:.2f} s (generation {event['generation']}). "
+                f"Edits of {self._manifest.name} go live as you save; `mlx-run chat` talks to it."
             )
 
     def _on_apply_failed(self, event: dict[str, Any]) -> None:
@@ -98,6 +99,9 @@ class View:
     def _on_stopping(self, event: dict[str, Any]) -> None:
         self._stop_spinner()
         self._print(f"Draining for at most {event['drain_seconds']:.0f} s; Ctrl-C again stops at once.")
+
+    def _on_stopped(self, event: dict[str, Any]) -> None:
+        self._print("Stopped.")
 
     def _on_stopping_now(self, event: dict[str, Any]) -> None:
         self._print("Stopping now.")

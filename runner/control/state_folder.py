@@ -37,6 +37,11 @@ class StateFolder:
         return self.folder / "logs" / "runner.log"
 
     @property
+    def start_log(self) -> Path:
+        """What a detached runner printed as it started."""
+        return self.folder / "start.log"
+
+    @property
     def generation_file(self) -> Path:
         """The last committed generation, JSON."""
         return self.folder / "generation.json"
