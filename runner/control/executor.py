@@ -151,7 +151,7 @@ class Executor:
         self._undo.append(remove)
 
     async def _open(self, action: OpenListener | MoveListener) -> None:
-        spec = action.spec if isinstance(action, OpenListener) else action.new
+        spec = action.spec
         if action.disruption is Disruption.DRAIN:
             assert isinstance(action, MoveListener), "only a port that is held has to be given back"
             await self._close_first(action.old)
@@ -189,7 +189,7 @@ class Executor:
         self._live.emit("action_done", target=action.target, seconds=round(time.monotonic() - started, 3))
 
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
-        spec = action.spec if isinstance(action, StartModel) else action.new
+        spec = action.spec
         deployment = self._live.deployments[spec.name]
         if isinstance(action, ReplaceModel) and action.disruption is Disruption.DRAIN:
             await deployment.park()
@@ -201,7 +201,7 @@ class Executor:
             deployment.switch(spec, engine)  # serve each model as soon as it is there
 
     async def _load_adapters(self, action: UpdateModel) -> None:
-        engine = self._live.deployments[action.new.name].engine
+        engine = self._live.deployments[action.spec.name].engine
         if engine is None:
             # It is coming back from a crash, and does so with whatever spec is current by then.
             return
@@ -237,27 +237,26 @@ class Executor:
     def _commit_action(self, action: Action) -> list[Coroutine[Any, Any, None]]:
         """Switch over. Returns the clean-up it leaves."""
         live, timeout = self._live, self._live.options.drain_timeout
+        name = action.spec.name
         match action:
-            case StartModel(spec=spec) | ReplaceModel(new=spec):
-                deployment = live.deployments[spec.name]
-                engine = self._engines[spec.name]
+            case StartModel() | ReplaceModel():
+                deployment, engine = live.deployments[name], self._engines[name]
                 if deployment.engine is not engine:
-                    old = deployment.switch(spec, engine)
+                    old = deployment.switch(action.spec, engine)
                     return [old.drain(timeout)] if old else []
             case UpdateModel():
-                deployment = live.deployments[action.new.name]
-                deployment.adopt(action.new)
+                deployment = live.deployments[name]
+                deployment.adopt(action.spec)
                 if deployment.engine is not None:
                     return [_drop_adapter(deployment.engine, a.key) for a in action.drop]
-            case StopModel(spec=spec):
-                live.created.pop(spec.name, None)
-                return [live.deployments.pop(spec.name).stop()]
+            case StopModel():
+                live.created.pop(name, None)
+                return [live.deployments.pop(name).stop()]
             case MoveListener() | CloseListener():
-                name = action.new.name if isinstance(action, MoveListener) else action.spec.name
                 closing = live.listeners.pop(name, None)  # None: it had to give its port back before
                 return [_close(closing, timeout)] if closing else []
-            case UpdateListener(new=spec):
-                live.listeners[spec.name].update(spec)
+            case UpdateListener():
+                live.listeners[name].update(action.spec)
             case _:
                 pass
         return []

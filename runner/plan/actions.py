@@ -21,13 +21,13 @@ class Disruption(StrEnum):
     STOP = "drain then stop"
 
 
-@dataclass(frozen=True, slots=True)
-class StartModel:
-    """Bring up an engine for a deployment that has none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAction:
+    """Something to do with one deployment. `spec` is what is wanted of it, or for a stop what it was."""
 
     spec: ModelSpec
     reason: str
-    disruption: Disruption = Disruption.START
+    disruption: Disruption
 
     @property
     def target(self) -> str:
@@ -36,134 +36,108 @@ class StartModel:
 
     @property
     def memory_delta(self) -> int:
-        """Bytes of weights that come on top while and after this runs."""
+        """Bytes of weights in memory after, less those before."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartModel(ModelAction):
+    """Bring up an engine for a deployment that has none."""
+
+    disruption: Disruption = Disruption.START
+
+    @property
+    def memory_delta(self) -> int:
+        """All of them are new."""
         return self.spec.weights_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReplaceModel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaceModel(ModelAction):
     """Bring up an engine of the new spec and retire the old one.
 
-    SURGE starts the new one beside the old; DRAIN stops the old one first, and requests wait meanwhile.
+    SURGE starts the new one beside the old, so both are held meanwhile; DRAIN stops the old one first, and requests
+    wait.
     """
 
     old: ModelSpec
-    new: ModelSpec
+
+    @property
+    def memory_delta(self) -> int:
+        """Once the old engine is gone."""
+        return self.spec.weights_bytes - self.old.weights_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateModel(ModelAction):
+    """Change a running deployment in place. `load` and `drop` are adapters that come and go in the engine."""
+
+    old: ModelSpec
+    load: tuple[AdapterSpec, ...]
+    drop: tuple[AdapterSpec, ...]
+    disruption: Disruption = Disruption.NONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopModel(ModelAction):
+    """Drain a deployment's engine and stop it; requests for it get 404."""
+
+    disruption: Disruption = Disruption.STOP
+
+    @property
+    def memory_delta(self) -> int:
+        """All of them are given back."""
+        return -self.spec.weights_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerAction:
+    """Something to do with one port. `spec` is what is wanted of it, or for a close what it was."""
+
+    spec: ListenerSpec
     reason: str
     disruption: Disruption
 
     @property
     def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"models.{self.new.name}"
-
-    @property
-    def memory_delta(self) -> int:
-        """Bytes of weights after minus before; during a surge both are held."""
-        return self.new.weights_bytes - self.old.weights_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateModel:
-    """Change a running deployment in place. `load` and `drop` are adapters that come and go in the engine."""
-
-    old: ModelSpec
-    new: ModelSpec
-    load: tuple[AdapterSpec, ...]
-    drop: tuple[AdapterSpec, ...]
-    reason: str
-    disruption: Disruption = Disruption.NONE
-    memory_delta: int = 0
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"models.{self.new.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class StopModel:
-    """Drain a deployment's engine and stop it; requests for it get 404."""
-
-    spec: ModelSpec
-    reason: str
-    disruption: Disruption = Disruption.STOP
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"models.{self.spec.name}"
-
-    @property
-    def memory_delta(self) -> int:
-        """Bytes of weights that are given back."""
-        return -self.spec.weights_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class OpenListener:
-    """Open a port."""
-
-    spec: ListenerSpec
-    reason: str
-    disruption: Disruption = Disruption.START
-    memory_delta: int = 0
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
+        """Dotted path of what is touched, as in the manifest."""
         return f"servers.{self.spec.name}"
 
+    @property
+    def memory_delta(self) -> int:
+        """Ports hold no weights."""
+        return 0
 
-@dataclass(frozen=True, slots=True)
-class MoveListener:
-    """Open the new address, then drain the old one."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenListener(ListenerAction):
+    """Open a port."""
+
+    disruption: Disruption = Disruption.START
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveListener(ListenerAction):
+    """Open the new address, then drain the old one; the other way round (DRAIN) when both are one port."""
 
     old: ListenerSpec
-    new: ListenerSpec
-    reason: str
-    disruption: Disruption = Disruption.NONE
-    memory_delta: int = 0
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"servers.{self.new.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateListener:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateListener(ListenerAction):
     """Change a listener that keeps its socket: which models, which keys, CORS."""
 
     old: ListenerSpec
-    new: ListenerSpec
-    reason: str
     disruption: Disruption = Disruption.NONE
-    memory_delta: int = 0
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"servers.{self.new.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class CloseListener:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseListener(ListenerAction):
     """Drain a port and close it."""
 
-    spec: ListenerSpec
-    reason: str
     disruption: Disruption = Disruption.STOP
-    memory_delta: int = 0
-
-    @property
-    def target(self) -> str:
-        """Dotted path of what is touched."""
-        return f"servers.{self.spec.name}"
 
 
-ModelAction = StartModel | ReplaceModel | UpdateModel | StopModel
-ListenerAction = OpenListener | MoveListener | UpdateListener | CloseListener
 Action = ModelAction | ListenerAction
 
 

@@ -46,8 +46,12 @@ def plan(desired: Desired, observed: Observed) -> Plan:
         actions += _listener_actions(listening.get(listener.name), listener)
     for model in after.values():
         actions += _model_actions(before.get(model.name), model, room)
-    actions += [StopModel(m, "removed from the manifest") for name, m in before.items() if name not in after]
-    actions += [CloseListener(s, "removed from the manifest") for name, s in listening.items() if name not in wanted]
+    actions += [
+        StopModel(spec=m, reason="removed from the manifest") for name, m in before.items() if name not in after
+    ]
+    actions += [
+        CloseListener(spec=s, reason="removed from the manifest") for name, s in listening.items() if name not in wanted
+    ]
     touched = {a.target for a in actions}
     kept = [f"models.{name}" for name in after] + [f"servers.{name}" for name in wanted]
     return Plan(
@@ -71,29 +75,30 @@ def _room(desired: Desired, observed: Observed) -> int:
 
 def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Action]:
     if old is None:
-        return [OpenListener(new, "new in the manifest")]
+        return [OpenListener(spec=new, reason="new in the manifest")]
     if old == new:
         return []
     if old.address != new.address:
         # One port cannot be had twice, so the old address has to be given back first.
         disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
-        return [MoveListener(old, new, f"address {old.host}:{old.port} → {new.host}:{new.port}", disruption)]
-    return [UpdateListener(old, new, "changed: " + ", ".join(_changed(old, new)))]
+        reason = f"address {old.host}:{old.port} → {new.host}:{new.port}"
+        return [MoveListener(old=old, spec=new, reason=reason, disruption=disruption)]
+    return [UpdateListener(old=old, spec=new, reason="changed: " + ", ".join(_changed(old, new)))]
 
 
 def _model_actions(old: ModelSpec | None, new: ModelSpec, room: int) -> list[Action]:
     if old is None:
-        return [StartModel(new, "not running")]
+        return [StartModel(spec=new, reason="not running")]
     if old.process_digest != new.process_digest:
         disruption = Disruption.SURGE if new.weights_bytes <= room else Disruption.DRAIN
-        return [ReplaceModel(old, new, _replace_reason(old, new), disruption)]
+        return [ReplaceModel(old=old, spec=new, reason=_replace_reason(old, new), disruption=disruption)]
     if old == new:
         return []
     had, has = {a.key: a for a in old.adapters}, {a.key: a for a in new.adapters}
     return [
         UpdateModel(
-            old,
-            new,
+            old=old,
+            spec=new,
             load=tuple(a for key, a in has.items() if key not in had),
             drop=tuple(a for key, a in had.items() if key not in has),
             reason=_update_reason(old, new),

@@ -44,7 +44,7 @@ def _action_json(action: Action) -> dict[str, Any]:
         "memory_delta_bytes": action.memory_delta,
     }
     if isinstance(action, ReplaceModel):
-        data["surge_bytes"] = action.new.weights_bytes
+        data["surge_bytes"] = action.spec.weights_bytes
     if isinstance(action, UpdateModel):
         data["adapters_loaded"] = [a.name for a in action.load]
         data["adapters_dropped"] = [a.name for a in action.drop]

@@ -163,9 +163,9 @@ def _carried_out(made: Plan, before: tuple[ModelSpec, ...]) -> dict[str, ModelSp
         elif isinstance(action, StopModel):
             del live[action.spec.name]
         elif isinstance(action, ReplaceModel | UpdateModel):
-            assert live[action.new.name] == action.old
-            live[action.new.name] = action.new
+            assert live[action.spec.name] == action.old
+            live[action.spec.name] = action.spec
         if isinstance(action, UpdateModel):
             keys = {a.key for a in action.old.adapters} | {a.key for a in action.load}
-            assert keys - {a.key for a in action.drop} == {a.key for a in action.new.adapters}
+            assert keys - {a.key for a in action.drop} == {a.key for a in action.spec.adapters}
     return live
