@@ -108,6 +108,7 @@ class Watcher:
         # Imported here: it costs 40 ms that the first answer on /health should not wait for.
         from watchfiles import awatch  # noqa: PLC0415
 
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs every event, and a pass says more
         try:
             async for _ in awatch(
                 *folders, watch_filter=None, debounce=50, step=10, stop_event=stop, recursive=False, rust_timeout=5000

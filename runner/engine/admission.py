@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass
 
 from runner.engine.chat import ChatTemplate
@@ -43,7 +43,7 @@ class Admission:
             id=request.id,
             prompt=prompt,
             sampling=request.sampling,
-            seed=secrets.randbits(64) if seed is None else seed,
+            seed=int.from_bytes(os.urandom(8)) if seed is None else seed,
             max_tokens=min(request.max_tokens or room, room),
             eos_ids=self.tokenizer.eos_ids,
             detokenizer=self.tokenizer.detokenizer(),

@@ -10,9 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from runner.engine.chat import ChatTemplate, Render, jinja_render
+from runner.engine.compatibility import batches, require_batching
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
 from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
@@ -24,7 +25,7 @@ class LoadedModel:
     """A model in memory.
 
     `dtype` is what activations are computed in, `vocabulary` the width of its logits, `max_context` is in tokens (0
-    where the model does not say), `notes` are for the user.
+    where the model does not say), `batches` whether rows can share a model call, `notes` are for the user.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class LoadedModel:
     max_context: int
     dtype: mx.Dtype
     weights_bytes: int
+    batches: bool = True
     notes: tuple[str, ...] = ()
 
     def new_cache(self) -> list[Any]:
@@ -52,15 +54,18 @@ def load(folder: Path) -> LoadedModel:
     notes: list[str] = []
     try:
         model, config = _load_weights(folder, config, notes)
+        if mx.default_device() == mx.Device(mx.cpu):
+            model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
         tokenizer, render = _load_tokenizer(folder, config, notes)
+        vocabulary, together = _try(model, folder.name)
     except EngineLoadError:
         raise
     except Exception as error:
+        # Upstream raises whatever its model code trips over; all of it means that this folder cannot be served.
         raise EngineLoadError(f"{folder.name} cannot be loaded: {error}") from error
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    _require_batching(model, folder)
+    if not together:
+        notes.append("mlx_lm does not batch this architecture correctly: requests are served one at a time")
     parameters = [array for _, array in tree_flatten(model.parameters())]
     architectures = config.get("architectures") or [config.get("model_type", "")]
     return LoadedModel(
@@ -68,7 +73,8 @@ def load(folder: Path) -> LoadedModel:
         tokenizer=tokenizer,
         chat=ChatTemplate(render),
         architecture=str(architectures[0]),
-        vocabulary=_logits_width(model),
+        batches=together,
+        vocabulary=vocabulary,
         max_context=_max_context(config),
         dtype=_activation_dtype(model),
         weights_bytes=sum(array.nbytes for array in parameters),
@@ -137,25 +143,19 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _logits_width(model: Any) -> int:
-    """The last dimension of the logits, from a call that is never evaluated."""
-    return int(model(mx.array([[0]]), cache=make_prompt_cache(model)).shape[-1])
+def _try(model: Any, name: str) -> tuple[int, bool]:
+    """The width of the model's logits, and whether rows can share a call. Raises EngineLoadError."""
+
+    def new_cache() -> list[Any]:
+        caches: list[Any] = make_prompt_cache(model)
+        return caches
+
+    require_batching(new_cache(), name)
+    vocabulary = int(model(mx.array([[0]]), cache=new_cache()).shape[-1])  # from the shape: nothing is computed
+    return vocabulary, batches(model, new_cache, vocabulary)
 
 
 def _activation_dtype(model: Any) -> mx.Dtype:
     """What the model computes in: the type of its norms and scales, which quantisation leaves alone."""
     found: Callable[[mx.array], bool] = lambda array: bool(mx.issubdtype(array.dtype, mx.floating))  # noqa: E731
     return next((array.dtype for _, array in tree_flatten(model.parameters()) if found(array)), mx.float32)
-
-
-def _require_batching(model: Any, folder: Path) -> None:
-    """Raises EngineLoadError for a model whose cache cannot hold several rows."""
-    for cache in _leaves(make_prompt_cache(model)):
-        if not hasattr(cache, "merge"):
-            raise EngineLoadError(
-                f"{folder.name} cannot be served: its cache ({type(cache).__name__}) does not hold several requests"
-            )
-
-
-def _leaves(caches: list[Any]) -> list[Any]:
-    return [leaf for c in caches for leaf in (_leaves(list(c.caches)) if isinstance(c, CacheList) else [c])]

@@ -110,7 +110,7 @@ class Engine:
 
     def _start_waiting(self) -> None:
         """Waiting prompts come nearer, and join the batch once they are prefilled."""
-        free = self.limits.max_rows - len(self._batch.rows)
+        free = (self.limits.max_rows if self._loaded.batches else 1) - len(self._batch.rows)
         if free > 0 and self._prefiller.rows:
             for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
                 self._batch.join(rows, caches)

@@ -59,7 +59,6 @@ class EngineProcess:
         self._spec = spec
         self._transport = transport
         self._started = started
-        self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._connected = False
         self._stop_at: float | None = None
@@ -72,14 +71,16 @@ class EngineProcess:
         try:
             self._transport.start(self._hello(), Loading("importing"))
             try:
-                self._engine = self._load()
+                engine = self._load()
             except EngineLoadError as error:
                 logger.error("model cannot be loaded", extra={"reason": error.message})
-                failed = LoadFailed(error.message, error.hint)
-                self._transport.announce(failed, self._hello(), failed)
-                self._wait_for_runner()
+                self._tell_failure(LoadFailed(error.message, error.hint))
                 return 1
-            self._serve(self._engine)
+            except Exception as error:
+                logger.exception("loading failed")
+                self._tell_failure(LoadFailed(f"loading failed: {type(error).__name__}: {error}"))
+                return 1
+            self._serve(engine)
             return 0
         except EngineDied as error:
             logger.error("engine cannot go on", extra={"reason": error.message})
@@ -87,8 +88,9 @@ class EngineProcess:
         finally:
             self._transport.close(_FLUSH_TIMEOUT)
 
-    def _wait_for_runner(self) -> None:
-        """Until somebody has connected, and so been told what the greeting says, or the grace is over."""
+    def _tell_failure(self, failed: LoadFailed) -> None:
+        """Returns once somebody is connected, and so has been told, or the grace is over."""
+        self._transport.announce(failed, self._hello(), failed)
         with contextlib.suppress(Empty):
             self._transport.inbox.get(timeout=self._spec.orphan_grace)
 
@@ -121,11 +123,16 @@ class EngineProcess:
             max_context=engine.max_context,
             device=device,
             architecture=model.architecture,
-            notes=[*environment.notes(os.environ), *model.notes],
+            notes=[*environment.notes(os.environ), *model.notes, *self._context_note(model.max_context)],
         )
         self._transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
         return engine
+
+    def _context_note(self, own: int) -> list[str]:
+        if own and self._spec.max_context > own:
+            return [f"max_context {self._spec.max_context} is beyond the model's {own} tokens, which hold"]
+        return []
 
     def _stage(self, stage: str) -> None:
         self._transport.announce(Loading(stage), self._hello(), Loading(stage))
@@ -217,6 +224,10 @@ class EngineProcess:
             loaded = engine.load_adapter(adapter)
         except EngineLoadError as refusal:
             self._transport.send(AdapterRefused(adapter.key, refusal.message))
+        except Exception as error:
+            # One adapter's oddity must not end the requests of all others.
+            logger.exception("adapter could not be read", extra={"path": adapter.path})
+            self._transport.send(AdapterRefused(adapter.key, f"{adapter.path} could not be read: {error}"))
         else:
             self._transport.greet(*self._greeting(engine))
             self._transport.send(loaded)

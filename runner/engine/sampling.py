@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 
 from runner.engine.penalties import Penalties
 from runner.protocol import Sampling
 
-NONE = -float("inf")
+NONE: Final = -float("inf")
+_64_BITS: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +180,15 @@ def most_likely(values: mx.array, count: int) -> mx.array:
 
 
 def key_of(seed: int) -> tuple[int, int]:
-    """A counter-based generator's key: 64 well-mixed bits of the seed. The token's position is added to the second."""
-    digest = blake2b(seed.to_bytes(16, "big", signed=True), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+    """A counter-based generator's key: 64 well-mixed bits of the seed. The token's position is added to the second.
+
+    The mixing is SplitMix64's (Steele, Lea and Flood, OOPSLA 2014).
+    """
+    z = (seed + 0x9E3779B97F4A7C15) & _64_BITS
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _64_BITS
+    z ^= z >> 31
+    return z >> 32, z & 0xFFFFFFFF
 
 
 def _dense_bias(settings: Sequence[Sampling], vocabulary: int) -> mx.array | None:

@@ -116,6 +116,7 @@ def measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> None:
         AdapterSource(name, str(write_mlx(scratch / name, draw(shapes, 8, seed), keys=None, scale=0.1)))
         for seed, name in enumerate(("one", "two"))
     ]
+    print(f"an adapter of rank 8 on {len(shapes)} layers: {pause(loaded, adapters, arguments.repeat):.1f} ms to load")
     print(f"{folder.name} on {mx.default_device()}: {loaded.weights_bytes / 1e6:.1f} MB, {loaded.dtype}")
     print(f"prompts of {arguments.prompt} tokens, {arguments.tokens} generated; tokens/s, median of {arguments.repeat}")
     print(f"{'rows':>4} {'upstream':>9} {'greedy':>9} {'ratio':>6} {'top_p':>9} {'adapters':>9}")
@@ -125,6 +126,20 @@ def measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> None:
             f"{rows:>4} {median['upstream']:>9.0f} {median['greedy']:>9.0f} "
             f"{median['greedy'] / median['upstream']:>6.2f} {median['top_p']:>9.0f} {median['adapters']:>9.0f}"
         )
+
+
+def pause(loaded: LoadedModel, adapters: list[AdapterSource], repeat: int) -> float:
+    """Median milliseconds that the loop stands still for an adapter."""
+    engine = EngineRun(loaded, 1).engine
+    times = []
+    for _ in range(repeat):
+        for source in adapters:
+            started = time.perf_counter()
+            engine.load_adapter(source)
+            times.append((time.perf_counter() - started) * 1000)
+        for source in adapters:
+            engine.drop_adapter(source.key)
+    return statistics.median(times)
 
 
 def rates(folder: Path, rows: int, adapters: list[AdapterSource], arguments: argparse.Namespace) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import psutil
 import pytest
 
@@ -141,6 +142,16 @@ def test_a_refused_adapter_says_why(client: Client, tmp_path: Path) -> None:
     client.send(LoadAdapter(AdapterSource("x", str(tmp_path / "nowhere"))), DropAdapter("x"))
     assert "is not a folder" in client.wait(AdapterRefused, key="x").reason
     client.wait(AdapterDropped, key="x")
+
+
+def test_an_adapter_that_trips_the_reader_is_refused_too(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"num_layers": [1], "lora_parameters": {"scale": 1.0}}')
+    mx.save_safetensors(
+        str(tmp_path / "adapters.safetensors"), {"x.lora_a": mx.ones((2, 2)), "x.lora_b": mx.ones((2, 2))}
+    )
+    client.send(LoadAdapter(AdapterSource("x", str(tmp_path))), generate(1, messages=MESSAGES, max_tokens=3))
+    assert "could not be read" in client.wait(AdapterRefused, key="x").reason
+    assert client.finish(1).tokens == 3
 
 
 def test_limits_change_in_place(client: Client) -> None:

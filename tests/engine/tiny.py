@@ -84,6 +84,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "gemma2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 512,
+    },
     "lfm2": {
         "hidden_size": 64,
         "num_hidden_layers": 3,
