@@ -4,4 +4,3 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # on the CPU, compiling shells out to a C++ compiler for seconds
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "2")

@@ -48,7 +48,7 @@ class EngineProcess:
     """A child that serves one model.
 
     `stage` is what it does until it is ready. `loaded` is set once the model has generated a token. `on_exit` is called
-    once when the process is gone, whatever the reason.
+    once when it serves no more, whatever the reason.
     """
 
     def __init__(self, spec: EngineSpec, folder: StateFolder, command: str, on_exit: Callable[[], None]) -> None:
@@ -62,6 +62,7 @@ class EngineProcess:
         self._folder = folder
         self._command = command
         self._on_exit = on_exit
+        self._draining = False
         self._process: asyncio.subprocess.Process | None = None
         self._connection: EngineConnection | None = None
         self._failure: LoadFailed | None = None
@@ -142,7 +143,7 @@ class EngineProcess:
         if self._connection is not None:
             self._connection.close()
         self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}", hint=self._log_hint()))
-        self._on_exit()
+        self._gone()
 
     def _log_hint(self) -> str:
         return f"Its output: `mlx-run logs {self.spec.model}`."
@@ -154,9 +155,16 @@ class EngineProcess:
                 waiter.exception()  # retrieved here, for when nobody waits any more
 
     def _lost(self) -> None:
-        # An engine whose socket is gone is of no use, even if the process hangs on.
+        # An engine whose socket is gone is of no use, even if the process hangs on; and the next request must not
+        # find it while its exit is still on the way.
         if self.loaded is not None:
-            self._signal(signal.SIGTERM)
+            if not self._draining:
+                self._signal(signal.SIGKILL)
+            self._gone()
+
+    def _gone(self) -> None:
+        on_exit, self._on_exit = self._on_exit, _nothing
+        on_exit()
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -208,6 +216,7 @@ class EngineProcess:
 
     async def drain(self, deadline: float) -> None:
         """Let running requests finish for at most `deadline` seconds, then end the process."""
+        self._draining = True
         if self.alive:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.connection.wait_idle(), deadline)
@@ -229,6 +238,10 @@ class EngineProcess:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
+
+
+def _nothing() -> None:
+    """Nobody is to be told any more."""
 
 
 def _describe_exit(code: int) -> str:

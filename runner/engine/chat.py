@@ -49,7 +49,7 @@ class ChatTemplate:
             return self._render([_plain(m) for m in messages], {"add_generation_prompt": True, **variables})
         except jinja2.exceptions.TemplateError as error:
             raise InvalidRequest(
-                f"the chat template refuses these messages: {error.message}", param="messages"
+                f"the chat template refuses these messages: {error.message or error}", param="messages"
             ) from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             # A template that trips over a message, as `message.content + x` does when content is no string.

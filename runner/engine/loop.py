@@ -7,7 +7,7 @@ every row is dispatched, and while the device works on that, the tokens of the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import mlx.core as mx
@@ -114,6 +114,8 @@ class Engine:
         if free > 0 and self._prefiller.rows:
             for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
                 self._batch.join(rows, caches)
+                self._counters.prompt_tokens += sum(len(row.prompt) for row in rows)
+                self._counters.cached_tokens += sum(row.cached for row in rows)
 
     def _has_room(self, row: Row) -> bool:
         """Whether memory has room for one more row, kept prefixes given up for it if need be."""
@@ -164,8 +166,6 @@ class Engine:
         return deltas
 
     def _release(self, row: Row) -> None:
-        self._counters.prompt_tokens += len(row.prompt)
-        self._counters.cached_tokens += row.cached
         if row.adapter is not None:
             self._bank.release(row.adapter)
 
@@ -214,15 +214,16 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """Drop a request, if it has not ended: nothing more is sent for it, and it leaves before the next step."""
-        for row in self.rows:
-            if row.id == request_id:
-                row.done = True
-                self._counters.cancelled += 1
+        self._cancel(row for row in self.rows if row.id == request_id)
 
     def cancel_all(self) -> None:
         """Drop every request: whoever sent them is gone."""
-        for row in self.rows:
-            self.cancel(row.id)
+        self._cancel(self.rows)
+
+    def _cancel(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            row.done = True
+            self._counters.cancelled += 1
 
     def fail_all(self, reason: str) -> None:
         """End every request with an error."""

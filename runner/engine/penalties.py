@@ -32,14 +32,14 @@ class Penalties:
         if width := max(sizes):
             self._repetition = mx.array([[s.repetition_penalty] for s in settings])
             self._in_window = mx.arange(width)[None] >= width - mx.array([[size] for size in sizes])
-            self._recent = _right_justified([row.context[-width:] for row in rows], width)
+            self._recent = _right_justified([row.before(width) for row in rows], width)
         if any(s.presence_penalty or s.frequency_penalty for s in settings):
             self._presence = mx.array([[s.presence_penalty] for s in settings])
             self._frequency = mx.array([[s.frequency_penalty] for s in settings])
-            own = [row.context[len(row.context) - row.generated :] for row in rows]
+            own = [row.generated for row in rows]
             self._generated = _right_justified(own, max(map(len, own)))
             # A row's first step feeds it the last token of its prompt, which is not the model's.
-            self._fed_generated: mx.array | None = mx.array([row.fed_generated for row in rows])
+            self._fed_generated: mx.array | None = mx.array([row.started for row in rows])
 
     @classmethod
     def of(cls, rows: Sequence[SamplingRow], vocabulary: int) -> Penalties | None:

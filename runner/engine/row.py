@@ -75,10 +75,8 @@ class Row:
         return Delta(self.id, "", 0, "error", self.usage, None, error)
 
     def sampling_row(self) -> SamplingRow:
-        """What a sampler built now needs: the token under way, or the prompt's last, is fed in the next step."""
-        if self.started:
-            return SamplingRow(self.sampling, self.seed, self.prompt + self.generated, len(self.generated), True)
-        return SamplingRow(self.sampling, self.seed, self.prompt[:-1], 0, False)
+        """What a sampler built now needs."""
+        return SamplingRow(self.sampling, self.seed, self.prompt, self.generated, self.started)
 
     def _rest(self) -> str:
         text, stopped = self.stops.feed(self.detokenizer.flush())

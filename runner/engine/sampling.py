@@ -28,21 +28,28 @@ _64_BITS: Final = (1 << 64) - 1
 class SamplingRow:
     """What the sampler needs to know of a row.
 
-    `context` is every token before the one that is fed next, `generated` how many of them, at the end, are the model's
-    own. `fed_generated` says whether the token that is fed next is. `position` counts the model's tokens before the one
-    that is to be sampled.
+    `generated` are the tokens of the model that the host knows. A row that has `started` is fed one more of them next,
+    still on the device; one that has not is fed the last of its `prompt`.
     """
 
     sampling: Sampling
     seed: int
-    context: Sequence[int]
-    generated: int
-    fed_generated: bool
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    started: bool
 
     @property
     def position(self) -> int:
-        """Index of the token to be sampled next."""
-        return self.generated + self.fed_generated
+        """Index, among the model's own, of the token to be sampled next."""
+        return len(self.generated) + self.started
+
+    def before(self, count: int) -> list[int]:
+        """The last `count` tokens before the one that is fed next, or as many as there are."""
+        if not self.started:
+            return list(self.prompt[max(0, len(self.prompt) - 1 - count) : -1])
+        known = list(self.generated[max(0, len(self.generated) - count) :])
+        missing = count - len(known)
+        return list(self.prompt[max(0, len(self.prompt) - missing) :] if missing else ()) + known
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,7 @@ def test_equal_the_definition(rows: list[Any], steps: list[list[int]], rebuilt: 
             state = []
             for s, prompt, own in zip(settings_of, prompts, generated, strict=True):
                 # The last of the model's own is fed in this step; the first step feeds the prompt's last.
-                context = prompt + own[:-1] if own else prompt[:-1]
-                state.append(SamplingRow(s, 0, context, max(len(own) - 1, 0), bool(own)))
+                state.append(SamplingRow(s, 0, prompt, own[:-1], bool(own)))
             applied = Penalties.of(state, VOCABULARY)
         logits = mx.random.normal((len(rows), VOCABULARY), key=mx.random.key(step))
         got = logits if applied is None else applied(logits, mx.array(fed, dtype=mx.uint32))
@@ -72,11 +71,11 @@ def test_equal_the_definition(rows: list[Any], steps: list[list[int]], rebuilt: 
 def test_repetition_equals_upstream() -> None:
     context = [3, 1, 4, 1, 5, 9]
     logits = mx.random.normal((1, VOCABULARY))
-    row = SamplingRow(Sampling(repetition_penalty=1.5, repetition_context_size=4), 0, context[:-1], 0, False)
+    row = SamplingRow(Sampling(repetition_penalty=1.5, repetition_context_size=4), 0, context, [], False)
     ours = Penalties([row], VOCABULARY)(logits, mx.array([context[-1]], dtype=mx.uint32))
     upstream = make_repetition_penalty(1.5, 4)(mx.array(context), logits + 0)
     assert mx.allclose(ours, upstream, atol=1e-6)
 
 
 def test_none_where_no_row_has_one() -> None:
-    assert Penalties.of([SamplingRow(Sampling(temperature=1.0), 0, [1], 0, False)], VOCABULARY) is None
+    assert Penalties.of([SamplingRow(Sampling(temperature=1.0), 0, [1], [], False)], VOCABULARY) is None

@@ -263,6 +263,15 @@ def test_told_to_end_at_once_it_fails_what_runs(start: Callable[..., EngineChild
     assert child.exit_code() == 0
 
 
+def test_a_sigterm_ends_an_idle_engine(start: Callable[..., EngineChild]) -> None:
+    child = start()
+    client = child.ready()
+    client.wait(Stats)
+    os.kill(child.process.pid, signal.SIGTERM)
+    client.until_closed()
+    assert child.exit_code() == 0
+
+
 @pytest.mark.parametrize("what", ["model", "adapter"])
 def test_what_cannot_be_loaded_is_told_and_ends_the_process(
     start: Callable[..., EngineChild], tmp_path: Path, what: str

@@ -22,8 +22,10 @@ def logits_of(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> mx.arra
     return mx.random.normal((rows, vocabulary), key=mx.random.key(seed)) * 2
 
 
-def row(key: int = 1, context: Sequence[int] = (), generated: int = 0, fed: bool = False, **fields: Any) -> SamplingRow:
-    return SamplingRow(Sampling(**fields), key, list(context), generated, fed)
+def row(
+    key: int = 1, prompt: Sequence[int] = (0,), generated: Sequence[int] | None = None, **fields: Any
+) -> SamplingRow:
+    return SamplingRow(Sampling(**fields), key, prompt, generated or (), generated is not None)
 
 
 def sample(rows: list[SamplingRow], logits: mx.array, fed: Sequence[int] | None = None) -> list[int]:
@@ -60,8 +62,23 @@ def test_a_sampler_built_anew_goes_on_where_the_old_one_was() -> None:
     whole = Sampler([row(temperature=1.0)], VOCABULARY)
     expected = [whole(step, fed)[0].item() for step in logits]
     # Two tokens are known to the host, a third is under way: the next is the token at position 3.
-    resumed = Sampler([row(temperature=1.0, context=[9, *expected[:2]], generated=2, fed=True)], VOCABULARY)
+    resumed = Sampler([row(temperature=1.0, prompt=[9], generated=expected[:2])], VOCABULARY)
     assert [resumed(step, fed)[0].item() for step in logits[3:]] == expected[3:]
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    generated=st.lists(st.integers(0, 9), max_size=5),
+    started=st.booleans(),
+    count=st.integers(0, 12),
+)
+def test_the_tokens_before_the_fed_one(prompt: list[int], generated: list[int], started: bool, count: int) -> None:
+    generated = generated if started else []
+    known = prompt + generated if started else prompt[:-1]
+    assert (
+        SamplingRow(Sampling(), 0, prompt, generated, started).before(count)
+        == known[len(known) - min(count, len(known)) :]
+    )
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
@@ -173,7 +190,7 @@ def test_no_row_asks_for_logprobs_and_none_are_computed() -> None:
 
 def test_half_precision_logits_sample_as_well() -> None:
     logits = logits_of(2).astype(mx.bfloat16)
-    penalised = row(presence_penalty=1.0, context=[1, 2], generated=1, fed=True)
+    penalised = row(presence_penalty=1.0, prompt=[1], generated=[2])
     rows = [row(temperature=1.0, top_p=0.9, logprobs=1), penalised]
     tokens, logprobs = Sampler(rows, VOCABULARY)(logits, mx.array([1, 2], dtype=mx.uint32))
     assert tokens.dtype == mx.uint32

@@ -1,0 +1,38 @@
+"""The engine's command line: arguments, spec, socket; then the process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from runner.engine.process import EngineProcess, read_spec
+from runner.engine.transport import Transport
+from runner.telemetry import configure_logging
+
+logger = logging.getLogger(__name__)
+
+
+def serve(arguments: Sequence[str], started: float) -> int:
+    """Serve until told to stop; returns the exit code: EngineProcess's, or 2 for wrong arguments.
+
+    `started` is when the process began, by `time.monotonic`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m runner.engine", description="One engine process, for one model.")
+    parser.add_argument("--spec", type=Path, required=True, help="JSON of protocol.EngineSpec")
+    parser.add_argument("--socket", type=Path, required=True, help="unix socket to listen on")
+    given = parser.parse_args(arguments)
+    configure_logging("info")
+    # A Ctrl-C goes to the whole process group: what becomes of the engines is the runner's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        spec = read_spec(given.spec)
+        transport = Transport(given.socket)
+    except (OSError, msgspec.DecodeError) as error:
+        logger.error("engine cannot start", extra={"reason": str(error)})
+        return 2
+    return EngineProcess(spec, transport, started).run()
