@@ -70,7 +70,8 @@ class View:
     def _on_action_done(self, event: dict[str, Any]) -> None:
         if event["target"] in self._loading:
             self._loading.remove(event["target"])
-        self._print(f"{event['target']}: ready in {event['seconds']:.2f} s")
+        if event["disruption"] != "in place":  # what is in place goes by too quickly to tell
+            self._print(f"{event['target']}: ready in {event['seconds']:.2f} s")
         self._update_spinner()
 
     def _on_applied(self, event: dict[str, Any]) -> None:

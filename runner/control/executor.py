@@ -186,7 +186,8 @@ class Executor:
             await self._load_adapters(action)
         else:
             await self._bring_up(action)
-        self._live.emit("action_done", target=action.target, seconds=round(time.monotonic() - started, 3))
+        seconds = round(time.monotonic() - started, 3)
+        self._live.emit("action_done", target=action.target, disruption=str(action.disruption), seconds=seconds)
 
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
         spec = action.spec
