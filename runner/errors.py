@@ -28,7 +28,7 @@ message.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 
 class MlxRunError(Exception):
@@ -51,7 +51,8 @@ class MlxRunError(Exception):
 class Diagnostic(NamedTuple):
     """One thing wrong in a manifest, at one place.
 
-    `line` and `column` count from 1; 0 means the place is not known. `path` is dotted (`models.chat.source`).
+    `line` and `column` count from 1; 0 means the place is not known. `path` is dotted (`models.chat.source`). `code` is
+    stable, and explained by `mlx-run explain` (`runner.manifest.codes`). A warning does not keep a manifest from use.
     """
 
     file: str
@@ -61,10 +62,13 @@ class Diagnostic(NamedTuple):
     message: str
     hint: str = ""
     excerpt: str = ""
+    code: str = ""
+    severity: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
         text = f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
+        text += f" [{self.code}]" if self.code else ""
         return f"{text} ({self.hint})" if self.hint else text
 
 

@@ -64,7 +64,9 @@ class FakeEngine:
         self.writer = writer
         self.gone.clear()
         self.connected.set()
-        self.send(Hello(VERSION, os.getpid(), self.spec.model, self.spec.digest, self.loaded.is_set(), []))
+        self.send(
+            Hello(VERSION, os.getpid(), self.spec.model, self.spec.digest, self.loaded.is_set(), [*self.adapters])
+        )
         loading = asyncio.create_task(self.load())
         decoder = decoder_to_engine()
         while data := await reader.read(65536):

@@ -20,10 +20,14 @@ COMMANDS: Final = {
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
     "validate": "Check a manifest",
+    "explain": "Explain the code of a message",
     "status": "Show what is running",
+    "events": "Show what happened",
+    "wait": "Wait until models are ready",
     "chat": "Talk to a model",
     "logs": "Show what the runner or a model's engine logged",
     "down": "Drain and stop a runner",
+    "schema": "Print the manifest's JSON schema",
 }
 
 

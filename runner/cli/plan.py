@@ -25,17 +25,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("manifest", metavar="FILE", help="a manifest")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--detailed-exitcode", action="store_true", help="exit with 0: nothing to do, 2: changes, 1: error"
+    )
     parser.epilog = "example:\n  mlx-run plan configs/dev.yaml"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0; raises ManifestError when the manifest cannot be used."""
+    """0, or 2 when there is something to do and `--detailed-exitcode` asks; ManifestError: it cannot be used."""
     made = _plan(absolute(arguments.manifest))
     if arguments.json:
         print(json.dumps(made, indent=2))
     else:
         print(render_plan_json(made))
-    return 0
+    return 2 if arguments.detailed_exitcode and made["actions"] else 0
 
 
 def _plan(path: Path) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""How the commands print sizes, ages and plans. Standard library only."""
+"""How the commands print sizes, ages and plans, and read durations. Standard library only."""
 
 from __future__ import annotations
 
+import argparse
+import re
 from typing import Any
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
 def format_bytes(count: float) -> str:
@@ -27,6 +31,15 @@ def format_age(seconds: float) -> str:
     if minutes:
         return f"{minutes}m {whole % 60}s"
     return f"{whole}s"
+
+
+def duration(text: str) -> float:
+    """The seconds of `30s`, `1.5`, `5m` or `1h30m`, as a type for argparse. Raises ArgumentTypeError."""
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration, such as 30s, 5m or 1h30m")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
 
 
 _SIGNS = {"start": "+", "open": "+", "replace": "±", "move": "±", "update": "~", "stop": "-", "close": "-"}

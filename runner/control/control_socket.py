@@ -77,6 +77,9 @@ class ControlSocket:
                 await drain()
         except MlxRunError as error:
             write(_line({"error": error_json(error)}))
+        except (KeyError, TypeError, ValueError) as error:
+            logger.exception("control request failed")
+            write(_line({"error": {"message": f"the request {request['op']!r} failed: {error!r}"}}))
         await drain()
 
 
@@ -85,7 +88,7 @@ def error_json(error: MlxRunError) -> dict[str, Any]:
     data: dict[str, Any] = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
     if isinstance(error, ManifestError):
         data["diagnostics"] = [
-            {k: getattr(d, k) for k in ("file", "line", "column", "path", "message", "hint", "excerpt")}
+            {k: getattr(d, k) for k in ("file", "line", "column", "path", "message", "hint", "excerpt", "code")}
             for d in error.diagnostics
         ]
     return data

@@ -139,6 +139,16 @@ class Deployment:
             self._starting = None
         return engine
 
+    async def take_over(self, spec: EngineSpec, engine_id: str) -> EngineProcess:
+        """Adopt an engine that an earlier runner left behind; it serves nothing until `switch`.
+
+        Raises OSError and EngineDied.
+        """
+        command = self._options.engine_command
+        engine = EngineProcess(spec, self._folder, command, lambda: self._engine_gone(engine))
+        await engine.adopt(engine_id)
+        return engine
+
     def switch(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
         """Serve from `engine` from now on. Returns the engine that served before, for the caller to drain."""
         self._stop_restarting()

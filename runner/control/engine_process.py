@@ -27,6 +27,7 @@ from runner.protocol import (
     DropAdapter,
     EngineSpec,
     FromEngine,
+    Hello,
     LoadAdapter,
     Loaded,
     LoadFailed,
@@ -40,12 +41,15 @@ logger = logging.getLogger(__name__)
 _CONNECT_RETRY = 0.01
 """Seconds between attempts to reach a socket that the new process has yet to bind; bounded by the process's life."""
 
+_GREETING = 2.0
+"""Seconds an engine that was left behind gets to say what it serves."""
+
 _EXIT_GRACE = 5.0
 """Seconds an engine gets to exit by itself once it has nothing left to do."""
 
 
 class EngineProcess:
-    """A child that serves one model.
+    """A process that serves one model: a child, or one that an earlier runner left behind (`adopt`).
 
     `stage` is what it does until it is ready. `loaded` is set once the model has generated a token. `on_exit` is called
     once when it serves no more, whatever the reason.
@@ -63,9 +67,10 @@ class EngineProcess:
         self._command = command
         self._on_exit = on_exit
         self._draining = False
+        self.hello: Hello | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._exited = asyncio.Event()
         self._connection: EngineConnection | None = None
-        self._failure: LoadFailed | None = None
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._adapter_waiters: dict[str, asyncio.Future[None]] = {}
         self._watch: asyncio.Task[None] | None = None
@@ -73,7 +78,9 @@ class EngineProcess:
     @property
     def pid(self) -> int | None:
         """Process id, None before the spawn."""
-        return self._process.pid if self._process else None
+        if self._process is not None:
+            return self._process.pid
+        return self.hello.pid if self.hello else None
 
     @property
     def connection(self) -> EngineConnection:
@@ -84,12 +91,7 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         """Whether the process runs and its socket is open."""
-        return (
-            self._process is not None
-            and self._process.returncode is None
-            and self._connection is not None
-            and not self._connection.lost
-        )
+        return not self._exited.is_set() and self._connection is not None and not self._connection.lost
 
     async def start(self) -> None:
         """Spawn, connect, and wait until the model has generated a token.
@@ -101,9 +103,30 @@ class EngineProcess:
             await self._spawn()
             await self._connect()
             await self._outcome
+        except OSError as error:
+            await self.kill()
+            raise EngineDied(f"the engine of {self.spec.model} could not be started: {error}") from None
         except BaseException:
             await self.kill()
             raise
+
+    async def adopt(self, engine_id: str) -> None:
+        """Take over a process that an earlier runner of this name started, if it is loaded and says so soon.
+
+        Raises OSError (nobody listens there any more) and EngineDied (it serves something else, or does not answer).
+        """
+        self.id = engine_id
+        path = self._folder.engine_socket(engine_id)
+        self._connection = await EngineConnection.open(path, self._receive, self._lost)
+        await asyncio.wait([self._outcome], timeout=_GREETING)
+        if self.loaded is None or self.hello is None or self.hello.digest != self.spec.digest:
+            self._draining = True
+            self._connection.send(Shutdown(0.0))
+            self._connection.close()
+            raise EngineDied(f"the engine of {self.spec.model} that was left behind cannot be adopted")
+        self.started_at = self._folder.engine_spec(engine_id).stat().st_mtime
+        self.loaded_at = self.started_at + self.loaded.seconds
+        logger.info("engine adopted", extra={"model": self.spec.model, "pid": self.hello.pid})
 
     async def _spawn(self) -> None:
         spec_path = self._folder.engine_spec(self.id)
@@ -137,9 +160,9 @@ class EngineProcess:
 
     async def _wait_exit(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
+        self._exited.set()
         logger.info("engine exited", extra={"model": self.spec.model, "pid": process.pid, "code": code})
-        self._folder.engine_spec(self.id).unlink(missing_ok=True)
-        self._folder.engine_socket(self.id).unlink(missing_ok=True)
+        self._folder.forget_engine(self.id)
         if self._connection is not None:
             self._connection.close()
         self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}", hint=self._log_hint()))
@@ -160,6 +183,9 @@ class EngineProcess:
         if self.loaded is not None:
             if not self._draining:
                 self._signal(signal.SIGKILL)
+            if self._process is None:  # adopted: not a child, so its socket is all there is to wait for
+                self._exited.set()
+                self._folder.forget_engine(self.id)
             self._gone()
 
     def _gone(self) -> None:
@@ -170,6 +196,8 @@ class EngineProcess:
         match message:
             case Loading(stage=stage):
                 self.stage = stage
+            case Hello():
+                self.hello = message
             case Loaded():
                 self.loaded, self.loaded_at, self.stage = message, time.time(), "ready"
                 if not self._outcome.done():
@@ -221,23 +249,26 @@ class EngineProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.connection.wait_idle(), deadline)
             self.connection.send(Shutdown(0.0))
-            if self._watch is not None:
-                await asyncio.wait([self._watch], timeout=_EXIT_GRACE)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._exited.wait(), _EXIT_GRACE)
         await self.kill()
 
     async def kill(self) -> None:
         """End the process now and wait until it is gone."""
-        if self._process is None:
+        if self.pid is None:
             return
         self._signal(signal.SIGKILL)
-        if self._watch is not None and asyncio.current_task() is not self._watch:
-            await asyncio.shield(self._watch)
+        if self._watch is not None:
+            if asyncio.current_task() is not self._watch:
+                await asyncio.shield(self._watch)
+        elif self.loaded is not None:
+            await self._exited.wait()
 
     def _signal(self, number: signal.Signals) -> None:
         # Not by Process.kill: that polls first, and so takes the exit code away from asyncio's own wait.
-        if self._process is not None and self._process.returncode is None:
+        if self.pid is not None and not self._exited.is_set():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, number)
+                os.kill(self.pid, number)
 
 
 def _nothing() -> None:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,9 @@ Event = dict[str, Any]
 _KEPT = 500
 _BEHIND = 1000
 """Events a subscriber may lag behind before its oldest are dropped."""
+
+_LAST = "stopped"
+"""The event after which there is nothing to wait for."""
 
 
 class EventLog:
@@ -51,3 +54,43 @@ class EventLog:
             yield queue
         finally:
             self._subscribers.discard(queue)
+
+    async def history(self, *, follow: bool) -> AsyncIterator[Event]:
+        """What is kept, oldest first; with `follow` also what happens from then on, until the runner has stopped."""
+        with self.subscribe() as queue:
+            for event in list(self.recent):
+                yield event
+            while follow:
+                event = await queue.get()
+                yield event
+                follow = event["event"] != _LAST
+
+    async def changes(
+        self, *, gap: float = 0.25, beat: float | None = None, within: float | None = None
+    ) -> AsyncIterator[None]:
+        """Yields at once and then whenever something has happened, until the runner has stopped.
+
+        Times are seconds: at least `gap` lies between two yields, so a burst of events is one; `beat` is the longest
+        between two, for what changes without an event; `within` ends it, with a last yield at that time.
+        """
+        loop = asyncio.get_running_loop()
+        end = float("inf") if within is None else loop.time() + within
+        with self.subscribe() as queue:
+            yield
+            while loop.time() < end:
+                last = loop.time()
+                await asyncio.sleep(min(gap, end - last))
+                until = min(end, last + beat) if beat is not None else end
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(None if until == float("inf") else until):
+                        if await _burst(queue):
+                            return
+                yield
+
+
+async def _burst(queue: asyncio.Queue[Event]) -> bool:
+    """Takes what is there, at least one event. Whether the last event was among it."""
+    names = [(await queue.get())["event"]]
+    while not queue.empty():
+        names.append(queue.get_nowait()["event"])
+    return _LAST in names

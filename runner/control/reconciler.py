@@ -18,7 +18,7 @@ from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.events import EventLog
 from runner.control.executor import Executor, Live
-from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError
+from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError, RunnerError
 from runner.machine import machine_memory
 from runner.plan.actions import Plan
 from runner.plan.planner import plan
@@ -60,6 +60,7 @@ class Reconciler:
         self._download = download
         self._compiler = compiler
         self._rest: asyncio.TimerHandle | None = None
+        self._pending = False
         self._lock = asyncio.Lock()
         self._retry = Backoff(initial=1.0, maximum=60.0)
         self._name = live.folder.name
@@ -67,11 +68,13 @@ class Reconciler:
 
     def prepare(self) -> None:
         """A pass is coming: have what it needs started."""
+        self._pending = True
         asyncio.get_running_loop().run_in_executor(None, self._compiler.start)
 
     async def reconcile(self, compiled: Compiled | None = None) -> Pass:
         """One pass. `compiled` saves reading a manifest that was read a moment ago. Never raises MlxRunError."""
         async with self._lock:
+            self._pending = False
             started = time.monotonic()
             made: Plan | None = None
             error: MlxRunError | None = None
@@ -79,7 +82,12 @@ class Reconciler:
                 made = await self._pass(compiled)
             except MlxRunError as caught:
                 error = caught
-                self._events.emit("apply_failed", error=str(caught))
+            except Exception as caught:
+                # A fault of ours in one pass must not end what is being served.
+                logger.exception("pass failed unexpectedly")
+                error = RunnerError(f"unexpected {type(caught).__name__}: {caught}", hint="The runner's log has more.")
+            if error is not None:
+                self._events.emit("apply_failed", error=str(error))
             self.last = Pass(made, self.generation, error, time.monotonic() - started)
             self._let_rest()
             return self.last
@@ -177,7 +185,8 @@ class Reconciler:
         return {
             "manifest": str(self.path),
             "generation": self.generation,
-            "in_sync": self.last is not None and error is None,
+            # Not while an edit is being looked at: what was true of the last manifest says nothing of this one.
+            "in_sync": self.last is not None and error is None and not self._pending and not self._lock.locked(),
             "manifest_error": str(error) if error else "",
             "problems": problems,
         }

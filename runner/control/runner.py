@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from runner.control.adoption import adopt_engines
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.control_socket import ControlSocket, error_json
@@ -52,6 +53,8 @@ class Runner:
                 "apply": self._apply,
                 "follow": self._follow,
                 "down": self._down,
+                "events": self._history,
+                "watch": self._watch,
             },
         )
         self._started_at = time.time()
@@ -78,7 +81,7 @@ class Runner:
     async def _serve(self) -> Pass:
         seen = signature(self._reconciler.files)
         stopped = asyncio.create_task(self._stop.wait())
-        first = asyncio.create_task(self._reconciler.reconcile(self._compiled))
+        first = asyncio.create_task(self._first_pass())
         await asyncio.wait([first, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not first.done():
             first.cancel()
@@ -96,6 +99,11 @@ class Runner:
             result = self._reconciler.last or result
         stopped.cancel()
         return result
+
+    async def _first_pass(self) -> Pass:
+        if self._compiled.desired is not None:
+            await adopt_engines(self._live, self._compiled.desired)
+        return await self._reconciler.reconcile(self._compiled)
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -157,6 +165,17 @@ class Runner:
         self._drain_timeout = float(request.get("drain", self._drain_timeout))
         yield {"done": True, "pid": os.getpid(), "drain_seconds": self._drain_timeout}
         self._stop.set()
+
+    async def _history(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        async for event in self._events.history(follow=bool(request.get("follow"))):
+            yield event
+        yield {"done": True}
+
+    async def _watch(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The status now and after each change, until stopped or `within` seconds have passed."""
+        async for _ in self._events.changes(beat=request.get("beat"), within=request.get("within")):
+            yield self.status()
+        yield {"done": True}
 
     def status(self) -> dict[str, Any]:
         """Everything `mlx-run status --json` prints."""

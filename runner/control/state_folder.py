@@ -54,6 +54,15 @@ class StateFolder:
         """The EngineSpec an engine was started with."""
         return self.folder / "e" / f"{engine_id}.json"
 
+    def engines(self) -> list[str]:
+        """Ids of the engines that were started and not seen to end."""
+        return sorted(path.stem for path in (self.folder / "e").glob("*.json"))
+
+    def forget_engine(self, engine_id: str) -> None:
+        """Remove what an engine leaves behind."""
+        self.engine_spec(engine_id).unlink(missing_ok=True)
+        self.engine_socket(engine_id).unlink(missing_ok=True)
+
     def engine_socket(self, engine_id: str) -> Path:
         """Where an engine listens."""
         return self._socket(f"e/{engine_id}.sock")

@@ -47,10 +47,10 @@ def is_path(source: str) -> bool:
 def _source(path: KeyPath, entry: Model | Adapter) -> Iterator[Problem]:
     if entry.revision is not None and is_path(entry.source):
         message = "is for hub repositories (org/name), and this source is none"
-        yield Problem((*path, "revision"), message, "remove it", at_key=True)
+        yield Problem("E307", (*path, "revision"), message, "remove it", at_key=True)
     if entry.source.startswith("~") and not entry.source.startswith("~/"):
         message = f'"{entry.source}" is the folder of another user'
-        yield Problem((*path, "source"), message, "write ~/ for your own, or the whole path")
+        yield Problem("E605", (*path, "source"), message, "write ~/ for your own, or the whole path")
 
 
 def _adapters(name: str, model: Model) -> Iterator[Problem]:
@@ -58,12 +58,12 @@ def _adapters(name: str, model: Model) -> Iterator[Problem]:
     for adapter in model.adapters:
         if adapter in PLAIN_MODEL:
             message = f'"{adapter}" asks for the model without an adapter, so no adapter can have this name'
-            yield Problem((*path, "adapters", adapter), message, "give it another name", at_key=True)
+            yield Problem("E306", (*path, "adapters", adapter), message, "give it another name", at_key=True)
     wanted = model.default_adapter
     if wanted is not None and wanted not in model.adapters:
         known = ", ".join(model.adapters)
         hint = suggest(wanted, model.adapters) or (f"its adapters: {known}" if known else "this model has no adapters")
-        yield Problem((*path, "default_adapter"), f'there is no adapter "{wanted}"', hint)
+        yield Problem("E302", (*path, "default_adapter"), f'there is no adapter "{wanted}"', hint)
 
 
 def _aliases(models: Mapping[str, Model], names: Collection[str], taken: dict[str, str]) -> Iterator[Problem]:
@@ -73,11 +73,11 @@ def _aliases(models: Mapping[str, Model], names: Collection[str], taken: dict[st
             path = ("models", name, "aliases", index)
             if alias in names:
                 what = "this model's own name" if alias == name else "the name of another model"
-                yield Problem(path, f'"{alias}" is {what}', "remove the alias, or choose another")
+                yield Problem("E303", path, f'"{alias}" is {what}', "remove the alias, or choose another")
             elif alias in taken:
                 owner = taken[alias]
                 again = "is given twice" if owner == name else f'is an alias of model "{owner}" already'
-                yield Problem(path, f'"{alias}" {again}', "keep one of the two")
+                yield Problem("E303", path, f'"{alias}" {again}', "keep one of the two")
             else:
                 taken[alias] = name
 
@@ -90,14 +90,14 @@ def _references(name: str, server: Server, names: Collection[str], aliases: Mapp
             hint = f'"{model}" is an alias: write "{aliases[model]}"'
         else:
             hint = suggest(model, names) or f"models: {', '.join(list(names)[:8])}"
-        yield Problem(("servers", name, "models", index), f'there is no model "{model}"', hint)
+        yield Problem("E301", ("servers", name, "models", index), f'there is no model "{model}"', hint)
 
 
 def _repeated(path: KeyPath, entries: Sequence[str]) -> Iterator[Problem]:
     seen: set[str] = set()
     for index, entry in enumerate(entries):
         if entry in seen:
-            yield Problem((*path, index), f'"{entry}" is listed twice', "keep one of the two")
+            yield Problem("E305", (*path, index), f'"{entry}" is listed twice', "keep one of the two")
         seen.add(entry)
 
 
@@ -106,12 +106,13 @@ def _access(name: str, server: Server) -> Iterator[Problem]:
     auth = server.auth
     if auth is not None and auth.api_keys and auth.allow_unauthenticated:
         message = "api_keys and allow_unauthenticated: true contradict each other"
-        yield Problem((*path, "auth"), message, "keep one of the two", at_key=True)
+        yield Problem("E507", (*path, "auth"), message, "keep one of the two", at_key=True)
     elif auth is not None and not auth.api_keys and not auth.allow_unauthenticated:
         message = "says neither who may use the server nor that everybody may"
-        yield Problem((*path, "auth"), message, "give api_keys, or allow_unauthenticated: true", at_key=True)
+        yield Problem("E507", (*path, "auth"), message, "give api_keys, or allow_unauthenticated: true", at_key=True)
     elif auth is None and not is_loopback(server.host):
         yield Problem(
+            "E506",
             (*path, "host"),
             f"{server.host} can be reached from other machines, so this server needs auth",
             'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or auth: {allow_unauthenticated: true} to leave it open',
@@ -141,7 +142,7 @@ def _addresses(servers: Mapping[str, Server]) -> Iterator[Problem]:
             if _overlap(_packed(host), _packed(server.host)):
                 why = f"{host} and {server.host} overlap" if host != server.host else f"both listen on {host}"
                 message = f'port {server.port} is taken by server "{other}" ({why})'
-                yield Problem(("servers", name, "port"), message, "give one of the two another port")
+                yield Problem("E304", ("servers", name, "port"), message, "give one of the two another port")
                 break
         by_port.setdefault(server.port, []).append((name, server.host))
 

@@ -31,10 +31,11 @@ _MAX_NESTING: Final = 8
 
 
 class InterpolationError(Exception):
-    """A `${…}` that cannot be filled in. `hint` says what to do."""
+    """A `${…}` that cannot be filled in. `hint` says what to do, `code` is one of `runner.manifest.codes`."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(message)
+        self.code = code
         self.message = message
         self.hint = hint
 
@@ -45,7 +46,7 @@ def interpolate(text: str, env: Mapping[str, str], read_file: Callable[[str], st
     Raises InterpolationError; errors of `read_file` pass through.
     """
     if nesting > _MAX_NESTING:
-        raise InterpolationError(f"${{…}} is nested more than {_MAX_NESTING} deep")
+        raise InterpolationError("E502", f"${{…}} is nested more than {_MAX_NESTING} deep")
     parts: list[str] = []
     position = 0
     while (dollar := text.find("$", position)) >= 0:
@@ -53,7 +54,7 @@ def interpolate(text: str, env: Mapping[str, str], read_file: Callable[[str], st
         match = re.compile(_REFERENCE).match(text, dollar)
         if match is None:
             message = "a $ that begins no variable"
-            raise InterpolationError(message, "write ${NAME} for a variable, $$ for a dollar sign")
+            raise InterpolationError("E502", message, "write ${NAME} for a variable, $$ for a dollar sign")
         position = match.end()
         if match["escaped"]:
             parts.append("$")
@@ -70,9 +71,8 @@ def interpolate(text: str, env: Mapping[str, str], read_file: Callable[[str], st
             elif match["operator"]:
                 parts.append(_variable(match["name"], match["operator"], word, env, fill))
             elif word:
-                raise InterpolationError(
-                    "a ${…} that is none of the known forms", "write ${NAME}, ${NAME:-default} or ${NAME:?message}"
-                )
+                message = "a ${…} that is none of the known forms"
+                raise InterpolationError("E502", message, "write ${NAME}, ${NAME:-default} or ${NAME:?message}")
             else:
                 parts.append(_variable(match["name"], None, "", env))
     parts.append(text[position:])
@@ -89,7 +89,7 @@ def _closing_brace(text: str, position: int) -> int:
             depth -= 1
             if depth == 0:
                 return match.start()
-    raise InterpolationError("a ${ has no closing }", "write $$ for a dollar sign")
+    raise InterpolationError("E502", "a ${ has no closing }", "write $$ for a dollar sign")
 
 
 def _variable(
@@ -98,9 +98,8 @@ def _variable(
     value = env.get(name)
     if operator is None:
         if value is None:
-            raise InterpolationError(
-                f"the environment variable {name} is not set", f"set it, or give a default: ${{{name}:-default}}"
-            )
+            hint = f"set it, or give a default: ${{{name}:-default}}"
+            raise InterpolationError("E501", f"the environment variable {name} is not set", hint)
         return value
     there = value is not None and (value != "" or not operator.startswith(":"))
     if operator.endswith("+"):
@@ -110,4 +109,5 @@ def _variable(
     if operator.endswith("-"):
         return fill(word)
     state = "is empty" if value is not None else "is not set"
-    raise InterpolationError(f"the environment variable {name} {state}" + (f": {fill(word)}" if word else ""))
+    reason = f": {fill(word)}" if word else ""
+    raise InterpolationError("E501", f"the environment variable {name} {state}{reason}")

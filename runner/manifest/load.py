@@ -31,9 +31,9 @@ class Loaded:
     digest: str
     tree: Tree = field(repr=False, compare=False)
 
-    def at(self, path: KeyPath, message: str, hint: str = "", *, at_key: bool = False) -> Diagnostic:
+    def at(self, path: KeyPath, message: str, hint: str = "", *, at_key: bool = False, code: str = "") -> Diagnostic:
         """A diagnostic at a path of the document, such as `("models", "chat", "source")`, or the nearest above it."""
-        return self.tree.diagnostic(Problem(path, message, hint, at_key))
+        return self.tree.diagnostic(Problem(code, path, message, hint, at_key))
 
 
 def load_manifest(path: Path, env: Mapping[str, str]) -> Loaded:

@@ -257,7 +257,7 @@ class Generation(_Section):
 
 def _adapter_entry(value: Any) -> Any:
     if isinstance(value, bool | int | float | list):
-        raise problem("should be a path, a hub repository, or a mapping with source")
+        raise problem("E203", "should be a path, a hub repository, or a mapping with source")
     return {"source": value} if isinstance(value, str) else value
 
 

@@ -33,7 +33,7 @@ def not_yet(data: Any) -> Iterator[Problem]:
             if refused is None or value in refused:
                 what = path[-1] if refused is None else value
                 message = f'"{what}" is not supported yet by this version'
-                yield Problem(path, message, "remove it", at_key=refused is None)
+                yield Problem("E401", path, message, "remove it", at_key=refused is None)
 
 
 def _matches(data: Any, pattern: tuple[str, ...], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

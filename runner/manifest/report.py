@@ -1,19 +1,39 @@
-"""Diagnostics as text for a terminal."""
+"""What was found in a manifest, and as text for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from runner.errors import Diagnostic
 
 
+class FileReport(NamedTuple):
+    """What was found in one file, which is named as the user named it."""
+
+    file: str
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        """Those that keep the file from use."""
+        return tuple(d for d in self.diagnostics if d.severity == "error")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file can be used; warnings do not count."""
+        return not self.errors
+
+
 def render_diagnostics(diagnostics: Iterable[Diagnostic]) -> str:
-    """`file:line:column: path: message`, the source line with a caret, and the hint, for each; no final line break.
+    """`file:line:column: path: message [code]`, the source line with a caret, and the hint, for each.
+
+    There is no final line break.
 
     ::
 
-        dev.yaml:7:5: models.chat.sorce: unknown key "sorce"
+        dev.yaml:7:5: models.chat.sorce: unknown key "sorce" [E201]
             7 |     sorce: ../model
               |     ^ did you mean "source"?
     """
@@ -22,7 +42,9 @@ def render_diagnostics(diagnostics: Iterable[Diagnostic]) -> str:
 
 def _render(found: Diagnostic) -> str:
     place = f"{found.file}:{found.line}:{found.column}" if found.line else found.file
-    head = ": ".join(part for part in (place, found.path, found.message) if part)
+    severity = "warning" if found.severity == "warning" else ""
+    head = ": ".join(part for part in (place, severity, found.path, found.message) if part)
+    head += f" [{found.code}]" if found.code else ""
     if not found.excerpt.strip():
         return f"{head}\n  hint: {found.hint}" if found.hint else head
     gutter = f"{found.line:>5} | "

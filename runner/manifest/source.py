@@ -37,9 +37,9 @@ class Source:
                 text = text[:start] + "*" * (min(end, len(text)) - start) + text[end:]
         return text[:_EXCERPT_WIDTH]
 
-    def diagnostic(self, line: int, column: int, path: str, message: str, hint: str = "") -> Diagnostic:
+    def diagnostic(self, code: str, line: int, column: int, path: str, message: str, hint: str = "") -> Diagnostic:
         """A diagnostic at a place of this file; `line` and `column` count from 1, 0 for the file as a whole."""
-        return Diagnostic(self.name, line, column, path, message, hint, self.excerpt(line))
+        return Diagnostic(self.name, line, column, path, message, hint, self.excerpt(line), code)
 
 
 def read_source(path: Path) -> Source:
@@ -49,25 +49,25 @@ def read_source(path: Path) -> Source:
     """
     name = str(path)
 
-    def fail(message: str, hint: str = "", line: int = 0, column: int = 0) -> ManifestError:
-        return ManifestError([Diagnostic(name, line, column, "", message, hint)])
+    def fail(code: str, message: str, hint: str = "", line: int = 0, column: int = 0) -> ManifestError:
+        return ManifestError([Diagnostic(name, line, column, "", message, hint, code=code)])
 
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise fail("there is no such file", "give the path of a manifest, such as configs/dev.yaml") from None
+        raise fail("E101", "there is no such file", "give the path of a manifest, such as configs/dev.yaml") from None
     except IsADirectoryError:
-        raise fail("is a folder, not a manifest", "give the path of a YAML file in it") from None
+        raise fail("E101", "is a folder, not a manifest", "give the path of a YAML file in it") from None
     except OSError as error:
-        raise fail(f"cannot be read: {error.strerror}") from None
+        raise fail("E101", f"cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
-        raise fail(f"is larger than {MAX_BYTES // 1024} KiB, which no manifest is")
+        raise fail("E102", f"is larger than {MAX_BYTES // 1024} KiB, which no manifest is")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = content[: error.start]
         line = before.count(b"\n") + 1
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
-        raise fail("is not UTF-8 text", "save it as UTF-8", line, column) from None
+        raise fail("E103", "is not UTF-8 text", "save it as UTF-8", line, column) from None
     return Source(name, path.absolute(), content, text)

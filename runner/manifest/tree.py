@@ -39,8 +39,9 @@ class Place(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Something wrong at a path; `at_key` points at the key rather than at its value."""
+    """Something wrong at a path; `at_key` points at the key rather than at its value. Codes are in `codes.toml`."""
 
+    code: str
     path: KeyPath
     message: str
     hint: str = ""
@@ -69,8 +70,7 @@ class Tree:
 
     def diagnostic(self, problem: Problem) -> Diagnostic:
         """A problem with its place in the file."""
-        place = self.place(problem.path, key=problem.at_key)
-        return place.source.diagnostic(place.line, place.column, dotted(problem.path), problem.message, problem.hint)
+        return _at(self.place(problem.path, key=problem.at_key), problem)
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
         """Where `path` is, or the nearest thing above it that is in the document."""
@@ -80,6 +80,11 @@ class Tree:
                 return found
             path = path[:-1]
         return self.values.get((), Place(self.source, 0, 0))
+
+
+def _at(place: Place, problem: Problem) -> Diagnostic:
+    path = dotted(problem.path)
+    return place.source.diagnostic(problem.code, place.line, place.column, path, problem.message, problem.hint)
 
 
 def dotted(path: KeyPath) -> str:
@@ -102,17 +107,14 @@ def read_tree(source: Source, env: Mapping[str, str]) -> Tree:
     except yaml.YAMLError as error:
         raise ManifestError([explain(source, error)]) from None
     except RecursionError:
-        raise ManifestError([source.diagnostic(0, 0, "", "is nested too deeply")]) from None
+        raise ManifestError([source.diagnostic("E113", 0, 0, "", "is nested too deeply")]) from None
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == PLAIN and read_scalar(node.value) is None):
-        raise ManifestError([source.diagnostic(0, 0, "", "the manifest is empty", "it needs name, servers and models")])
+        hint = "it needs name, servers and models"
+        raise ManifestError([source.diagnostic("E104", 0, 0, "", "the manifest is empty", hint)])
     walk = _Walk(source, env)
     walk.tree.data = walk.value(node, ())
     if walk.errors:  # shown only now, because excerpts hide the secrets that the walk has found
-        found = [
-            place.source.diagnostic(place.line, place.column, dotted(p.path), p.message, p.hint)
-            for place, p in walk.errors
-        ]
-        raise ManifestError(list(dict.fromkeys(found)))
+        raise ManifestError(list(dict.fromkeys(_at(place, problem) for place, problem in walk.errors)))
     return walk.tree
 
 
@@ -165,18 +167,19 @@ class _Walk:
 
     def _cap(self, node: yaml.Node, path: KeyPath, message: str) -> ManifestError:
         place = self._place(node)
-        return ManifestError([Diagnostic(self._source.name, place.line, place.column, dotted(path[:4]), message)])
+        file = self._source.name
+        return ManifestError([Diagnostic(file, place.line, place.column, dotted(path[:4]), message, code="E113")])
 
     def _place(self, node: yaml.Node) -> Place:
         return Place(self._source, node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def _wrong(self, node: yaml.Node, path: KeyPath, message: str, hint: str) -> None:
-        self.errors.append((self._place(node), Problem(path, message, hint)))
+    def _wrong(self, code: str, node: yaml.Node, path: KeyPath, message: str, hint: str) -> None:
+        self.errors.append((self._place(node), Problem(code, path, message, hint)))
 
     def _check_tag(self, node: yaml.Node, tag: str, path: KeyPath) -> None:
         if node.tag != tag:
             written = node.tag.replace("tag:yaml.org,2002:", "!!")
-            self._wrong(node, path, f"the tag {written} means nothing here", "remove it")
+            self._wrong("E110", node, path, f"the tag {written} means nothing here", "remove it")
 
     def _pairs(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         """Keys and values of a mapping, its own before those that `<<` merges in, each key once."""
@@ -184,12 +187,13 @@ class _Walk:
         merges: list[yaml.Node] = []
         for key_node, child in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self._wrong(key_node, path, "a key should be a name", "put quotes around it")
+                self._wrong("E111", key_node, path, "a key should be a name", "put quotes around it")
                 continue
             key = key_node.value
             if key in own:
                 first = own[key].start_mark.line + 1
-                self._wrong(key_node, (*path, key), f'"{key}" is given twice (first in line {first})', "keep one")
+                message = f'"{key}" is given twice (first in line {first})'
+                self._wrong("E109", key_node, (*path, key), message, "keep one")
             own.setdefault(key, key_node)
             if key == "<<" and not key_node.style:
                 merges.append(child)
@@ -201,7 +205,7 @@ class _Walk:
     def _merged(self, merge: yaml.Node, path: KeyPath, taken: set[str]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         for source in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
             if not isinstance(source, yaml.MappingNode):
-                self._wrong(source, (*path, "<<"), "should be an alias of a mapping", "such as *base")
+                self._wrong("E112", source, (*path, "<<"), "should be an alias of a mapping", "such as *base")
                 continue
             self._count(source, (*path, "<<"))
             self._open.add(id(source))
@@ -231,13 +235,14 @@ class _Walk:
     def _interpolated(self, node: yaml.ScalarNode, text: str, path: KeyPath) -> str:
         def read_file(name: str) -> str:
             if not _is_api_key(path):
-                raise InterpolationError("${file:…} is for secrets, and works in auth.api_keys only", "give the value")
+                message = "${file:…} is for secrets, and works in auth.api_keys only"
+                raise InterpolationError("E504", message, "give the value")
             return self._secret_file(name)
 
         try:
             filled = interpolate(text, self._env, read_file)
         except InterpolationError as error:
-            self.tree.problems.append(Problem(path, error.message, error.hint))
+            self.tree.problems.append(Problem(error.code, path, error.message, error.hint))
             return text
         self.tree.variables[path] = Variable(text, filled)
         return filled
@@ -254,9 +259,10 @@ class _Walk:
         except (OSError, ValueError, RuntimeError) as error:
             reason = "not UTF-8 text" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
             message = f'the secret file "{name}" cannot be read: {reason}'
-            raise InterpolationError(message, f"looked at {path}") from None
+            raise InterpolationError("E503", message, f"looked at {path}") from None
         if len(content) > _MAX_SECRET_BYTES:
-            raise InterpolationError(f'the secret file "{name}" is larger than {_MAX_SECRET_BYTES // 1024} KiB')
+            message = f'the secret file "{name}" is larger than {_MAX_SECRET_BYTES // 1024} KiB'
+            raise InterpolationError("E503", message)
         self.tree.files[path] = content
         return text
 

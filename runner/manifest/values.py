@@ -34,9 +34,9 @@ _ORIGIN: Final = r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+"
 GIB: Final = 2**30
 
 
-def problem(message: str, hint: str = "") -> PydanticCustomError:
+def problem(code: str, message: str, hint: str = "") -> PydanticCustomError:
     """An error for a validator to raise. `message` starts with what the value should be."""
-    return PydanticCustomError("manifest", "{message}", {"message": message, "hint": hint})
+    return PydanticCustomError("manifest", "{message}", {"code": code, "message": message, "hint": hint})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +70,18 @@ def parse_size(value: Any) -> int:
     """Bytes from `4GiB`, `512 MB`, or a plain number of bytes."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
-            raise problem("should be a size, and cannot be negative", "such as 4GiB")
+            raise problem("E204", "should be a size, and cannot be negative", "such as 4GiB")
         return value
     match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
     if match is None:
         share = isinstance(value, str) and value.endswith("%")
         hint = "a share of the machine is possible in memory only" if share else "such as 4GiB, 512MiB or 1048576"
-        raise problem("should be a size", hint)
+        raise problem("E208", "should be a size", hint)
     number, unit = match.groups()
     if unit and unit not in _UNITS:
         near = next((u for u in _UNITS if u.lower() == unit.lower()), _SHORT_UNITS.get(unit.lower()))
         raise problem(
+            "E208",
             f'should be a size, and "{unit}" is not a unit of one',
             f"did you mean {number}{near}?" if near else f"units are {', '.join(_UNITS)}",
         )
@@ -93,7 +94,7 @@ def _memory_amount(value: Any) -> MemoryAmount:
     if isinstance(value, str) and value.endswith("%"):
         match = re.fullmatch(_PERCENT, value)
         if match is None or not 0 <= float(match[1]) <= 100:
-            raise problem("should be between 0% and 100%")
+            raise problem("E208", "should be between 0% and 100%")
         return MemoryAmount(percent=float(match[1]))
     return MemoryAmount(size=parse_size(value))
 
@@ -102,7 +103,7 @@ def _duration(value: Any) -> float:
     match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
     if match is None:
         number = f"did you mean {value}s?" if isinstance(value, int) and not isinstance(value, bool) else ""
-        raise problem("should be a duration", number or "such as 30s, 5m or 1h30m")
+        raise problem("E208", "should be a duration", number or "such as 30s, 5m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(hours * 3600 + minutes * 60 + seconds)
 
@@ -111,6 +112,7 @@ def _name(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(_NAME, value):
         near = re.sub(r"[^a-z0-9._-]+", "-", value.lower()).strip("-._")[:63]
         raise problem(
+            "E207",
             f'"{value}" is not a name: use a-z, 0-9, ".", "_" and "-", with a letter or digit first, at most 63',
             f'did you mean "{near}"?' if near else "such as chat or llama-3.2",
         )
@@ -120,6 +122,7 @@ def _name(value: Any) -> Any:
 def _alias(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(_MODEL_ID, value):
         raise problem(
+            "E207",
             f'"{value}" is not a model id: use letters, digits, ".", "_", "-" and "/", with a letter or digit first',
             'what follows a ":" in a request names an adapter' if ":" in value else "such as gpt-4o-mini",
         )
@@ -135,21 +138,22 @@ def _host(value: Any) -> Any:
         except (OSError, ValueError):
             continue
         return value
-    raise problem("should be an IP address of this machine", "such as 127.0.0.1, 0.0.0.0 or ::1")
+    raise problem("E209", "should be an IP address of this machine", "such as 127.0.0.1, 0.0.0.0 or ::1")
 
 
 def _origin(value: Any) -> Any:
     if isinstance(value, str) and value != "*" and not re.fullmatch(_ORIGIN, value):
-        raise problem("should be an origin: scheme://host or scheme://host:port, or *", "such as http://localhost:3000")
+        message = "should be an origin: scheme://host or scheme://host:port, or *"
+        raise problem("E209", message, "such as http://localhost:3000")
     return value
 
 
 def _api_key(value: Any) -> Any:
     if isinstance(value, str):
         if not value:
-            raise problem("is an empty API key", "an empty key would let everybody in; give it a value")
+            raise problem("E505", "is an empty API key", "an empty key would let everybody in; give it a value")
         if not (value.isascii() and value.isprintable()) or " " in value:
-            raise problem("should be an API key: printable ASCII without spaces")
+            raise problem("E505", "should be an API key: printable ASCII without spaces")
     return value
 
 

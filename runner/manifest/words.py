@@ -19,7 +19,7 @@ _HIDDEN: Final = "a secret"
 def problems_of(tree: Tree, details: list[ErrorDetails]) -> list[Problem]:
     """One problem an error, but none for a missing key where a misspelling of it stands in the same place."""
     problems = [_problem(tree, detail) for detail in details]
-    meant = {(p.path[:-1], p.hint) for p in problems if p.message.startswith("unknown key")}
+    meant = {(p.path[:-1], p.hint) for p in problems if p.code == "E201"}
     return [
         problem
         for problem, detail in zip(problems, details, strict=True)
@@ -32,21 +32,30 @@ def _problem(tree: Tree, detail: ErrorDetails) -> Problem:
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         hint = _unknown_key_hint(type_at(path[:-1]), str(path[-1]))
-        return Problem(path, f'unknown key "{path[-1]}"', hint, at_key=True)
+        return Problem("E201", path, f'unknown key "{path[-1]}"', hint, at_key=True)
     if kind == "missing":
         field = str(detail["loc"][-1])
         empty = path[-1:] == (field,)  # the key is there, and was taken out for having no value
         section = type_at(path[:-1] if empty else path)
-        return Problem(path, f'"{field}" {"has no value" if empty else "is missing"}', _example(section, field), True)
+        message = f'"{field}" {"has no value" if empty else "is missing"}'
+        return Problem("E202", path, message, _example(section, field), at_key=True)
     if kind == "manifest":
-        return Problem(path, context["message"], context["hint"], detail["loc"][-1:] == ("[key]",))
+        return Problem(context["code"], path, context["message"], context["hint"], detail["loc"][-1:] == ("[key]",))
     if value is None and path:
-        return Problem(path, "has no value", _remedy(path), at_key=True)
+        return Problem("E205", path, "has no value", _remedy(path), at_key=True)
     if kind in ("too_short", "string_too_short"):
-        return Problem(path, "is empty", _remedy(path))
+        return Problem("E205", path, "is empty", _remedy(path))
     if kind == "model_type":
-        return Problem(path, *_no_section(type_at(path), value, _shown(tree, path, value), at_root=not path))
-    return Problem(path, *_words(kind, context, value, _shown(tree, path, value)))
+        message, hint = _no_section(type_at(path), value, _shown(tree, path, value), at_root=not path)
+        return Problem("E203", path, message, hint)
+    return Problem(_code(kind), path, *_words(kind, context, value, _shown(tree, path, value)))
+
+
+def _code(kind: str) -> str:
+    """The code of an error of pydantic's own."""
+    if kind == "literal_error":
+        return "E206"
+    return "E204" if kind in _LIMITS or kind in ("too_long", "string_too_long") else "E203"
 
 
 def _words(kind: str, context: dict[str, Any], value: Any, shown: str) -> tuple[str, str]:

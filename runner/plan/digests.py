@@ -26,10 +26,12 @@ _RACY_WHOLE_SECONDS_NS: Final = 2_100_000_000
 
 
 class BadFolder(Exception):  # noqa: N818 - says what a folder is, and never leaves this package
-    """The folder of a model or an adapter cannot be used (yet). `incomplete`: more files may still be coming."""
+    """The folder of a model or an adapter cannot be used (yet). `incomplete`: more files may still be coming; `code` is
+    one of `runner.manifest.codes`."""
 
-    def __init__(self, message: str, hint: str = "", *, incomplete: bool = False) -> None:
+    def __init__(self, code: str, message: str, hint: str = "", *, incomplete: bool = False) -> None:
         super().__init__(message)
+        self.code = code
         self.message = message
         self.hint = hint
         self.incomplete = incomplete
@@ -79,7 +81,8 @@ class DigestCache:
         path = Path(version.path)
         value = read(path)
         if file_version(path) != version:
-            raise BadFolder(f"{path.name} is being written", "it is read again when it is complete", incomplete=True)
+            message = f"{path.name} is being written"
+            raise BadFolder("E603", message, "it is read again when it is complete", incomplete=True)
         changed = max(version.mtime_ns, version.ctime_ns)
         if began - changed > (_RACY_WHOLE_SECONDS_NS if changed % 1_000_000_000 == 0 else _RACY_NS):
             self._entries[key] = value
@@ -114,15 +117,15 @@ def model_digest(folder: Path, cache: DigestCache) -> FolderDigest:
     """
     files = _files(folder)
     if "config.json" not in files:
-        raise BadFolder(f"{folder} holds no config.json", "a model folder has config.json and *.safetensors")
+        raise BadFolder("E602", f"{folder} holds no config.json", "a model folder has config.json and *.safetensors")
     weights = {name for name in files if name.startswith("model") and name.endswith(".safetensors")}
     if not weights:
         message = f"{folder} holds no model*.safetensors"
-        raise BadFolder(message, "convert the model with mlx_lm.convert", incomplete=True)
+        raise BadFolder("E602", message, "convert the model with mlx_lm.convert", incomplete=True)
     missing = _indexed(files, cache) - files.keys()
     if missing:
         message = f"{folder} lacks {len(missing)} of the files in its index, such as {min(missing)}"
-        raise BadFolder(message, "download or copy it again", incomplete=True)
+        raise BadFolder("E602", message, "download or copy it again", incomplete=True)
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(files):
         version = files[name]
@@ -143,11 +146,11 @@ def adapter_digest(folder: Path, cache: DigestCache) -> FolderDigest:
     files = _files(folder)
     config = files.get("adapter_config.json")
     if config is None:
-        raise BadFolder(f"{folder} holds no adapter_config.json", "an adapter folder has it beside its weights")
+        raise BadFolder("E602", f"{folder} holds no adapter_config.json", "an adapter folder has it beside its weights")
     name = cache.remember("adapter weights", config, _adapter_weights)
     weights = files.get(name)
     if weights is None:
-        raise BadFolder(f"{folder} holds no {name}", "its adapter_config.json asks for it", incomplete=True)
+        raise BadFolder("E602", f"{folder} holds no {name}", "its adapter_config.json asks for it", incomplete=True)
     size = _weights_bytes([weights], cache)
     digest = hashlib.blake2b(digest_size=16)
     for version in (config, weights):
@@ -160,11 +163,11 @@ def _files(folder: Path) -> dict[str, FileVersion]:
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except FileNotFoundError:
-        raise BadFolder(f"there is no folder {folder}", "paths are relative to the manifest's folder") from None
+        raise BadFolder("E601", f"there is no folder {folder}", "paths are relative to the manifest's folder") from None
     except NotADirectoryError:
-        raise BadFolder(f"{folder} is a file, not a folder", "give the folder it is in") from None
+        raise BadFolder("E601", f"{folder} is a file, not a folder", "give the folder it is in") from None
     except OSError as error:
-        raise BadFolder(f"{folder} cannot be read: {error.strerror}") from None
+        raise BadFolder("E601", f"{folder} cannot be read: {error.strerror}") from None
     versions = {name: file_version(folder / name) for name in names if not name.startswith(".")}
     return {name: version for name, version in versions.items() if version is not None}
 
@@ -177,7 +180,7 @@ def _indexed(files: dict[str, FileVersion], cache: DigestCache) -> set[str]:
 def _index_files(path: Path) -> set[str]:
     weight_map = _json_object(path).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise BadFolder(f"{path} has no weight_map", "download or copy it again")
+        raise BadFolder("E603", f"{path} has no weight_map", "download or copy it again")
     return {str(name) for name in weight_map.values()}
 
 
@@ -191,7 +194,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise BadFolder(f"{path} is not a JSON object", "it may be half-written", incomplete=True)
+        raise BadFolder("E603", f"{path} is not a JSON object", "it may be half-written", incomplete=True)
     return found
 
 
@@ -209,18 +212,20 @@ def tensor_bytes(path: Path) -> int:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise BadFolder(f"{path} is no whole safetensors file", "it may be half-written", incomplete=True)
+                message = f"{path} is no whole safetensors file"
+                raise BadFolder("E603", message, "it may be half-written", incomplete=True)
             header = json.loads(file.read(length))
         spans = [tuple(tensor["data_offsets"]) for name, tensor in header.items() if name != "__metadata__"]
         end = max((stop for _, stop in spans), default=0)
         total = sum(stop - start for start, stop in spans)
     except OSError as error:
-        raise BadFolder(f"{path} cannot be read: {error.strerror}") from None
+        raise BadFolder("E603", f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BadFolder(f"{path} has no safetensors header", "it may be half-written", incomplete=True) from None
+        message = f"{path} has no safetensors header"
+        raise BadFolder("E603", message, "it may be half-written", incomplete=True) from None
     if size != 8 + length + end:
         message = f"{path} has {size} bytes where its header says {8 + length + end}"
-        raise BadFolder(message, "it may be half-written", incomplete=True)
+        raise BadFolder("E603", message, "it may be half-written", incomplete=True)
     return int(total)
 
 
@@ -231,7 +236,7 @@ def _content_digest(path: Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise BadFolder(f"{path} cannot be read: {error.strerror}") from None
+        raise BadFolder("E603", f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -55,7 +55,7 @@ def check_memory(
             limit = format_size(model.memory_limit_bytes)
             message = f"is {limit}, but the weights alone take {format_size(needed)}"
             hint = f"give more than {format_size(needed)}, or use a smaller or quantised model"
-            found.append(loaded.at(("models", model.name, "memory_limit"), message, hint))
+            found.append(loaded.at(("models", model.name, "memory_limit"), message, hint, code="E701"))
     return found + _all_together(loaded, models, budget, adapter_bytes)
 
 
@@ -74,9 +74,8 @@ def _all_together(
     if caches:
         terms.append(f"prefix caches {format_size(caches)}")
     message = f"the models need {format_size(needed)} ({' + '.join(terms)}), and may use {budget.explained}"
-    return [
-        loaded.at(_place(loaded), message, "raise memory.limit, lower kv_cache.prefix_cache, or serve fewer models")
-    ]
+    hint = "raise memory.limit, lower kv_cache.prefix_cache, or serve fewer models"
+    return [loaded.at(_place(loaded), message, hint, code="E702")]
 
 
 def _place(loaded: Loaded) -> KeyPath:

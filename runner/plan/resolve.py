@@ -105,7 +105,8 @@ class _Resolution:
             folder = self._folder(source)
             if folder is None:
                 hint = "a path begins with ./ or ../, a Hugging Face repository is org/name"
-                self.wrong.append(self._loaded.at(at, f'there is no folder "{source}" beside the manifest', hint))
+                message = f'there is no folder "{source}" beside the manifest'
+                self.wrong.append(self._loaded.at(at, message, hint, code="E601"))
                 return None
         else:
             held = snapshot(self._hub, repo, revision or "main")
@@ -119,12 +120,13 @@ class _Resolution:
             if repo is not None and error.incomplete and is_partial(self._hub, repo):
                 self._not_downloaded(at, repo, revision or "main")
             else:
-                self.wrong.append(self._loaded.at(at, error.message, error.hint))
+                self.wrong.append(self._loaded.at(at, error.message, error.hint, code=error.code))
             return None
 
     def _not_downloaded(self, at: KeyPath, repo: str, revision: str) -> None:
         message = f"{repo} ({revision}) is not in the hub's cache, or not all of it"
-        self.missing.setdefault((repo, revision), self._loaded.at(at, message, "it has to be downloaded first"))
+        found = self._loaded.at(at, message, "it has to be downloaded first", code="E604")
+        self.missing.setdefault((repo, revision), found)
 
     def _folder(self, source: str) -> Path | None:
         """Where a path leads, or None where a bare name is no folder. Links are kept: what they point to may change."""

@@ -72,16 +72,19 @@ class Site:
         beside.write_text("\n".join(lines) + "\n")
         beside.replace(self.manifest)
 
+    def start(self) -> subprocess.Popen[bytes]:
+        """`mlx-run apply` in the foreground."""
+        command = [str(Path(sys.executable).parent / "mlx-run"), "apply", str(self.manifest)]
+        return subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL)
+
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        """`mlx-run apply` in the foreground, from the moment it is started."""
-        command = [str(Path(sys.executable).parent / "mlx-run"), "apply", str(self.manifest)]
-        process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL)
+        """The same from the moment it is started to its end."""
+        process = self.start()
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            stop(process)
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
         """Status and body; status 0 while nobody listens."""
@@ -104,6 +107,12 @@ class Site:
             time.sleep(every)
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Drain a runner and wait for it."""
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
 def start_up(site: Site, repeat: int) -> tuple[list[float], list[float]]:
     """Milliseconds from the command's start to the first 200 on /health, and, in other runs, to the first token."""
     health, token = [], []
@@ -118,6 +127,22 @@ def start_up(site: Site, repeat: int) -> tuple[list[float], list[float]]:
             site.until(200, "/v1/chat/completions", {**COUNT, "max_tokens": 1})
             token.append((time.perf_counter() - began) * 1e3)
     return health, token
+
+
+def adoption(site: Site, repeat: int) -> list[float]:
+    """Milliseconds from starting a runner again after kill -9 to the first answer of the engine that it finds."""
+    times = []
+    process = site.start()
+    site.until(200, "/ready")
+    for _ in range(repeat):
+        process.kill()
+        process.wait()
+        began = time.perf_counter()
+        process = site.start()
+        site.until(200, "/v1/chat/completions", {**COUNT, "max_tokens": 1})
+        times.append((time.perf_counter() - began) * 1e3)
+    stop(process)
+    return times
 
 
 def idle(site: Site) -> tuple[float, float]:
@@ -250,6 +275,7 @@ def report(site: Site, repeat: int) -> None:
     health, token = start_up(site, repeat)
     line("/health after apply starts", "ms", health, 250)
     line("first token after apply starts", "ms", token, 1500)
+    line("first answer of an adopted engine", "ms", adoption(site, repeat), 500)
     memory, cpu = idle(site)
     line("idle runner, two ports, resident", "MB", [memory], 50)
     line("idle runner, CPU a second", "ms", [cpu], None)

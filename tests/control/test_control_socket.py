@@ -23,6 +23,10 @@ async def broken_manifest(request: dict[str, Any]) -> AsyncIterator[dict[str, An
     raise ManifestError([Diagnostic("dev.yaml", 3, 5, "models.chat", "is wrong", "mend it")])
 
 
+async def needs_a_field(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    yield {"field": request["field"]}
+
+
 async def port_taken(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     raise ListenerError("port 8080 is taken", hint="use another")
     yield {}
@@ -30,7 +34,9 @@ async def port_taken(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
 
 @pytest.fixture
 async def path(tmp_path: Path) -> AsyncIterator[Path]:
-    server = ControlSocket(tmp_path / "c", {"count": count, "broken": broken_manifest, "taken": port_taken})
+    server = ControlSocket(
+        tmp_path / "c", {"count": count, "broken": broken_manifest, "taken": port_taken, "field": needs_a_field}
+    )
     await server.start()
     yield tmp_path / "c"
     await server.close()
@@ -56,7 +62,7 @@ async def test_errors_come_back_as_what_they_were(path: Path) -> None:
 
 
 async def test_what_is_not_a_request_is_refused(path: Path) -> None:
-    with pytest.raises(ControlError, match="`op` is one of count, broken, taken"):
+    with pytest.raises(ControlError, match="`op` is one of count, broken, taken, field"):
         await asyncio.to_thread(client.request, path, "nonsense")
 
 
@@ -73,3 +79,8 @@ async def test_a_dead_ones_socket_is_taken_over(tmp_path: Path) -> None:
 def test_nobody_there(tmp_path: Path) -> None:
     with pytest.raises(NotRunning, match="mlx-run apply"):
         client.request(tmp_path / "none", "status")
+
+
+async def test_a_request_without_its_field_is_answered(path: Path) -> None:
+    with pytest.raises(ControlError, match="'field' failed"):
+        await asyncio.to_thread(client.request, path, "field")

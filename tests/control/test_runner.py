@@ -220,6 +220,25 @@ async def test_a_port_that_is_taken_at_the_last_moment_leaves_everything(scene: 
     assert (await ask(scene, adapter_name="pirate")).status_code == 404
 
 
+async def test_a_fault_of_ours_in_a_pass_ends_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runner.control.reconciler.plan", broken)
+        scene.write("chat: {source: ./models/chat}")
+        failed = await scene.event("apply_failed")
+    assert "unexpected ZeroDivisionError: a bug" in failed["error"]
+    assert (await text(scene, adapter_name="pirate")) != ""
+    scene.write("chat: {source: ./models/chat, aliases: [again]}")
+    await scene.event("applied", 2)
+    assert (await text(scene, model="again")).startswith("base ")
+
+
 async def test_a_renamed_manifest_is_refused(scene: Scene) -> None:
     scene.write(ONE)
     scene.start()

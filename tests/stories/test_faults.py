@@ -179,6 +179,28 @@ def test_engines_end_with_a_killed_runner_and_the_next_one_starts_clean(bench: B
         assert bench.ask("What is 17 + 25?")
 
 
+def test_a_runner_that_is_killed_and_started_again_loads_nothing(bench: Bench) -> None:
+    bench.environment["MLX_RUN_ORPHAN_GRACE"] = "20"
+    bench.write()
+    with bench.serving() as runner:
+        before = bench.model()
+        stream = Stream(bench.client(), LONG)
+        stream.start()
+        assert stream.first.wait(30)
+        runner.kill()
+        runner.wait()
+        stream.join()
+        assert stream.answer.error
+        bench.write({"pirate": "./adapters/pirate"})
+        with bench.serving():
+            after = bench.model()
+            assert after["pid"] == before["pid"]
+            assert after["loaded_at"] == pytest.approx(before["loaded_at"], abs=1)
+            assert [a["name"] for a in after["adapters"]] == ["pirate"]
+            assert after["in_flight"] == after["rows"] == 0
+            assert bench.ask(LONG, "pirate") == long_answer("pirate")
+
+
 def test_a_port_that_is_taken_is_named(bench: Bench) -> None:
     bench.write()
     with socket.create_server(("127.0.0.1", bench.port)):

@@ -1,0 +1,68 @@
+"""`mlx-run events`: what happened to a runner, and what happens. Imports the standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from runner.cli.locate import find
+from runner.control import client
+
+Event = dict[str, Any]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument("name", nargs="?", help="a runner's name (default: the only one that is up)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C or the runner has stopped")
+    parser.add_argument("--json", action="store_true", help="print each event as a line of JSON")
+    parser.epilog = "The last 500 are kept while a runner is up.\n\nexample:\n  mlx-run events -f"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0; raises NotRunning when no runner is up or it went away."""
+    show = json.dumps if arguments.json else render
+    for reply in client.stream(find(arguments.name).control_socket, "events", follow=arguments.follow):
+        if "event" in reply:
+            print(show(reply), flush=True)
+    return 0
+
+
+def render(event: Event) -> str:
+    """An event in words: local time, what it is about, what happened. Further lines are indented."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    words = _WORDS.get(event["event"], _plain)(event)
+    return f"{when}  {event.get('target', 'runner')}: {words}".replace("\n", "\n    ")
+
+
+def _planned(event: Event) -> str:
+    actions = [f"{action['action']} {action['target']}" for action in event["plan"]["actions"]]
+    return f"planned {len(actions)} to do: {', '.join(actions)}"
+
+
+def _plain(event: Event) -> str:
+    """An event that has no words of its own: its name, and its fields."""
+    fields = [f"{k}={v}" for k, v in event.items() if k not in ("event", "time", "target")]
+    return " ".join([event["event"].replace("_", " "), *fields])
+
+
+_WORDS: Final[dict[str, Callable[[Event], str]]] = {
+    "planned": _planned,
+    "unchanged": lambda e: f"nothing to do, generation {e['generation']} is what the manifest says",
+    "listening": lambda e: f"listening at {e['address']}",
+    "downloading": lambda e: f"downloading {e['repo']} at {e['revision']}",
+    "action_started": lambda e: f"began: {e['reason']}",
+    "action_done": lambda e: f"done in {e['seconds']:.2f} s ({e['disruption']})",
+    "applied": lambda e: f"generation {e['generation']} is live",
+    "apply_failed": lambda e: f"the manifest is not in effect, what ran goes on:\n{e['error']}",
+    "engine_died": lambda e: f"the engine (pid {e['pid']}) ended unexpectedly",
+    "engine_backoff": lambda e: f"to be started again in {e['seconds']:.2f} s",
+    "engine_restarted": lambda e: f"back, pid {e['pid']}",
+    "engine_adopted": lambda e: f"the engine (pid {e['pid']}) was running already and goes on",
+    "stopping": lambda e: f"draining for at most {e['drain_seconds']:.0f} s",
+    "stopping_now": lambda e: "stopping at once",
+    "stopped": lambda e: "stopped",
+}

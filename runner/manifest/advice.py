@@ -1,0 +1,51 @@
+"""What a sound manifest may want to hear: warnings, which keep nothing from running."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from runner.errors import Diagnostic
+from runner.manifest.checks import is_loopback, is_path
+from runner.manifest.load import Loaded
+from runner.manifest.models import Adapter, Model
+from runner.manifest.tree import KeyPath
+
+_COMMIT: Final = r"[0-9a-f]{40}"
+
+
+def advise(loaded: Loaded) -> list[Diagnostic]:
+    """Warnings, in the order of the file. Of the file system it asks one thing: whether `org/name` is a folder here."""
+    manifest = loaded.manifest
+    found: list[Diagnostic] = []
+    for name, server in manifest.servers.items():
+        if server.auth is not None and server.auth.allow_unauthenticated and not is_loopback(server.host):
+            path: KeyPath = ("servers", name, "auth", "allow_unauthenticated")
+            message = f"everybody who reaches {server.host}:{server.port} may use this server"
+            found.append(_warning(loaded, "W501", path, message, "give api_keys instead"))
+    for name, model in manifest.models.items():
+        found += _unpinned(loaded, ("models", name), model)
+        for adapter, entry in model.adapters.items():
+            found += _unpinned(loaded, ("models", name, "adapters", adapter), entry)
+    return sorted(found, key=lambda d: (d.line, d.column))
+
+
+def _unpinned(loaded: Loaded, path: KeyPath, entry: Model | Adapter) -> Iterator[Diagnostic]:
+    if not _is_on_the_hub(loaded, entry) or re.fullmatch(_COMMIT, entry.revision or ""):
+        return
+    at = (*path, "source" if entry.revision is None else "revision")
+    message = f"{entry.source} ({entry.revision or 'main'}) can become another version, since it is no commit"
+    yield _warning(loaded, "W601", at, message, "give revision: and the 40 hex digits of a commit")
+
+
+def _is_on_the_hub(loaded: Loaded, entry: Model | Adapter) -> bool:
+    """As `runner.plan.resolve` has it: a revision makes it a repository, else a folder of that name comes first."""
+    if is_path(entry.source):
+        return False
+    return entry.revision is not None or not (loaded.path.parent / Path(entry.source)).is_dir()
+
+
+def _warning(loaded: Loaded, code: str, path: KeyPath, message: str, hint: str) -> Diagnostic:
+    return loaded.at(path, message, hint, code=code)._replace(severity="warning")
