@@ -118,7 +118,7 @@ def test_a_broken_edit_keeps_what_runs_and_the_repair_goes_live(bench: Bench) ->
             (good + "  broken: [", ":11:1", "is not YAML"),
         ]:
             bench.save(damage)
-            until(lambda: not bench.status()["in_sync"])
+            until(lambda: bench.status()["manifest_error"])
             shown = bench.run("status", "dev")
             assert shown.returncode == 3
             assert f"dev.yaml{place}" in shown.stdout
@@ -126,7 +126,7 @@ def test_a_broken_edit_keeps_what_runs_and_the_repair_goes_live(bench: Bench) ->
             assert f"generation {generation} goes on" in shown.stdout
             assert bench.ask("What is 17 + 25?", "shout").endswith("!!!")
             bench.save(good)
-            until(lambda: bench.status()["in_sync"])
+            until(lambda: bench.status()["in_sync"] and not bench.status()["manifest_error"])
         bench.write({"pirate": "./adapters/pirate", "mended": "./adapters/shout"})
         until(lambda: any(a["name"] == "mended" for a in bench.model()["adapters"]))
         assert bench.ask("What is 17 + 25?", "mended").endswith("!!!")
