@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from runner.control.compiler import Compiler
 from runner.control.state_folder import StateFolder
 from runner.errors import NotRunning, RunnerError
 from runner.options import Options
+from runner.processes import python_module
 from runner.telemetry import configure_logging
 
 _SPAWN_DEADLINE = 15.0
@@ -66,7 +66,7 @@ def _detach(folder: StateFolder, path: Path, view: View) -> int:
     """Start a runner that outlives this terminal, and wait until it has settled."""
     with folder.start_log.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runner.cli.main", "apply", str(path)],
+            python_module("runner.cli.main", "apply", str(path)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

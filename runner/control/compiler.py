@@ -11,11 +11,11 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING
 
 from runner.errors import RunnerError
+from runner.processes import python_module
 
 if TYPE_CHECKING:
     from io import BufferedRWPair
@@ -66,7 +66,7 @@ class Compiler:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "runner.control.compile", str(theirs.fileno())],
+                python_module("runner.control.compile", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C is the runner's to handle

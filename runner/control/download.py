@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 from runner.errors import EngineLoadError
+from runner.processes import python_module
 
 
 async def download(repo: str, revision: str, log: Path) -> None:
     """Fill the hub cache with `repo` at `revision`. Raises EngineLoadError with the reason. Cancelling ends it."""
     with log.open("ab") as stream:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "runner.control.fetch",
-            repo,
-            revision,
+            *python_module("runner.control.fetch", repo, revision),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=stream,

@@ -9,7 +9,6 @@ import os
 import secrets
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ import msgspec
 from runner.control.connection import EngineConnection
 from runner.control.state_folder import StateFolder, write_atomically
 from runner.errors import EngineDied, EngineLoadError
+from runner.processes import python_module
 from runner.protocol import (
     AdapterDropped,
     AdapterLoaded,
@@ -131,7 +131,7 @@ class EngineProcess:
     async def _spawn(self) -> None:
         spec_path = self._folder.engine_spec(self.id)
         write_atomically(spec_path, msgspec.json.encode(self.spec))
-        command = shlex.split(self._command) if self._command else [sys.executable, "-m", "runner.engine"]
+        command = shlex.split(self._command) if self._command else python_module("runner.engine")
         with self._folder.engine_log(self.spec.model).open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command,

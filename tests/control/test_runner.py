@@ -239,6 +239,20 @@ async def test_a_fault_of_ours_in_a_pass_ends_nothing(scene: Scene, monkeypatch:
     assert (await text(scene, model="again")).startswith("base ")
 
 
+async def test_a_download_that_fails_says_why(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(scene.folder / "hub"))
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    scene.write(f"{ONE}\nother: {{source: org/name}}")
+    assert (await scene.event("downloading"))["repo"] == "org/name"
+    failed = await scene.event("apply_failed")
+    assert "org/name (main) could not be downloaded: LocalEntryNotFoundError" in failed["error"]
+    assert "point `source` at a local folder" in failed["error"]
+    assert (await text(scene)).startswith("base ")
+
+
 async def test_a_renamed_manifest_is_refused(scene: Scene) -> None:
     scene.write(ONE)
     scene.start()

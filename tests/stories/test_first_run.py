@@ -170,3 +170,17 @@ def test_detached_status_logs_plan_hand_over_and_down(bench: Bench) -> None:
     gone = bench.run("status")
     assert gone.returncode == 1
     assert "mlx-run apply" in gone.stderr
+
+
+def test_files_of_the_user_are_not_taken_for_libraries(bench: Bench) -> None:
+    bench.write()
+    for name in ("yaml", "tokenizers", "jinja2", "h2", "trace"):
+        (bench.folder / f"{name}.py").write_text("raise SystemExit('not the library')\n")
+    command = str(Path(sys.executable).parent / "mlx-run")
+    options = {"env": bench.environment, "cwd": bench.folder, "capture_output": True, "text": True, "timeout": DEADLINE}
+    started = subprocess.run([command, "apply", "-d", "dev.yaml"], **options)
+    try:
+        assert started.returncode == 0, started.stderr
+        assert bench.ask("What is 17 + 25?") == "17 + 25 = 42."
+    finally:
+        subprocess.run([command, "down"], **options)
