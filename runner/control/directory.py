@@ -9,10 +9,8 @@ from runner.control.deployment import Deployment
 from runner.errors import InvalidRequest, NotServed, Unavailable
 from runner.gateway.backend import Deployment as Served
 from runner.gateway.backend import ModelCard, Route
+from runner.manifest.names import PLAIN_MODEL
 from runner.plan.spec import AdapterSpec, ListenerSpec, ModelSpec
-
-BASE_MODEL = frozenset({"none", "base"})
-"""Values of `adapter_name` that ask for the model without its default adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class Directory:
         """See the interface."""
         entry, from_id = self._entry(listener, model)
         name = _one_adapter(from_id, adapter_name)
-        if name in BASE_MODEL:
+        if name in PLAIN_MODEL:
             name = None
         elif name is None:
             name = entry.spec.default_adapter

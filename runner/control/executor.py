@@ -161,7 +161,9 @@ class Executor:
         self._live.emit("listening", target=action.target, address=f"http://{spec.host}:{spec.port}")
 
         async def close() -> None:
-            self._live.listeners.pop(spec.name, None)
+            # The name may still be held by the listener that this one was to replace: that one stays.
+            if self._live.listeners.get(spec.name) is listener:
+                del self._live.listeners[spec.name]
             await listener.close(0.0)
 
         self._undo.append(close)
@@ -197,9 +199,10 @@ class Executor:
             self._undo.append(partial(_restore, deployment, action.old))
         engine = await deployment.bring_up(spec)
         self._undo.append(engine.kill)
-        self._engines[spec.name] = engine
         if self._live.committed is None:
             deployment.switch(spec, engine)  # serve each model as soon as it is there
+        else:
+            self._engines[spec.name] = engine
 
     async def _load_adapters(self, action: UpdateModel) -> None:
         engine = self._live.deployments[action.spec.name].engine
@@ -241,9 +244,8 @@ class Executor:
         name = action.spec.name
         match action:
             case StartModel() | ReplaceModel():
-                deployment, engine = live.deployments[name], self._engines[name]
-                if deployment.engine is not engine:
-                    old = deployment.switch(action.spec, engine)
+                if name in self._engines:
+                    old = live.deployments[name].switch(action.spec, self._engines[name])
                     return [old.drain(timeout)] if old else []
             case UpdateModel():
                 deployment = live.deployments[name]

@@ -54,7 +54,6 @@ class Reconciler:
         self.last: Pass | None = None
         self.generation: int = (live.folder.read_generation() or {}).get("generation", 0)
         self.files = compiled.files or (compiled.path,)
-        self.changed = asyncio.Event()
         self._live = live
         self._events = events
         self._download = download
@@ -94,11 +93,11 @@ class Reconciler:
 
     async def apply(self, path: Path) -> Pass:
         """A pass over `path`, which is the manifest from now on unless it cannot be used."""
-        before, self.path = self.path, path
+        before = (self.path, self.files)
+        self.path = path
         result = await self.reconcile()
-        if result.error is not None and before != path:
-            self.path = before
-        self.changed.set()  # the watcher looks at the files of the new manifest
+        if result.error is not None and path != before[0]:
+            self.path, self.files = before
         return result
 
     async def preview(self, path: Path) -> Plan:

@@ -8,11 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from runner.manifest.models import Adapter, Model, Server
+from runner.manifest.names import PLAIN_MODEL
 from runner.manifest.suggest import suggest
 from runner.manifest.tree import KeyPath, Problem
-
-PLAIN_MODEL: Final = frozenset({"base", "none"})
-"""Names by which a request asks for a model without its default adapter, so that no adapter can have them."""
 
 
 def check(servers: Mapping[str, Server], models: Mapping[str, Model], names: Collection[str] | None) -> list[Problem]:

@@ -239,6 +239,37 @@ async def test_a_fault_of_ours_in_a_pass_ends_nothing(scene: Scene, monkeypatch:
     assert (await text(scene, model="again")).startswith("base ")
 
 
+async def test_a_failed_plan_keeps_the_listener_that_it_was_to_move(scene: Scene) -> None:
+    scene.model("broken", refuse="no such architecture")
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    before, old = scene.live.listeners["lm"], scene.lm
+    scene.lm = f"lm: {{port: {free_port()}}}"
+    scene.write("chat: {source: ./models/broken}")
+    await scene.event("apply_failed")
+    assert scene.live.listeners["lm"] is before
+    assert (await text(scene, adapter_name="pirate")) != ""
+    scene.lm = old
+    scene.write(ONE)
+    await scene.until(lambda: scene.events[-1]["event"] == "unchanged")
+
+
+async def test_a_failed_hand_over_leaves_the_watch_where_it_was(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    other = scene.folder / "other" / "dev.yaml"
+    other.parent.mkdir()
+    other.write_text(scene.manifest.read_text())  # its relative paths lead nowhere from there
+    assert scene.runner is not None
+    result = await scene.runner._reconciler.apply(other)
+    assert "there is no folder" in str(result.error)
+    scene.write("chat: {source: ./models/chat, aliases: [again]}")
+    await scene.event("applied", 2)
+    assert (await text(scene, model="again")).startswith("base ")
+
+
 async def test_a_download_that_fails_says_why(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(scene.folder / "hub"))
