@@ -7,7 +7,7 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-from runner.manifest.models import Adapter, Model, Server
+from runner.manifest.models import Adapter, Draft, Model, Server
 from runner.manifest.names import PLAIN_MODEL
 from runner.manifest.suggest import suggest
 from runner.manifest.tree import KeyPath, Problem
@@ -23,6 +23,8 @@ def check(servers: Mapping[str, Server], models: Mapping[str, Model], names: Col
     for name, model in models.items():
         found += _adapters(name, model)
         found += _source(("models", name), model)
+        if model.draft is not None:
+            found += _source(("models", name, "draft"), model.draft)
         for adapter, entry in model.adapters.items():
             found += _source(("models", name, "adapters", adapter), entry)
     aliases: dict[str, str] = {}
@@ -42,7 +44,7 @@ def is_path(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+", source) is None
 
 
-def _source(path: KeyPath, entry: Model | Adapter) -> Iterator[Problem]:
+def _source(path: KeyPath, entry: Model | Draft | Adapter) -> Iterator[Problem]:
     if entry.revision is not None and is_path(entry.source):
         message = "is for hub repositories (org/name), and this source is none"
         yield Problem("E307", (*path, "revision"), message, "remove it", at_key=True)

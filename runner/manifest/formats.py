@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 from runner.errors import Diagnostic
@@ -21,8 +21,17 @@ _NOT_XML: Final = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # XM
 
 
 def render_json(reports: Iterable[FileReport]) -> str:
-    """`{"version": 1, "files": [{"file", "ok", "diagnostics": [{"code", "severity", "file", "line", …}]}]}`."""
-    files = [{"file": r.file, "ok": r.ok, "diagnostics": [d._asdict() for d in r.diagnostics]} for r in reports]
+    """`{"version": 1, "files": [{"file", "overlays", "ok", "diagnostics": [{"code", "severity", "file", …}]}]}`.
+
+    A diagnostic names the file it is in, which may be an overlay; `notes` say what could not be looked at, and `memory`
+    is there where it was asked for.
+    """
+    files: list[dict[str, Any]] = []
+    for report in reports:
+        found = [d._asdict() for d in report.diagnostics]
+        entry = {"file": report.file, "overlays": report.overlays, "ok": report.ok, "diagnostics": found}
+        memory = {} if report.memory is None else {"memory": report.memory}
+        files.append(entry | {"notes": report.notes} | memory)
     return json.dumps({"version": JSON_VERSION, "files": files}, indent=2)
 
 
@@ -59,7 +68,7 @@ def render_junit(reports: Sequence[FileReport]) -> str:
     failed = sum(not r.ok for r in reports)
     root = ET.Element("testsuites", name="mlx-run validate", tests=str(len(reports)), failures=str(failed))
     for report in reports:
-        name = _xml(report.file)
+        name = _xml(report.title)
         suite = ET.SubElement(root, "testsuite", name=name, tests="1", failures=str(int(not report.ok)))
         case = ET.SubElement(suite, "testcase", classname="mlx-run.validate", name=name)
         if report.errors:

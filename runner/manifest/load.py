@@ -1,49 +1,87 @@
-"""From a file to a validated manifest: read, interpolate, shape, cross-references."""
+"""From files to a validated manifest: read, merge, interpolate, shape, cross-references."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.errors import Diagnostic, ManifestError
+from runner.manifest.adapter_folders import find_adapters
 from runner.manifest.checks import check
+from runner.manifest.env_files import with_env_files
+from runner.manifest.fill import fill
+from runner.manifest.inputs import Inputs
 from runner.manifest.models import Manifest, Model, Server
+from runner.manifest.overlay import merge
 from runner.manifest.pending import not_yet
 from runner.manifest.shape import validate
 from runner.manifest.source import read_source
-from runner.manifest.tree import KeyPath, Problem, Tree, read_tree
+from runner.manifest.tree import KeyPath, Problem, Tree
+from runner.manifest.walk import read_tree
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A valid manifest, and where its parts are in the file.
+    """A valid manifest, and where its parts are in its files.
 
-    `path` is absolute. `files` are all files whose content matters: the manifest, then the secrets it names. `digest`
-    is of their contents and of the variables that were filled in; it covers secrets, so keep it in memory.
+    `paths` are those of the manifest and its overlays, absolute; `inputs` are all files whose content matters. `digest`
+    is of their contents and of the variables that were filled in; it covers secrets, so keep it in memory. `warnings`
+    are what merging and reading found; `runner.manifest.advice` has more.
     """
 
     manifest: Manifest
-    path: Path
-    files: tuple[Path, ...]
+    paths: tuple[Path, ...]
+    inputs: Inputs
     digest: str
     tree: Tree = field(repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The first file, which the others go over."""
+        return self.paths[0]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that were read, or looked for: the manifest's, then those that they name."""
+        return tuple(self.inputs.files)
+
+    @property
+    def warnings(self) -> tuple[Diagnostic, ...]:
+        """What keeps nothing from running: found while the files were put together, or told by `warn` since."""
+        return tuple(self.tree.in_order(self.tree.warnings))
+
+    @property
+    def found(self) -> frozenset[KeyPath]:
+        """The adapters that a pattern of folders found, as `("models", "chat", "adapters", "pirate")`. They may be
+        half-copied, which is no error."""
+        return frozenset(self.tree.found)
+
+    def warn(self, path: KeyPath, message: str, hint: str = "", *, code: str) -> None:
+        """Add to the warnings."""
+        self.tree.warnings.append(self.at(path, message, hint, code=code)._replace(severity="warning"))
 
     def at(self, path: KeyPath, message: str, hint: str = "", *, at_key: bool = False, code: str = "") -> Diagnostic:
         """A diagnostic at a path of the document, such as `("models", "chat", "source")`, or the nearest above it."""
         return self.tree.diagnostic(Problem(code, path, message, hint, at_key))
 
+    def folder(self, path: KeyPath) -> Path:
+        """Where a relative path starts that is written at `path`: the folder of the file that says it."""
+        return self.tree.folder(path)
 
-def load_manifest(path: Path, env: Mapping[str, str]) -> Loaded:
-    """Read and check one manifest; `env` fills in `${…}`.
 
-    Raises ManifestError with everything that is wrong, in the order of the file. Nothing outside the manifest and the
-    secret files it names is looked at: whether models exist is for `runner.plan.resolve`.
+def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs | None = None) -> Loaded:
+    """Read and check a manifest, or several files merged left to right; `env` fills in `${…}`.
+
+    Raises ManifestError with everything that is wrong, in the order of the files; `inputs`, if given, then has what was
+    read so far. Nothing outside the manifest, the files it names and its patterns of adapters is looked at: whether
+    models exist is for `runner.plan.resolve`.
     """
-    source = read_source(path)
-    tree = read_tree(source, env)
+    inputs = Inputs() if inputs is None else inputs
+    tree = _read(paths, env, inputs)
+    find_adapters(tree, inputs)
     manifest, problems = validate(tree)
     unfilled = [p for p in tree.problems if _is_in(tree.data, p.path)]
     places = {p.path for p in unfilled}
@@ -53,10 +91,38 @@ def load_manifest(path: Path, env: Mapping[str, str]) -> Loaded:
         problems = [p for p in problems if p.path[: len(later.path)] != later.path]
     problems += refused
     problems += _check(tree, manifest, problems)
-    if manifest is None or problems:
-        found = sorted(map(tree.diagnostic, problems), key=lambda d: (d.line, d.column))
-        raise ManifestError(list(dict.fromkeys(found)))
-    return Loaded(manifest, source.path, (source.path, *tree.files), _digest(tree), tree)
+    if any(p.code == "E508" for p in problems):  # what an env file would have set is no error of its own
+        problems = [p for p in problems if p.code != "E501"]
+    if manifest is None or problems or tree.wrong:
+        raise ManifestError(tree.in_order([*tree.wrong, *map(tree.diagnostic, problems)]))
+    return Loaded(manifest, tuple(s.path for s in tree.sources), inputs, _digest(tree, inputs), tree)
+
+
+def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
+    """The name of the runner that a manifest is for, whatever else is wrong with it.
+
+    Raises ManifestError where the files cannot be read, or name none.
+    """
+    tree = _read(paths, env, Inputs())
+    name = tree.data.get("name") if isinstance(tree.data, dict) else None
+    if isinstance(name, str) and ("name",) not in {p.path for p in tree.problems}:
+        return name
+    raise ManifestError([tree.diagnostic(Problem("E202", ("name",), "gives the runner no name", "write name: dev"))])
+
+
+def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> Tree:
+    """The merged document, with variables filled in."""
+    trees, wrong = [], []
+    for path in [paths] if isinstance(paths, Path) else paths:
+        try:
+            trees.append(read_tree(read_source(path, inputs)))
+        except ManifestError as error:
+            wrong += error.diagnostics
+    if wrong:
+        raise ManifestError(wrong)
+    tree = merge(trees)
+    fill(tree, with_env_files(tree, env, inputs), inputs)
+    return tree
 
 
 def _check(tree: Tree, manifest: Manifest | None, problems: list[Problem]) -> list[Problem]:
@@ -91,10 +157,11 @@ def _is_in(data: Any, path: KeyPath) -> bool:
     return True
 
 
-def _digest(tree: Tree) -> str:
-    digest = hashlib.blake2b(tree.source.content, digest_size=16)
-    for path, content in tree.files.items():
-        digest.update(repr((str(path), content)).encode())
+def _digest(tree: Tree, inputs: Inputs) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path, state in inputs.files.items():
+        digest.update(repr((str(path), state)).encode())
+    digest.update(repr(sorted(tree.found)).encode())
     for variable in tree.variables.values():
         digest.update(repr(tuple(variable)).encode())
     return digest.hexdigest()

@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
+from runner.manifest.names import PATTERNS_KEY
 from runner.manifest.values import (
     Alias,
     ApiKey,
@@ -129,7 +131,10 @@ class KVCache(_Section):
         None, description="Bits per value of a quantised KV cache. Default: not quantised.", examples=[8]
     )
     group_size: Literal[32, 64, 128] | None = Field(
-        None, description="Values that share one scale in a quantised KV cache.", examples=[64]
+        None,
+        description="Values that share one scale in a quantised KV cache; divides the width of the model's heads. "
+        "Default: 64.",
+        examples=[64],
     )
     max_context: int | None = Field(
         None,
@@ -264,6 +269,15 @@ def _adapter_entry(value: Any) -> Any:
 AdapterEntry = Annotated[Adapter, BeforeValidator(_adapter_entry, json_schema_input_type=_Text | Adapter)]
 
 
+_PATTERN: JsonDict = {"type": "string", "minLength": 1, "not": {"pattern": r"\*\*"}}
+ADAPTER_PATTERNS: JsonDict = {
+    "description": "Patterns of folders, relative to this file (*, ? and [ ]): each match that holds an adapter is "
+    "one, by the folder's name. An adapter that is listed comes before one that is found.",
+    "examples": ["./adapters/*", ["./adapters/*", "~/adapters/*"]],
+    "anyOf": [_PATTERN, {"type": "array", "items": _PATTERN, "minItems": 1}, {"type": "null"}],
+}
+
+
 class Model(_Section):
     """One model to serve."""
 
@@ -292,8 +306,10 @@ class Model(_Section):
     )
     adapters: dict[Name, AdapterEntry] = Field(
         default={},
-        description="LoRA adapters by name: a path or hub repository, or source, revision and scale.",
-        examples=[{"pirate": "../examples/models/adapters/pirate"}],
+        description="LoRA adapters by name: a path or hub repository, or source, revision and scale. "
+        "from: ./adapters/* takes every folder there that holds an adapter, by the folder's name.",
+        examples=[{"pirate": "../examples/models/adapters/pirate"}, {"from": "../examples/models/adapters/*"}],
+        json_schema_extra={"properties": {PATTERNS_KEY: ADAPTER_PATTERNS}},
     )
     default_adapter: Name | None = Field(
         None, description="Adapter of requests that name none. Default: the plain model.", examples=["pirate"]
@@ -329,10 +345,31 @@ class Defaults(_Section):
     )
 
 
+class EnvFile(_Section):
+    """A file of variables."""
+
+    path: _Text = Field(description="The file, relative to this one.", examples=["./local.env"])
+    required: bool = Field(True, description="false: the file may be missing.", examples=[False])
+
+
+def _env_file_entry(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+EnvFileEntry = Annotated[EnvFile, BeforeValidator(_env_file_entry, json_schema_input_type=_Text | EnvFile)]
+_EnvFiles = Annotated[list[EnvFileEntry], Field(min_length=1)]
+EnvFiles = Annotated[_EnvFiles, BeforeValidator(_one_as_list, json_schema_input_type=_Text | _EnvFiles)]
+
+
 class Manifest(_Section):
     """What mlx-run should serve."""
 
     name: Name = Field(description="Name of this runner; one of a name runs at a time on a machine.", examples=["dev"])
+    env_file: EnvFiles | None = Field(
+        None,
+        description="Files of NAME=value lines that fill in ${NAME}, where the environment does not. Later files win.",
+        examples=[".env", [".env", {"path": "local.env", "required": False}]],
+    )
     memory: Memory | None = Field(
         None,
         description="Memory of all engines together.",

@@ -13,16 +13,11 @@ from runner.manifest.tree import KeyPath, Problem
 # (path, with * for any key or index; values that are refused, or None for all)
 NOT_YET: Final[tuple[tuple[str, tuple[str, ...] | None], ...]] = (
     ("models.*.quantization", None),
-    ("models.*.kv_cache.bits", None),
-    ("models.*.kv_cache.group_size", None),
-    ("models.*.draft", None),
     ("models.*.load", ("on_demand",)),
     ("models.*.idle_timeout", None),
-    ("defaults.kv_cache.bits", None),
-    ("defaults.kv_cache.group_size", None),
     ("defaults.load", ("on_demand",)),
     ("defaults.idle_timeout", None),
-    ("servers.*.apis.*", ("anthropic", "ollama", "admin")),
+    ("servers.*.apis.*", ("admin",)),
 )
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runner.errors import Diagnostic
 
 
 class FileReport(NamedTuple):
-    """What was found in one file, which is named as the user named it."""
+    """What was found in one file, which is named as the user named it, or in it and the `overlays` that go over it.
+
+    `notes` say what could not be looked at; `memory` is what the models take, where that was asked for.
+    """
 
     file: str
     diagnostics: tuple[Diagnostic, ...] = ()
+    overlays: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    memory: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """All files, for people."""
+        return " + ".join((self.file, *self.overlays))
 
     @property
     def errors(self) -> tuple[Diagnostic, ...]:

@@ -19,6 +19,7 @@ from runner.manifest.pending import NOT_YET
 from runner.manifest.shape import type_at
 
 SCHEMA_FILE: Final = Path(__file__).parents[2] / "schemas" / "manifest.schema.json"
+OVERLAY_FILE: Final = SCHEMA_FILE.with_name("overlay.schema.json")
 
 _VARIABLE: Final = {
     "type": "string",
@@ -100,19 +101,47 @@ def _value(schema: _Schema) -> _Schema:
     return {"anyOf": [kept, {"$ref": "#/definitions/Variable"}]}
 
 
-def render_schema() -> str:
+def overlay_schema() -> _Schema:
+    """As `manifest_schema`, for a file that goes over others: nothing has to be there, and any key can be `!reset`."""
+    return {**_loosened(manifest_schema()), "title": "mlx-run overlay"}
+
+
+def _loosened(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_loosened(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    loose = {key: _loosened(value) for key, value in schema.items()}
+    if loose.get("type") == "object":
+        loose.pop("required", None)
+        loose.pop("minProperties", None)
+        if isinstance(entry := loose.get("additionalProperties"), dict):
+            loose["additionalProperties"] = _or_nothing(entry)
+        if "patternProperties" in loose:  # a section, not names of the user's
+            loose["properties"] = {key: _or_nothing(value) for key, value in loose["properties"].items()}
+    return loose
+
+
+def _or_nothing(value: _Schema) -> _Schema:
+    about = {key: value[key] for key in ("description", "examples", "default") if key in value}
+    choices = _choices({key: value[key] for key in value if key not in about})
+    return about | {"anyOf": [*choices, *([] if {"type": "null"} in choices else [{"type": "null"}])]}
+
+
+def render_schema(*, overlay: bool = False) -> str:
     """The schema as the text of the committed file."""
-    return json.dumps(manifest_schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(overlay_schema() if overlay else manifest_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def main() -> int:
     """Print the manifest's JSON schema, or write it to where the repository keeps it."""
     parser = argparse.ArgumentParser(prog="python -m runner.manifest.schema", description=main.__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write schemas/{SCHEMA_FILE.name}, in a checkout")
+    parser.add_argument("--write", action="store_true", help="write schemas/, in a checkout")
     if parser.parse_args().write:
         if not SCHEMA_FILE.parent.is_dir():
             parser.error(f"there is no folder {SCHEMA_FILE.parent}: --write is for a checkout of the repository")
         SCHEMA_FILE.write_text(render_schema(), encoding="utf-8")
+        OVERLAY_FILE.write_text(render_schema(overlay=True), encoding="utf-8")
     else:
         sys.stdout.write(render_schema())
     return 0

@@ -13,6 +13,7 @@ from runner.manifest.scalars import read_scalar
 from runner.manifest.tree import KeyPath, Problem, Tree
 
 _NOT_TEXT: Final = frozenset({"int_type", "float_type", "bool_type", "literal_error"})
+_NOT_WHOLE: Final = frozenset({"int_type", "int_from_float", "literal_error"})
 
 
 def validate(tree: Tree) -> tuple[Manifest | None, list[Problem]]:
@@ -33,8 +34,8 @@ def _amend(tree: Tree, detail: ErrorDetails) -> bool:
     """Whether this error was no error: validation then begins anew without it.
 
     Done on errors rather than ahead of validation, because only the models know which mappings have fixed keys and
-    which scalars are numbers: the user's own `x-` keys and keys with no value are taken out, and what `${…}` gave is
-    read as YAML where text does not fit.
+    which scalars are numbers: the user's own `x-` keys and keys with no value are taken out, what `${…}` gave is read
+    as YAML where text does not fit, and 1e3 is a whole number, as JSON Schema has it.
     """
     path = path_in_tree(tree, detail["loc"])
     parent = _look_up(tree.data, path[:-1])
@@ -52,6 +53,9 @@ def _amend(tree: Tree, detail: ErrorDetails) -> bool:
         return False
     if parent[last] is None and isinstance(parent, dict) and is_section(type_at(path[:-1])):
         del parent[last]
+        return True
+    if isinstance(parent[last], float) and detail["type"] in _NOT_WHOLE and parent[last].is_integer():
+        parent[last] = int(parent[last])
         return True
     if path in tree.variables and isinstance(parent[last], str) and detail["type"] in _NOT_TEXT:
         value = read_scalar(parent[last].strip())

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from runner.errors import Diagnostic, ManifestError
+from runner.manifest.foreign import encoding_of, look_closely
+from runner.manifest.inputs import MAX_BYTES, Inputs
 
-MAX_BYTES: Final = 1024 * 1024
 _EXCERPT_WIDTH: Final = 160
+_VISIBLE: Final = {code: 0x2400 + code for code in range(32) if code != 9} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+"""Control characters as pictures of them: an excerpt is printed, and must not steer a terminal."""
 _LINE_BREAK: Final = "\r\n|[\n\r\x85\u2028\u2029]"  # as libyaml counts lines
 
 
@@ -20,7 +23,6 @@ class Source:
 
     name: str
     path: Path
-    content: bytes = field(repr=False)
     text: str = field(repr=False)
     secrets: list[tuple[int, int, int]] = field(default_factory=list, repr=False)
     _lines: list[str] | None = field(default=None, repr=False)
@@ -35,15 +37,28 @@ class Source:
         for at, start, end in self.secrets:
             if at == line - 1:
                 text = text[:start] + "*" * (min(end, len(text)) - start) + text[end:]
-        return text[:_EXCERPT_WIDTH]
+        return text[:_EXCERPT_WIDTH].translate(_VISIBLE)
+
+    def hide_all(self) -> None:
+        """Show no line of this file."""
+        self.secrets += [(line, 0, 1 << 30) for line in range(self.text.count("\n") + 1)]
+
+    def character(self, line: int, column: int) -> str:
+        """The character at a place that counts from 0; empty at the end of a line."""
+        self.excerpt(0)
+        assert self._lines is not None, "an excerpt splits the text"
+        return self._lines[line][column : column + 1] if line < len(self._lines) else ""
 
     def diagnostic(self, code: str, line: int, column: int, path: str, message: str, hint: str = "") -> Diagnostic:
         """A diagnostic at a place of this file; `line` and `column` count from 1, 0 for the file as a whole."""
-        return Diagnostic(self.name, line, column, path, message, hint, self.excerpt(line), code)
+        excerpt = self.excerpt(line)
+        if not excerpt.isascii():
+            hint = look_closely(excerpt, column, hint)
+        return Diagnostic(self.name, line, column, path, message, hint, excerpt, code)
 
 
-def read_source(path: Path) -> Source:
-    """Read one manifest file.
+def read_source(path: Path, inputs: Inputs) -> Source:
+    """Read one manifest file, and note it in `inputs`.
 
     Raises ManifestError where it is missing, unreadable, too large or not UTF-8.
     """
@@ -53,8 +68,7 @@ def read_source(path: Path) -> Source:
         return ManifestError([Diagnostic(name, line, column, "", message, hint, code=code)])
 
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = inputs.read(path.absolute())
     except FileNotFoundError:
         raise fail("E101", "there is no such file", "give the path of a manifest, such as configs/dev.yaml") from None
     except IsADirectoryError:
@@ -69,5 +83,7 @@ def read_source(path: Path) -> Source:
         before = content[: error.start]
         line = before.count(b"\n") + 1
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
-        raise fail("E103", "is not UTF-8 text", "save it as UTF-8", line, column) from None
-    return Source(name, path.absolute(), content, text)
+        raise fail("E103", *encoding_of(content), line, column) from None
+    if "\0" in text and encoding_of(content)[0].startswith("is UTF-16"):
+        raise fail("E103", *encoding_of(content), 1, 1)
+    return Source(name, path.absolute(), text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from runner.errors import Diagnostic, ManifestError
+from runner.manifest.foreign import foreign
 from runner.manifest.source import Source
 
 if TYPE_CHECKING:
@@ -68,10 +69,17 @@ def explain(source: Source, error: yaml.YAMLError) -> Diagnostic:
     problem = " ".join(str(part) for part in (getattr(error, "problem", ""), getattr(error, "context", "")) if part)
     mark: Any = getattr(error, "problem_mark", None)
     line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+    if it := foreign(source.text, line):
+        return _diagnostic("E105", source, *it)
+    if mark and source.character(mark.line, mark.column) == "," and "block mapping" in problem:
+        hint = "remove it, or put { } around all of it"
+        return _diagnostic("E105", source, line, column, 'a "," stands between the lines, as in JSON', hint)
+    ends = bool(mark) and line > source.text.count("\n") + (not source.text.endswith("\n"))
     if mark and source.excerpt(line)[column - 1 : column] == "\t":
         problem = "tab character"
     for code, words, message, hint in _WORDS:
         if words in problem:
+            hint = "the file ends here: was it cut off?" if ends and words != "unexpected end of stream" else hint
             return _diagnostic(code, source, line, column, message, hint)
     return _diagnostic("E105", source, line, column, f"is not YAML: {problem}")
 

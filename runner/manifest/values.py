@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 from pydantic import BeforeValidator, PlainValidator, SecretStr, WithJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
+from runner.manifest.names import NAME_PATTERN
+
 _UNITS: Final = {
     "B": 1,
     "KB": 10**3,
@@ -27,7 +29,6 @@ _SHORT_UNITS: Final = {"k": "KiB", "m": "MiB", "g": "GiB", "t": "TiB"}
 _SIZE: Final = r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)"
 _PERCENT: Final = r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%"
 _DURATION: Final = r"(?=[0-9])(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?"
-_NAME: Final = r"[a-z0-9][a-z0-9._-]{0,62}"
 _MODEL_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 _ORIGIN: Final = r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@*]+"
 
@@ -68,6 +69,8 @@ def format_size(size: int) -> str:
 
 def parse_size(value: Any) -> int:
     """Bytes from `4GiB`, `512 MB`, or a plain number of bytes."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
             raise problem("E204", "should be a size, and cannot be negative", "such as 4GiB")
@@ -109,7 +112,7 @@ def _duration(value: Any) -> float:
 
 
 def _name(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(_NAME, value):
+    if isinstance(value, str) and not re.fullmatch(NAME_PATTERN, value):
         near = re.sub(r"[^a-z0-9._-]+", "-", value.lower()).strip("-._")[:63]
         raise problem(
             "E207",
@@ -160,9 +163,10 @@ def _api_key(value: Any) -> Any:
 _SIZE_PATTERN: Final = r"^[0-9]{1,15}(\.[0-9]{1,6})? ?(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?$"
 _PERCENT_PATTERN: Final = r"^(100(\.0{1,6})?|[0-9]{1,2}(\.[0-9]{1,6})?) ?%$"
 
-_HOST_PATTERN: Final = r"^(localhost|[0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)$"
+_OCTET: Final = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_HOST_PATTERN: Final = rf"^(localhost|{_OCTET}(\.{_OCTET}){{3}}|[0-9A-Fa-f]{{0,4}}:[0-9A-Fa-f]{{0,4}}:[0-9A-Fa-f:.]*)$"
 
-Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
+Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{NAME_PATTERN}$"})]
 """What the user calls a model, a server or an adapter. No `:` (it joins model and adapter), no `/` (it is a hub id)."""
 
 Alias = Annotated[str, BeforeValidator(_alias), WithJsonSchema({"type": "string", "pattern": f"^{_MODEL_ID}$"})]

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from pydantic_core import ErrorDetails
 
+from runner.manifest.foreign import ENV_FILE, foreign, other_tool
 from runner.manifest.scalars import read_scalar
 from runner.manifest.shape import bare, is_section, path_in_tree, type_at
 from runner.manifest.suggest import suggest
@@ -18,6 +19,8 @@ _HIDDEN: Final = "a secret"
 
 def problems_of(tree: Tree, details: list[ErrorDetails]) -> list[Problem]:
     """One problem an error, but none for a missing key where a misspelling of it stands in the same place."""
+    if isinstance(tree.data, dict) and (message := other_tool(tree.data)):
+        return [Problem("E203", (), f"{message}, not a manifest", "it needs name, servers and models")]
     problems = [_problem(tree, detail) for detail in details]
     meant = {(p.path[:-1], p.hint) for p in problems if p.code == "E201"}
     return [
@@ -46,6 +49,11 @@ def _problem(tree: Tree, detail: ErrorDetails) -> Problem:
     if kind in ("too_short", "string_too_short"):
         return Problem("E205", path, "is empty", _remedy(path))
     if kind == "model_type":
+        source = tree.place(()).source
+        if not path and (it := foreign(source.text, 1)):
+            if it.message == ENV_FILE:
+                source.hide_all()
+            return Problem("E203", path, it.message, it.hint)
         message, hint = _no_section(type_at(path), value, _shown(tree, path, value), at_root=not path)
         return Problem("E203", path, message, hint)
     return Problem(_code(kind), path, *_words(kind, context, value, _shown(tree, path, value)))

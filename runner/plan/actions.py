@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final, Literal
 
-from runner.plan.spec import AdapterSpec, ListenerSpec, ModelSpec
+from runner.options import DRAIN_TIMEOUT, LOAD_WAIT
+from runner.plan.changes import Change, changes
+from runner.plan.forecast import Forecast, footprint
+from runner.plan.spec import AdapterSpec, Download, ListenerSpec, ModelSpec
 
 
 class Disruption(StrEnum):
@@ -35,8 +39,13 @@ class ModelAction:
         return f"models.{self.spec.name}"
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(None, self.spec)
+
+    @property
     def memory_delta(self) -> int:
-        """Bytes of weights in memory after, less those before."""
+        """Bytes that engines hold after, less those before."""
         return 0
 
 
@@ -48,8 +57,8 @@ class StartModel(ModelAction):
 
     @property
     def memory_delta(self) -> int:
-        """All of them are new."""
-        return self.spec.weights_bytes
+        """All of it is new."""
+        return footprint(self.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +72,14 @@ class ReplaceModel(ModelAction):
     old: ModelSpec
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(self.old, self.spec)
+
+    @property
     def memory_delta(self) -> int:
         """Once the old engine is gone."""
-        return self.spec.weights_bytes - self.old.weights_bytes
+        return footprint(self.spec) - footprint(self.old)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +91,36 @@ class UpdateModel(ModelAction):
     drop: tuple[AdapterSpec, ...]
     disruption: Disruption = Disruption.NONE
 
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(self.old, self.spec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenameModel(UpdateModel):
+    """Serve a running engine under another name, and change what else is different in place."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopModel(ModelAction):
-    """Drain a deployment's engine and stop it; requests for it get 404."""
+    """Drain a deployment's engine and stop it; requests for it get 404.
 
+    `first`: others need its memory, so it ends before they start, and is brought up again should the plan fail.
+    """
+
+    first: bool = False
     disruption: Disruption = Disruption.STOP
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """All of it goes."""
+        return changes(self.spec, None)
+
+    @property
     def memory_delta(self) -> int:
-        """All of them are given back."""
-        return -self.spec.weights_bytes
+        """All of it is given back."""
+        return -footprint(self.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +137,11 @@ class ListenerAction:
         return f"servers.{self.spec.name}"
 
     @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(None, self.spec)
+
+    @property
     def memory_delta(self) -> int:
         """Ports hold no weights."""
         return 0
@@ -118,9 +156,14 @@ class OpenListener(ListenerAction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveListener(ListenerAction):
-    """Open the new address, then drain the old one; the other way round (DRAIN) when both are one port."""
+    """Open the new address, then drain the old one; where both are one port (DRAIN) the old one closes first."""
 
     old: ListenerSpec
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(self.old, self.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +173,11 @@ class UpdateListener(ListenerAction):
     old: ListenerSpec
     disruption: Disruption = Disruption.NONE
 
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What differs, field by field."""
+        return changes(self.old, self.spec)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseListener(ListenerAction):
@@ -137,19 +185,50 @@ class CloseListener(ListenerAction):
 
     disruption: Disruption = Disruption.STOP
 
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """All of it goes."""
+        return changes(self.spec, None)
+
 
 Action = ModelAction | ListenerAction
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """Seconds. Who has to go first gets `drain` to finish its requests; a request that finds its model away is held for
+    at most `hold`, then it gets 503 with Retry-After."""
+
+    drain: float
+    hold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What was compared with: what runs, the last committed generation where no runner is up, or nothing."""
+
+    what: Literal["runner", "generation", "nothing"]
+    generation: int
+
+
+DEFAULT_BOUNDS: Final = Bounds(DRAIN_TIMEOUT, LOAD_WAIT)
+NOTHING: Final = Against("nothing", 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What has to happen, in the order it is printed. Empty when observed equals desired."""
+    """What has to happen, in the order it is printed. Empty when observed equals desired.
+
+    With `downloads` it is provisional: what is not there yet is known by its name alone, and has no size.
+    """
 
     name: str
     actions: tuple[Action, ...]
     unchanged: tuple[str, ...]
-    weights_before: int
-    weights_after: int
+    memory: Forecast
+    downloads: tuple[Download, ...] = ()
+    bounds: Bounds = DEFAULT_BOUNDS
+    against: Against = NOTHING
 
     @property
     def empty(self) -> bool:

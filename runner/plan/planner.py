@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from runner.plan.actions import (
+    DEFAULT_BOUNDS,
+    NOTHING,
     Action,
+    Against,
+    Bounds,
     CloseListener,
     Disruption,
     MoveListener,
     OpenListener,
     Plan,
+    RenameModel,
     ReplaceModel,
     StartModel,
     StopModel,
     UpdateListener,
     UpdateModel,
 )
-from runner.plan.spec import Desired, ListenerSpec, ModelSpec
+from runner.plan.changes import changes
+from runner.plan.forecast import Forecast, footprint, make_room, most, total
+from runner.plan.spec import AdapterSpec, Desired, DraftSpec, ListenerSpec, ModelSpec
+
+_REMOVED = "removed from the manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,49 +37,121 @@ class Observed:
     models: tuple[ModelSpec, ...] = ()
     listeners: tuple[ListenerSpec, ...] = ()
     memory_bytes: int = 0
+    bounds: Bounds = DEFAULT_BOUNDS
+    against: Against = NOTHING
 
 
 def plan(desired: Desired, observed: Observed) -> Plan:
-    """The actions that turn `observed` into `desired`.
+    """The actions that turn `observed` into `desired`, in the manifest's order; what goes comes last, by name.
 
     Listeners open before models load (a request that comes early waits instead of being refused), and close after.
+    Models that go end first where others need their memory.
     """
-    before = {m.name: m for m in observed.models}
-    after = {m.name: m for m in desired.models}
     listening = {s.name: s for s in observed.listeners}
     wanted = {s.name: s for s in desired.listeners}
-    room = _room(desired, observed)
-
     actions: list[Action] = []
     for listener in wanted.values():
         actions += _listener_actions(listening.get(listener.name), listener)
-    for model in after.values():
-        actions += _model_actions(before.get(model.name), model, room)
+    models = _Models(desired, observed)
+    actions += models.actions()
     actions += [
-        StopModel(spec=m, reason="removed from the manifest") for name, m in before.items() if name not in after
-    ]
-    actions += [
-        CloseListener(spec=s, reason="removed from the manifest") for name, s in listening.items() if name not in wanted
+        CloseListener(spec=listening[name], reason=_REMOVED) for name in sorted(listening) if name not in wanted
     ]
     touched = {a.target for a in actions}
-    kept = [f"models.{name}" for name in after] + [f"servers.{name}" for name in wanted]
+    kept = [f"models.{m.name}" for m in desired.models] + [f"servers.{name}" for name in wanted]
     return Plan(
         name=desired.name,
         actions=tuple(actions),
         unchanged=tuple(target for target in kept if target not in touched),
-        weights_before=_weights(before.values()),
-        weights_after=_weights(after.values()),
+        memory=models.forecast(),
+        downloads=desired.downloads,
+        bounds=observed.bounds,
+        against=observed.against,
     )
 
 
-def _weights(models: Iterable[ModelSpec]) -> int:
-    return sum(m.weights_bytes for m in models)
+class _Models:
+    """Which engine serves which deployment afterwards, and so what has to happen to each."""
+
+    def __init__(self, desired: Desired, observed: Observed) -> None:
+        self._desired = desired.models
+        self._before = {m.name: m for m in observed.models}
+        self._limit = desired.memory_limit_bytes or observed.memory_bytes
+        self._taken = _taken_over(self._desired, self._before)
+        kept = {old.name for old in self._taken.values()}
+        self._replaced = {
+            m.name: self._before[m.name]
+            for m in self._desired
+            if m.name not in self._taken and m.name in self._before and m.name not in kept
+        }
+        self._gone = [
+            self._before[name] for name in sorted(self._before) if name not in kept and name not in self._replaced
+        ]
+        self._held = total(self._before.values())
+        self._incoming = total(m for m in self._desired if m.name not in self._taken)
+        short = self._held + self._incoming - self._limit
+        self._first = make_room(short, self._gone, list(self._replaced.values()))
+
+    def forecast(self) -> Forecast:
+        """What it does to memory."""
+        released = sum(footprint(self._before[name]) for name in self._first)
+        return Forecast(
+            before=self._held,
+            after=total(self._desired),
+            peak=max(self._held, self._held + self._incoming - released),
+            most=sum(map(most, self._desired)),
+            limit=self._limit,
+        )
+
+    def actions(self) -> list[Action]:
+        """What ends first, then the manifest's models in order, then what else ends."""
+        stops = [
+            StopModel(spec=old, first=old.name in self._first, reason=self._why_gone(old.name)) for old in self._gone
+        ]
+        actions: list[Action] = [stop for stop in stops if stop.first]
+        for new in self._desired:
+            action = self._action(new)
+            if action is not None:
+                actions.append(action)
+        return actions + [stop for stop in stops if not stop.first]
+
+    def _action(self, new: ModelSpec) -> Action | None:
+        if (old := self._taken.get(new.name)) is not None:
+            return _update(old, new)
+        if (old := self._replaced.get(new.name)) is not None:
+            disruption = Disruption.DRAIN if old.name in self._first else Disruption.SURGE
+            return ReplaceModel(old=old, spec=new, reason=_replace_reason(old, new), disruption=disruption)
+        if new.name in self._before:
+            heir = next(name for name, taken in self._taken.items() if taken.name == new.name)
+            return StartModel(spec=new, reason=f"its engine goes on as models.{heir}")
+        return StartModel(spec=new, reason="not running")
+
+    def _why_gone(self, name: str) -> str:
+        successor = self._taken.get(name)
+        return _REMOVED if successor is None else f"models.{name} goes on with the engine of models.{successor.name}"
 
 
-def _room(desired: Desired, observed: Observed) -> int:
-    """Bytes of weights that may be held on top of what runs, while an old and a new engine overlap."""
-    limit = desired.memory_limit_bytes or observed.memory_bytes
-    return limit - _weights(observed.models)
+def _taken_over(desired: tuple[ModelSpec, ...], before: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
+    """The running engine, by its spec, that each deployment goes on with. Its own where that serves, else one of the
+    same digest that nobody wants under its old name: one with the same adapters before others, then by name."""
+    wanted = {m.name: m for m in desired}
+    taken = {
+        name: before[name]
+        for name, new in wanted.items()
+        if name in before and before[name].process_digest == new.process_digest
+    }
+    free: dict[str, list[ModelSpec]] = {}
+    for name in sorted(before):
+        if name not in taken:
+            free.setdefault(before[name].process_digest, []).append(before[name])
+    for new in desired:
+        candidates = free.get(new.process_digest)
+        if new.name not in taken and candidates:
+            keys = {a.key for a in new.adapters}
+            best = min(candidates, key=lambda old: {a.key for a in old.adapters} != keys)
+            candidates.remove(best)
+            taken[new.name] = best
+    return taken
 
 
 def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Action]:
@@ -83,27 +164,25 @@ def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Actio
         disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
         reason = f"address {old.host}:{old.port} → {new.host}:{new.port}"
         return [MoveListener(old=old, spec=new, reason=reason, disruption=disruption)]
-    return [UpdateListener(old=old, spec=new, reason="changed: " + ", ".join(_changed(old, new)))]
+    return [UpdateListener(old=old, spec=new, reason="changed: " + ", ".join(c.path for c in changes(old, new)))]
 
 
-def _model_actions(old: ModelSpec | None, new: ModelSpec, room: int) -> list[Action]:
-    if old is None:
-        return [StartModel(spec=new, reason="not running")]
-    if old.process_digest != new.process_digest:
-        disruption = Disruption.SURGE if new.weights_bytes <= room else Disruption.DRAIN
-        return [ReplaceModel(old=old, spec=new, reason=_replace_reason(old, new), disruption=disruption)]
+def _update(old: ModelSpec, new: ModelSpec) -> Action | None:
     if old == new:
-        return []
+        return None
+    load, drop = _adapters_that(old, new)
+    if old.name != new.name:
+        reasons = [f"renamed from models.{old.name}", *_update_reasons(old, new)]
+        return RenameModel(old=old, spec=new, load=load, drop=drop, reason="; ".join(reasons))
+    reason = "; ".join(_update_reasons(old, new)) or "its files lie elsewhere"
+    return UpdateModel(old=old, spec=new, load=load, drop=drop, reason=reason)
+
+
+def _adapters_that(old: ModelSpec, new: ModelSpec) -> tuple[tuple[AdapterSpec, ...], tuple[AdapterSpec, ...]]:
+    """Those that come, and those that go."""
     had, has = {a.key: a for a in old.adapters}, {a.key: a for a in new.adapters}
-    return [
-        UpdateModel(
-            old=old,
-            spec=new,
-            load=tuple(a for key, a in has.items() if key not in had),
-            drop=tuple(a for key, a in had.items() if key not in has),
-            reason=_update_reason(old, new),
-        )
-    ]
+    load = tuple(a for key, a in has.items() if key not in had)
+    return load, tuple(a for key, a in had.items() if key not in has)
 
 
 def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
@@ -111,21 +190,34 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return f"source {old.source} → {new.source}"
     if old.weights_digest != new.weights_digest:
         return "the model's files changed"
+    if old.draft != new.draft:
+        return _draft_reason(old.draft, new.draft)
+    if old.kv_cache != new.kv_cache:
+        return f"KV cache {_kv_cache(old)} → {_kv_cache(new)}"
     return "memory_limit changed"
 
 
-def _update_reason(old: ModelSpec, new: ModelSpec) -> str:
+def _kv_cache(spec: ModelSpec) -> str:
+    return (
+        "as computed" if spec.kv_cache is None else f"{spec.kv_cache.bits} bits (groups of {spec.kv_cache.group_size})"
+    )
+
+
+def _draft_reason(old: DraftSpec | None, new: DraftSpec | None) -> str:
+    if old is None or new is None:
+        return "draft removed" if new is None else f"draft {new.source} added"
+    return "the draft's files changed" if old.source == new.source else f"draft {old.source} → {new.source}"
+
+
+def _update_reasons(old: ModelSpec, new: ModelSpec) -> list[str]:
     parts: list[str] = []
     had, has = {a.name: a for a in old.adapters}, {a.name: a for a in new.adapters}
     parts += [f"adapter {name} added" for name in has if name not in had]
     parts += [f"adapter {name} removed" for name in had if name not in has]
     parts += [f"adapter {name} changed" for name in has if name in had and has[name].key != had[name].key]
-    rest = [f for f in _changed(old, new) if f not in ("adapters", "path", "source", "weights_bytes")]
+    rest = [
+        c.path for c in changes(old, new) if not c.path.startswith("adapters.") and c.path not in ("path", "source")
+    ]
     if rest:
         parts.append("changed: " + ", ".join(rest))
-    return "; ".join(parts) or "adapter paths changed"
-
-
-def _changed(old: ListenerSpec | ModelSpec, new: ListenerSpec | ModelSpec) -> list[str]:
-    """Names of the fields that differ; names only, so that a secret's value never gets into a reason."""
-    return [f.name for f in fields(old) if getattr(old, f.name) != getattr(new, f.name)]
+    return parts

@@ -6,57 +6,103 @@ Only reads: no network, no download. What is wrong is reported at its place in t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.machine import Machine, cpu_backend
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, Generation, KVCache, Model, Server
 from runner.manifest.tree import KeyPath
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, model_digest
-from runner.plan.hub import hub_cache, is_partial, snapshot
-from runner.plan.memory import check_memory, memory_budget
-from runner.plan.spec import AdapterSpec, Desired, EngineLimits, ListenerSpec, ModelSpec
+from runner.plan.examine import examine
+from runner.plan.hub import bytes_left, hub_cache, is_partial, snapshot, snapshot_folder
+from runner.plan.memory import memory_budget
+from runner.plan.spec import (
+    AdapterSpec,
+    Desired,
+    Download,
+    DraftSpec,
+    EngineLimits,
+    KVCacheSpec,
+    ListenerSpec,
+    ModelSpec,
+)
 
-__all__ = ["NotDownloaded", "resolve"]
+__all__ = ["NotDownloaded", "resolve", "survey"]
 
 PREFIX_CACHE_BYTES: Final = 256 * 2**20
 """Of a model whose manifest says nothing about it."""
 
+_REFERENCE: Final = r"\$\{(?:file:(?P<file>[^${}]+)|(?P<variable>\w+)(?::?\?[^${}]*)?)\}"
+"""A scalar that is nothing but a reference to a secret: what is around one could be a part of the secret."""
 
-def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache) -> Desired:
+
+def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32: bool | None = None) -> Desired:
     """What the manifest asks for, as specs; `machine_memory` is in bytes, `cache` lives as long as the runner.
 
-    Raises NotDownloaded where all that is missing are hub sources, and ManifestError for anything else, such as
-    folders that are no models, adapters that are half-written, or models that do not fit into memory.
+    `float32` is whether models compute in it, None to look at this machine. Raises NotDownloaded where all that is
+    missing are hub sources, and ManifestError for anything else, such as folders that are no models, adapters that are
+    half-written, or models that do not fit into memory.
     """
+    desired, missing = survey(loaded, machine_memory=machine_memory, cache=cache, float32=float32)
+    if missing:
+        raise NotDownloaded(missing, desired.downloads[0].repo, desired.downloads[0].revision)
+    return desired
+
+
+def survey(
+    loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32: bool | None = None
+) -> tuple[Desired, list[Diagnostic]]:
+    """As `resolve`, but hub sources that are not in the cache are in `downloads`, and have stand-ins for what is not
+    known of them; for each there is a diagnostic too. Raises ManifestError for anything else."""
+    machine = Machine(machine_memory, cpu_backend() if float32 is None else float32)
+    found = look(loaded, machine, cache)
+    if found.wrong:
+        raise ManifestError(found.wrong)
+    return found.desired, found.missing
+
+
+class Look(NamedTuple):
+    """What is known of a manifest's files: `desired` without the models whose own folder is wrong, what is `wrong`, and
+    for each hub source that is `missing` in the cache the first place that asks for it."""
+
+    desired: Desired
+    wrong: list[Diagnostic]
+    missing: list[Diagnostic]
+
+
+def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
+    """Everything at once, whatever is wrong with it."""
     resolution = _Resolution(loaded, cache, hub_cache(os.environ))
-    models = tuple(filter(None, (resolution.model(name, m) for name, m in loaded.manifest.models.items())))
-    if resolution.wrong:
-        raise ManifestError(resolution.wrong)
-    if resolution.missing:
-        repo, revision = next(iter(resolution.missing))
-        raise NotDownloaded(list(resolution.missing.values()), repo, revision)
-    budget = memory_budget(loaded.manifest.memory, machine_memory)
-    if found := check_memory(loaded, models, budget, resolution.adapter_bytes):
-        raise ManifestError(found)
-    return Desired(
+    resolved = filter(None, (resolution.model(name, m) for name, m in loaded.manifest.models.items()))
+    models, found = examine(loaded, tuple(resolved), resolution.absent, resolution.settings, machine, cache)
+    for gone in cache.whole.keys() - resolution.found_folders:
+        del cache.whole[gone]
+    desired = Desired(
         name=loaded.manifest.name,
         models=models,
         listeners=tuple(_listener(loaded, name, server) for name, server in loaded.manifest.servers.items()),
-        memory_limit_bytes=budget.declared,
+        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
+        downloads=resolution.downloads(),
+        warnings=tuple(d for d in found if d.severity == "warning"),
     )
+    wrong = resolution.wrong + [d for d in found if d.severity == "error"]
+    return Look(desired, wrong, [first for first, _ in resolution.missing.values()])
 
 
 class _Resolution:
-    """One pass. `wrong` and `missing` (hub sources that are not in the cache) fill as sources are looked up."""
+    """One pass. `wrong` and `missing` fill as sources are looked up: the latter has hub repositories and revisions that
+    are not in the cache, with the first place that asks for each and the paths of all; `absent` has their folders."""
 
     def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path) -> None:
         self.wrong: list[Diagnostic] = []
-        self.missing: dict[tuple[str, str], Diagnostic] = {}
-        self.adapter_bytes: dict[str, int] = {}
+        self.absent: set[Path] = set()
+        self.missing: dict[tuple[str, str], tuple[Diagnostic, list[str]]] = {}
+        self.found_folders: set[Path] = set()
         self._loaded = loaded
         self._cache = cache
         self._hub = hub
@@ -65,7 +111,10 @@ class _Resolution:
         path: KeyPath = ("models", name)
         found = self._digest(path, model.source, model.revision, model_digest)
         adapters = [self._adapter(name, adapter) for adapter in model.adapters]
-        if found is None:
+        draft = None
+        if model.draft is not None:
+            draft = self._digest((*path, "draft"), model.draft.source, model.draft.revision, model_digest)
+        if found is None or (model.draft is not None and draft is None):
             return None
         folder, weights = found
         return ModelSpec(
@@ -73,23 +122,47 @@ class _Resolution:
             source=model.source,
             path=folder,
             weights_digest=weights.digest,
-            weights_bytes=weights.weights_bytes,
+            weights_bytes=weights.weights_bytes + (draft[1].weights_bytes if draft else 0),
             aliases=tuple(model.aliases),
             adapters=tuple(a for a in adapters if a is not None),
             default_adapter=model.default_adapter,
             generation=self._generation(model),
-            limits=self._limits(model),
+            limits=self._limits(name, model),
             memory_limit_bytes=model.memory_limit or 0,
+            draft=_draft(model, draft),
+            kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
         )
 
     def _adapter(self, model: str, name: str) -> AdapterSpec | None:
         entry = self._loaded.manifest.models[model].adapters[name]
-        found = self._digest(("models", model, "adapters", name), entry.source, entry.revision, adapter_digest)
+        path: KeyPath = ("models", model, "adapters", name)
+        if path in self._loaded.found:
+            found = self._found_adapter(path, self._folder(path, entry.source) or Path(entry.source))
+        else:
+            found = self._digest(path, entry.source, entry.revision, adapter_digest)
         if found is None:
             return None
         folder, files = found
-        self.adapter_bytes[model] = self.adapter_bytes.get(model, 0) + files.weights_bytes
         return AdapterSpec(name=name, path=folder, digest=files.digest, scale=entry.scale)
+
+    def _found_adapter(self, path: KeyPath, folder: Path) -> tuple[Path, FolderDigest] | None:
+        """An adapter that nobody listed: where it is not whole it is left out, or stays what it was."""
+        self.found_folders.add(folder)
+        try:
+            digest = adapter_digest(folder, self._cache)
+        except BadFolder as error:
+            earlier: FolderDigest | None = self._cache.whole.get(folder) if error.incomplete else None
+            if earlier is not None:
+                hint = "the adapter is served as it was until it is whole again"
+                self._loaded.warn(path, error.message, hint, code="W612")
+                return folder, earlier
+            if self._loaded.manifest.models[str(path[1])].default_adapter == path[3]:
+                self.wrong.append(self._loaded.at(path, error.message, error.hint, code=error.code))
+            else:
+                self._loaded.warn(path, f"is left out: {error.message}", error.hint, code="W612")
+            return None
+        self._cache.whole[folder] = digest
+        return folder, digest
 
     def _digest(
         self,
@@ -100,9 +173,9 @@ class _Resolution:
     ) -> tuple[Path, FolderDigest] | None:
         """The folder of a source and its digest, or None with a diagnostic."""
         at = (*path, "source") if (*path, "source") in self._loaded.tree.values else path
-        repo = self._hub_repo(source, revision)
+        repo = self._hub_repo(at, source, revision)
         if repo is None:
-            folder = self._folder(source)
+            folder = self._folder(at, source)
             if folder is None:
                 hint = "a path begins with ./ or ../, a Hugging Face repository is org/name"
                 message = f'there is no folder "{source}" beside the manifest'
@@ -111,49 +184,81 @@ class _Resolution:
         else:
             held = snapshot(self._hub, repo, revision or "main")
             if held is None:
-                self._not_downloaded(at, repo, revision or "main")
-                return None
+                return self._not_downloaded(at, path, repo, revision or "main")
             folder = held
         try:
             return folder, digest(folder, self._cache)
         except BadFolder as error:
             if repo is not None and error.incomplete and is_partial(self._hub, repo):
-                self._not_downloaded(at, repo, revision or "main")
-            else:
-                self.wrong.append(self._loaded.at(at, error.message, error.hint, code=error.code))
+                return self._not_downloaded(at, path, repo, revision or "main")
+            self.wrong.append(self._loaded.at(at, error.message, error.hint, code=error.code))
             return None
 
-    def _not_downloaded(self, at: KeyPath, repo: str, revision: str) -> None:
-        message = f"{repo} ({revision}) is not in the hub's cache, or not all of it"
-        found = self._loaded.at(at, message, "it has to be downloaded first", code="E604")
-        self.missing.setdefault((repo, revision), found)
+    def _not_downloaded(self, at: KeyPath, path: KeyPath, repo: str, revision: str) -> tuple[Path, FolderDigest]:
+        """A stand-in: what it will be is not known, only that it is none of what there is."""
+        if (repo, revision) not in self.missing:
+            message = f"{repo} ({revision}) is not in the hub's cache, or not all of it"
+            found = self._loaded.at(at, message, "it has to be downloaded first", code="E604")
+            self.missing[repo, revision] = (found, [])
+        self.missing[repo, revision][1].append(".".join(str(part) for part in path))
+        folder = snapshot_folder(self._hub, repo, revision)
+        self.absent.add(folder)
+        return folder, FolderDigest(f"{repo}@{revision}", 0)
 
-    def _folder(self, source: str) -> Path | None:
+    def downloads(self) -> tuple[Download, ...]:
+        """What is missing, with how much of it there is still to come."""
+        return tuple(
+            Download(repo, revision, bytes_left(self._hub, repo, revision), tuple(paths))
+            for (repo, revision), (_, paths) in self.missing.items()
+        )
+
+    def _folder(self, at: KeyPath, source: str) -> Path | None:
         """Where a path leads, or None where a bare name is no folder. Links are kept: what they point to may change."""
-        folder = self._loaded.path.parent / Path(source).expanduser()
+        folder = self._loaded.folder(at) / Path(source).expanduser()
         if not source.startswith((".", "/", "~")) and not folder.is_dir():
             return None
         tidy = Path(os.path.normpath(folder))
         return tidy if tidy.exists() and tidy.samefile(folder) else folder
 
-    def _hub_repo(self, source: str, revision: str | None) -> str | None:
+    def _hub_repo(self, at: KeyPath, source: str, revision: str | None) -> str | None:
         """The repository that a source names, or None where it is a folder. A revision makes it a repository."""
-        is_folder = is_path(source) or (revision is None and self._folder(source) is not None)
+        is_folder = is_path(source) or (revision is None and self._folder(at, source) is not None)
         return None if is_folder else source
 
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults
         return _given(defaults.generation if defaults else None) | _given(model.generation)
 
-    def _limits(self, model: Model) -> EngineLimits:
-        defaults = self._loaded.manifest.defaults
-        cache = _given(defaults.kv_cache if defaults else None) | _given(model.kv_cache)
-        batching = _given(defaults.batching if defaults else None) | _given(model.batching)
+    def settings(self, name: str) -> Mapping[str, Mapping[str, Any]]:
+        """A model's sections `kv_cache` and `batching`, with what the defaults say of them."""
+        model, defaults = self._loaded.manifest.models[name], self._loaded.manifest.defaults
+        return {
+            "kv_cache": _given(defaults.kv_cache if defaults else None) | _given(model.kv_cache),
+            "batching": _given(defaults.batching if defaults else None) | _given(model.batching),
+        }
+
+    def _limits(self, name: str, model: Model) -> EngineLimits:
+        settings = self.settings(name)
+        cache, batching = settings["kv_cache"], settings["batching"]
         return EngineLimits(
             **batching,
             max_context=cache.get("max_context", 0),
             prefix_cache_bytes=cache.get("prefix_cache", PREFIX_CACHE_BYTES),
+            num_draft_tokens=model.draft.num_draft_tokens if model.draft else 0,
         )
+
+
+def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec | None:
+    if model.draft is None or found is None:
+        return None
+    folder, weights = found
+    return DraftSpec(model.draft.source, folder, weights.digest)
+
+
+def _kv_cache(settings: Mapping[str, Any]) -> KVCacheSpec | None:
+    if "bits" not in settings:
+        return None
+    return KVCacheSpec(**{key: settings[key] for key in ("bits", "group_size") if key in settings})
 
 
 def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
@@ -162,6 +267,7 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
 
 
 def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
+    at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
     return ListenerSpec(
         name=name,
@@ -170,5 +276,17 @@ def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
         models=tuple(server.models if server.models is not None else loaded.manifest.models),
         apis=tuple(server.apis),
         api_keys=tuple(key.get_secret_value() for key in keys or ()),
+        api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
         allow_origins=tuple(server.cors.allow_origins) if server.cors else (),
     )
+
+
+def _source(loaded: Loaded, path: KeyPath) -> str:
+    """Where a secret comes from, as in `ListenerSpec.api_key_sources`."""
+    variables = loaded.tree.variables
+    match = re.fullmatch(_REFERENCE, variables[path].text) if path in variables else None
+    if match is None:
+        return ""
+    if match["variable"]:
+        return f"variable:{match['variable']}"
+    return f"file:{loaded.folder(path) / Path(match['file']).expanduser()}"

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.errors import Diagnostic
+from runner.inspect.memory import ModelMemory
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
@@ -27,21 +30,45 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftSpec:
+    """The draft model of one deployment. `digest` stands for its folder's files."""
+
+    source: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the engine can change in place. Bytes and tokens; 0 for the model's own."""
+    """What the engine can change in place. Bytes and tokens; 0 for the model's own.
+
+    `num_draft_tokens` is the most that the draft proposes at a time, 0 without a draft.
+    """
 
     max_rows: int = 32
     max_queue: int = 1024
     prefill_step_size: int = 512
     max_context: int = 0
     prefix_cache_bytes: int = 0
+    num_draft_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """How an engine keeps keys and values: in `bits` each, with a scale for each `group_size` of them."""
+
+    bits: int
+    group_size: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One deployment, resolved. `weights_digest` stands for the model folder's files.
+    """One deployment, resolved. `weights_digest` stands for the model folder's files, `weights_bytes` counts the draft
+    model's weights too.
 
-    `generation` holds the manifest's defaults for request fields, by the request's names.
+    `kv_cache` is None where keys and values are kept as they are computed. `generation` holds the manifest's defaults
+    for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it follows from
+    the rest, and is not compared.
     """
 
     name: str
@@ -55,11 +82,16 @@ class ModelSpec:
     generation: dict[str, Any] = field(default_factory=dict)
     limits: EngineLimits = EngineLimits()
     memory_limit_bytes: int = 0
+    draft: DraftSpec | None = None
+    kv_cache: KVCacheSpec | None = None
+    memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property
     def process_digest(self) -> str:
         """Same value, same engine process."""
-        return f"{self.weights_digest}-{self.memory_limit_bytes}"
+        draft = "" if self.draft is None else f"-{self.draft.digest}"
+        kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
+        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}"
 
     def adapter(self, name: str) -> AdapterSpec | None:
         """The adapter of that name, or None."""
@@ -68,7 +100,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """One `servers` entry. `api_keys` are secrets: they have no repr, and never reach a plan or the state folder."""
+    """One `servers` entry. `api_keys` are secrets: they have no repr, and never reach a plan or the state folder.
+
+    `api_key_sources` says of each where it came from: `file:PATH`, `variable:NAME`, or nothing for one that is written
+    in the manifest.
+    """
 
     name: str
     host: str
@@ -78,6 +114,7 @@ class ListenerSpec:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
+    api_key_sources: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -86,13 +123,32 @@ class ListenerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Download:
+    """A hub repository that is not in the cache, or not all of it. `bytes_left` None where nothing says how much.
+
+    `targets` are the dotted paths of what needs it.
+    """
+
+    repo: str
+    revision: str
+    bytes_left: int | None
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Desired:
-    """The whole of a manifest, resolved. `memory_limit_bytes` 0 means no limit was declared."""
+    """The whole of a manifest, resolved. `memory_limit_bytes` 0 means no limit was declared.
+
+    With `downloads` it can be planned but not be carried out: their digests and sizes are not known yet. `warnings` are
+    what keeps nothing from running, and was found in the models' folders.
+    """
 
     name: str
     models: tuple[ModelSpec, ...]
     listeners: tuple[ListenerSpec, ...]
     memory_limit_bytes: int = 0
+    downloads: tuple[Download, ...] = ()
+    warnings: tuple[Diagnostic, ...] = field(default=(), compare=False)
 
     def model(self, name: str) -> ModelSpec | None:
         """The deployment of that name, or None."""

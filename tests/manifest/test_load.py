@@ -196,7 +196,7 @@ def _shown(loaded: Loaded) -> str:
     manifest = loaded.manifest
     forms = [repr(loaded), str(loaded), repr(manifest), str(manifest), f"{manifest.servers}"]
     forms += [manifest.model_dump_json(), str(manifest.model_dump()), str(manifest.model_dump(mode="json"))]
-    forms += [repr(loaded.tree), repr(loaded.tree.source), str(dataclasses.replace(loaded))]
+    forms += [repr(loaded.tree), repr(loaded.tree.sources), str(dataclasses.replace(loaded))]
     forms += [render_diagnostics([loaded.at(("servers", name, "auth"), "x") for name in ("a", "b")])]
     return "\n".join(forms)
 
@@ -294,7 +294,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(refused: Refused
         name: Dev
         servers:
           lm: {port: 8080, models: [nope]}
-          lm2: {port: 8080, apis: [ollama]}
+          lm2: {port: 8081, apis: [admin]}
         models:
           chat: {sorce: ./chat}
           embed: {source: ./e, default_adapter: x, generation: {temperature: "${NOT_SET}"}}

@@ -12,22 +12,26 @@ import pytest
 
 from runner.errors import ManifestError
 from runner.manifest.load import load_manifest
-from runner.manifest.schema import SCHEMA_FILE, manifest_schema, render_schema
+from runner.manifest.schema import OVERLAY_FILE, SCHEMA_FILE, manifest_schema, overlay_schema, render_schema
 from runner.manifest.source import Source
-from runner.manifest.tree import read_tree
+from runner.manifest.walk import read_tree
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "." not in path.stem)
+OVERLAYS = sorted((ROOT / "configs").glob("*.*.yaml"))
 VALIDATOR = jsonschema.Draft7Validator(manifest_schema())
+OVERLAY_VALIDATOR = jsonschema.Draft7Validator(overlay_schema())
 
 
 def _data(text: str) -> Any:
     """What an editor sees: `${…}` are texts as they stand."""
-    return read_tree(Source("dev.yaml", Path("/nowhere/dev.yaml"), text.encode(), text), {}).data
+    return read_tree(Source("dev.yaml", Path("/nowhere/dev.yaml"), text)).data
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
-    assert SCHEMA_FILE.read_text(encoding="utf-8") == render_schema(), "run python -m runner.manifest.schema --write"
+    for file, overlay in ((SCHEMA_FILE, False), (OVERLAY_FILE, True)):
+        text = render_schema(overlay=overlay)
+        assert file.read_text(encoding="utf-8") == text, "run python -m runner.manifest.schema --write"
 
 
 def test_the_command_prints_it() -> None:
@@ -37,7 +41,11 @@ def test_the_command_prints_it() -> None:
 
 
 def test_it_is_draft_07() -> None:
-    schema = manifest_schema()
+    _is_draft_07(manifest_schema())
+    _is_draft_07(overlay_schema())
+
+
+def _is_draft_07(schema: dict[str, Any]) -> None:
     assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
     jsonschema.Draft7Validator.check_schema(schema)
     assert not _keywords(schema) & {"$defs", "prefixItems", "dependentRequired", "unevaluatedProperties"}
@@ -73,11 +81,40 @@ def test_it_takes_the_configs(path: Path) -> None:
     first, text = path.read_text(encoding="utf-8").split("\n", 1)
     assert first == "# yaml-language-server: $schema=../schemas/manifest.schema.json"
     VALIDATOR.validate(_data(text))
-    load_manifest(path, {})
+    load_manifest(path, {"LAN_KEY": "key"})
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_overlays_have_a_schema_of_their_own(path: Path) -> None:
+    first, text = path.read_text(encoding="utf-8").split("\n", 1)
+    assert first == "# yaml-language-server: $schema=../schemas/overlay.schema.json"
+    OVERLAY_VALIDATOR.validate(_data(text))
+    assert not VALIDATOR.is_valid(_data(text)), "alone it is no manifest"
+    base = path.with_name(f"{path.name.partition('.')[0]}.yaml")
+    load_manifest([base, path], {"LAN_KEY": "key"})
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("{}", True),
+        ("servers: {lm: {host: 127.0.0.1}}", True),
+        ("servers: {lm: !reset null}", True),
+        ("models: {chat: {source: !reset , adapters: {a: {scale: 2}, b: !reset null}}}", True),
+        ("servers: {lm: {port: 80800}}", False),
+        ("sevrers: {}", False),
+        ("models: {chat: {sorce: ./x}}", False),
+        ("models: {Chat: {}}", False),
+        ("models: {chat: {kv_cache: {max_contxt: 5}}}", False),
+    ],
+)
+def test_an_overlay_may_leave_out_anything_and_no_more(text: str, valid: bool) -> None:
+    assert OVERLAY_VALIDATOR.is_valid(_data(text)) is valid
 
 
 def test_configs_are_what_they_are_said_to_be() -> None:
-    assert {"dev.yaml", "minimal.yaml"} <= {path.name for path in CONFIGS}
+    assert {"dev.yaml", "minimal.yaml", "production.yaml"} <= {path.name for path in CONFIGS}
+    assert {"production.cuda.yaml", "production.small.yaml"} <= {path.name for path in OVERLAYS}
     assert len((ROOT / "configs" / "minimal.yaml").read_text(encoding="utf-8").splitlines()) == 6
     dev = load_manifest(ROOT / "configs" / "dev.yaml", {})
     assert {name: server.port for name, server in dev.manifest.servers.items()} == {"main": 8080}

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from runner.errors import ManifestError
+from runner.manifest.fill import fill
+from runner.manifest.inputs import Inputs
 from runner.manifest.source import Source
-from runner.manifest.tree import MAX_DEPTH, Tree, dotted, read_tree
+from runner.manifest.tree import Tree, dotted
+from runner.manifest.walk import MAX_DEPTH, read_tree
 
 ENV = {"NAME": "dev"}
 
 
 def _tree(text: str) -> Tree:
-    return read_tree(Source("dev.yaml", Path("/nowhere/dev.yaml"), text.encode(), text), ENV)
+    tree = read_tree(Source("dev.yaml", Path("/nowhere/dev.yaml"), text))
+    fill(tree, ENV, Inputs())
+    return tree
 
 
 def _places(text: str) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
@@ -61,7 +66,7 @@ def test_columns_count_characters_and_lines_count_all_line_breaks(line_break: st
     places = _places(text)
     assert places["模型.😀"] == ((2, 6), (2, 11))
     assert places["last"] == ((3, 1), (3, 7))
-    assert _tree(text).source.excerpt(3) == "last: x"
+    assert _tree(text).sources[0].excerpt(3) == "last: x"
 
 
 def test_dotted() -> None:

@@ -46,8 +46,9 @@ def model(folder: Path, *, weights: int = 1000, **config: Any) -> Path:
 
 def adapter(folder: Path, *, weights: int = 100, fill: bytes = b"\1") -> Path:
     """An adapter folder as mlx-lm writes them."""
-    write(folder / "adapter_config.json", '{"fine_tune_type": "lora"}')
-    write(folder / "adapters.safetensors", safetensors({"a": weights}, fill=fill))
+    write(folder / "adapter_config.json", '{"fine_tune_type": "lora", "lora_parameters": {"rank": 1, "scale": 1}}')
+    halves = {"layers.0.q_proj.lora_a": weights // 2, "layers.0.q_proj.lora_b": weights - weights // 2}
+    write(folder / "adapters.safetensors", safetensors(halves, fill=fill))
     return folder
 
 
@@ -63,9 +64,9 @@ def hub_snapshot(hub: Path, repo: str, files: dict[str, bytes], *, commit: str =
     return snapshot
 
 
-def sparse(folder: Path, weights: int) -> None:
+def sparse(folder: Path, weights: int, **config: Any) -> None:
     """A model folder whose weight file claims a size and takes no room on the disk."""
-    model(folder, weights=0)
+    model(folder, weights=0, **config)
     path = folder / "model.safetensors"
     header = b'{"w": {"dtype": "U8", "shape": [%d], "data_offsets": [0, %d]}}' % (weights, weights)
     write(path, len(header).to_bytes(8, "little") + header)

@@ -18,7 +18,6 @@ from runner.plan.digests import (
     adapter_digest,
     file_version,
     model_digest,
-    tensor_bytes,
 )
 
 from .folders import LONG_AGO, adapter, hub_snapshot, later, model, safetensors, write
@@ -167,33 +166,6 @@ def test_an_adapter_of_peft(tmp_path: Path) -> None:
         adapter_digest(tmp_path, DigestCache())
     write(tmp_path / "adapter_model.safetensors", safetensors({"a": 50}))
     assert adapter_digest(tmp_path, DigestCache()).weights_bytes == 50
-
-
-WHOLE = safetensors({"w": 100})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is no whole safetensors file"),
-        (WHOLE[:5], "is no whole safetensors file"),
-        (WHOLE[:40], "is no whole safetensors file"),
-        (WHOLE[:-1], "bytes where its header says"),
-        (WHOLE + b"x", "bytes where its header says"),
-        (b"\0" * 200, "is no whole safetensors file"),
-        (b"\xff" * 200, "is no whole safetensors file"),
-        ((50).to_bytes(8, "little") + b"{" * 100, "has no safetensors header"),
-        ((2).to_bytes(8, "little") + b"[]", "has no safetensors header"),
-        ((7).to_bytes(8, "little") + b'{"w":1}', "has no safetensors header"),
-        ((30).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,"1"]}}', "has no safetensors header"),
-        ((31).to_bytes(8, "little") + b'{"w":{"data_offsets":[0,1,2]} }', "has no safetensors header"),
-    ],
-)
-def test_files_that_are_not_whole(content: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(BadFolder) as caught:
-        tensor_bytes(write(tmp_path / "model.safetensors", content))
-    assert message in caught.value.message
-    assert caught.value.incomplete
 
 
 def test_every_prefix_of_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from runner.manifest.load import load_manifest
 from runner.plan.digests import DigestCache
-from runner.plan.resolve import PREFIX_CACHE_BYTES, NotDownloaded
-from runner.plan.spec import AdapterSpec, EngineLimits, ListenerSpec
+from runner.plan.resolve import PREFIX_CACHE_BYTES, NotDownloaded, resolve
+from runner.plan.spec import AdapterSpec, DraftSpec, EngineLimits, ListenerSpec
 
 from .conftest import Place
 from .folders import GIB, adapter, hub_snapshot, later, model, safetensors, write
@@ -65,6 +66,39 @@ def test_a_full_manifest(place: Place, tmp_path: Path) -> None:
     assert "sk-secret" not in repr(desired)
 
 
+def test_a_draft_counts_and_makes_another_process(place: Place) -> None:
+    model(place.folder / "chat", weights=5000)
+    model(place.folder / "small", weights=700)
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./chat%s}}\n"
+    plain = place.resolve(text % "").models[0]
+    chat = place.resolve(text % ", draft: {source: ./small, num_draft_tokens: 6}").models[0]
+    assert chat.draft == DraftSpec("./small", place.folder / "small", chat.draft.digest if chat.draft else "")
+    assert (chat.weights_bytes, chat.limits.num_draft_tokens) == (5700, 6)
+    assert (plain.weights_bytes, plain.limits.num_draft_tokens) == (5000, 0)
+    assert chat.process_digest not in (plain.process_digest, chat.weights_digest)
+    fewer = place.resolve(text % ", draft: {source: ./small, num_draft_tokens: 2}").models[0]
+    assert fewer.process_digest == chat.process_digest
+
+
+def test_a_draft_that_is_not_there_is_told_at_its_place(place: Place) -> None:
+    model(place.folder / "chat")
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./chat, draft: {source: %s}}}\n"
+    (found,) = place.wrong(text % "./none")
+    assert (found.path, found.code) == ("models.chat.draft.source", "E601")
+    with pytest.raises(NotDownloaded) as caught:
+        place.resolve(text % "org/small")
+    assert (caught.value.repo, caught.value.revision) == ("org/small", "main")
+
+
+def test_a_revision_of_a_local_draft_is_refused(place: Place) -> None:
+    model(place.folder / "chat")
+    (found,) = place.wrong(
+        "name: dev\nservers: {lm: {port: 8080}}\n"
+        "models: {chat: {source: ./chat, draft: {source: ./small, revision: main}}}\n"
+    )
+    assert (found.path, found.code) == ("models.chat.draft.revision", "E307")
+
+
 SIMPLE = """
     name: dev
     servers: {lm: {port: 8080}}
@@ -88,7 +122,7 @@ def test_an_adapter_with_new_weights_has_a_new_key_and_the_model_stays(place: Pl
     model(place.folder / "chat")
     adapter(place.folder / "pirate")
     before = place.resolve(SIMPLE).models[0]
-    write(place.folder / "pirate" / "adapters.safetensors", safetensors({"a": 100}, fill=b"\7"))
+    adapter(place.folder / "pirate", fill=b"\7")
     after = place.resolve(SIMPLE).models[0]
     assert after.adapters[0].key != before.adapters[0].key
     assert after.process_digest == before.process_digest
@@ -141,7 +175,7 @@ def test_everything_wrong_is_told_at_its_place(place: Place) -> None:
 
 def test_sources_are_paths_or_repositories(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    files = {"config.json": b"{}", "model.safetensors": safetensors({"w": 9})}
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": safetensors({"w": 9})}
     held = hub_snapshot(tmp_path / "hub", "org/chat", files)
     other = hub_snapshot(tmp_path / "hub", "org/chat", files, commit="d" * 40, ref="v2")
     folders = {
@@ -213,3 +247,54 @@ def test_dots_after_a_link_lead_where_the_file_system_says(place: Place, tmp_pat
     (place.folder / "link").symlink_to(tmp_path / "far" / "deep")
     text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./link/../chat}}\n"
     assert place.resolve(text).models[0].path.samefile(tmp_path / "far" / "chat")
+
+
+FOUND = """
+name: dev
+servers: {lm: {port: 8080}}
+models: {chat: {source: ../models/chat, adapters: {from: ../adapters/*}}}
+"""
+
+
+def test_found_adapters_are_resolved_like_listed_ones(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "models" / "chat")
+    for number, name in enumerate(("pirate", "sql")):
+        adapter(tmp_path / "adapters" / name, fill=bytes([number]))
+    (chat,) = place.resolve(FOUND).models
+    assert [(a.name, a.path) for a in chat.adapters] == [(n, tmp_path / "adapters" / n) for n in ("pirate", "sql")]
+
+
+def test_a_found_adapter_that_is_not_whole_is_left_out_or_stays_what_it_was(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "models" / "chat")
+    weights = adapter(tmp_path / "adapters" / "pirate") / "adapters.safetensors"
+    (pirate,) = place.resolve(FOUND).models[0].adapters
+    whole = weights.read_bytes()
+    write(weights, whole[:-7])
+    write(tmp_path / "adapters" / "new" / "adapter_config.json", '{"fine_tune_type": "lora"}')
+    loaded = load_manifest(place.folder / "dev.yaml", {})
+    (chat,) = resolve(loaded, machine_memory=GIB, cache=place.cache).models
+    assert chat.adapters == (pirate,)
+    assert [(d.code, d.severity, d.path.rpartition(".")[2]) for d in loaded.warnings] == [
+        ("W612", "warning", "new"),
+        ("W612", "warning", "pirate"),
+    ]
+    assert "holds no adapters.safetensors" in loaded.warnings[0].message
+    # a runner that has not seen it whole cannot go on with it
+    assert resolve(loaded, machine_memory=GIB, cache=DigestCache(now=later)).models[0].adapters == ()
+    # whole again, in another version
+    write(weights, whole[:-1] + b"\2")
+    (again,) = place.resolve(FOUND).models[0].adapters
+    assert (again.name, again.digest != pirate.digest) == ("pirate", True)
+    # gone and half there again: what it was before does not count
+    (tmp_path / "adapters" / "pirate").rename(tmp_path / "elsewhere")
+    assert place.resolve(FOUND).models[0].adapters == ()
+    (tmp_path / "elsewhere").rename(tmp_path / "adapters" / "pirate")
+    write(weights, whole[:-7])
+    assert place.resolve(FOUND).models[0].adapters == ()
+
+
+def test_a_default_adapter_that_is_not_whole_is_an_error(place: Place, tmp_path: Path) -> None:
+    model(tmp_path / "models" / "chat")
+    write(tmp_path / "adapters" / "new" / "adapter_config.json", '{"fine_tune_type": "lora"}')
+    (found,) = place.wrong(FOUND.replace("adapters:", "default_adapter: new, adapters:"))
+    assert (found.code, found.path) == ("E602", "models.chat.adapters.new")

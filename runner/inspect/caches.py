@@ -1,0 +1,97 @@
+"""What a model keeps for each row of a batch: keys and values that grow with it, windows that do not, states.
+
+Counted in values, not bytes: the type is that of the activations, and known later. Which architecture keeps what is in
+`runner.inspect.architectures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from runner.inspect.memory import whole_steps
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Values that one row keeps, over all layers.
+
+    `growing` are values a token for as long as the row grows; `windows` maps a window in tokens to values a token;
+    `state` are values that are there whatever the row's length, `state32` such that are float32 in any model.
+    `head_dims` are the widths of the heads that grow, which a quantised KV cache has to divide. `known` is whether
+    there is a rule for the architecture.
+    """
+
+    growing: int = 0
+    windows: Mapping[int, int] = field(default_factory=dict)
+    state: int = 0
+    state32: int = 0
+    head_dims: tuple[int, ...] = ()
+    known: bool = True
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether a row can be cut back to any earlier length."""
+        return not self.windows and not self.recurrent
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state instead of, or beside, keys and values."""
+        return bool(self.state or self.state32)
+
+    def __add__(self, other: CacheLayout) -> CacheLayout:
+        windows = dict(self.windows)
+        for size, values in other.windows.items():
+            windows[size] = windows.get(size, 0) + values
+        return CacheLayout(
+            self.growing + other.growing,
+            windows,
+            self.state + other.state,
+            self.state32 + other.state32,
+            tuple(sorted({*self.head_dims, *other.head_dims})),
+            self.known and other.known,
+        )
+
+    def __mul__(self, layers: int) -> CacheLayout:
+        return replace(
+            self,
+            growing=self.growing * layers,
+            windows={size: values * layers for size, values in self.windows.items()},
+            state=self.state * layers,
+            state32=self.state32 * layers,
+        )
+
+    def row_bytes(self, tokens: int, itemsize: int, bits: int = 0, group_size: int = 64) -> int:
+        """Bytes of a row with so many tokens; `itemsize` is of the activations' type. With `bits`, what grows is
+        quantised."""
+        held = whole_steps(tokens)
+        windows = sum(values * min(held, size) for size, values in self.windows.items())
+        fixed = (windows + self.state) * itemsize + self.state32 * 4
+        return self.token_bytes(itemsize, bits, group_size) * held + fixed
+
+    def token_bytes(self, itemsize: int, bits: int = 0, group_size: int = 64) -> int:
+        """Bytes that a token adds while no window is full."""
+        if not bits:
+            return self.growing * itemsize
+        return self.growing * bits // 8 + self.growing // group_size * 2 * itemsize
+
+
+NOTHING: Final = CacheLayout()
+
+
+def attention(heads: int, key_dim: int, value_dim: int | None = None) -> CacheLayout:
+    """A layer that keeps the keys and values of every token."""
+    value_dim = key_dim if value_dim is None else value_dim
+    return CacheLayout(growing=heads * (key_dim + value_dim), head_dims=tuple(sorted({key_dim, value_dim})))
+
+
+def window(size: int, heads: int, key_dim: int, value_dim: int | None = None) -> CacheLayout:
+    """A layer that keeps those of the last `size` tokens."""
+    value_dim = key_dim if value_dim is None else value_dim
+    return CacheLayout(windows={size: heads * (key_dim + value_dim)})
+
+
+def state(values: int = 0, *, float32: int = 0) -> CacheLayout:
+    """A layer that keeps so many values, in the type of the activations and in float32."""
+    return CacheLayout(state=values, state32=float32)
