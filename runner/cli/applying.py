@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import subprocess
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from runner.cli.giving_up import GivingUp
+from runner.cli.result import JsonView
 from runner.cli.view import View
 from runner.control import client
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.state_folder import StateFolder
-from runner.errors import NotRunning, RunnerError
+from runner.control.who import this_user
+from runner.errors import AlreadyRunning, NotRunning, RunnerError
 from runner.options import Options
 from runner.processes import python_module
 from runner.telemetry import configure_logging
@@ -23,61 +28,134 @@ _SPAWN_DEADLINE = 15.0
 """Seconds a detached runner gets to open its control socket."""
 
 
-def apply(path: Path, compiler: Compiler, began: float, *, detach: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for on the command line. `timeout` in seconds, None for none; `wait` matters with `detach` only."""
+
+    paths: tuple[Path, ...]
+    detach: bool = False
+    wait: bool = True
+    timeout: float | None = None
+    target: tuple[str, ...] = ()
+    prune: bool = True
+    json: bool = False
+    watch: bool = True
+    generation: int | None = None
+
+    def request(self) -> dict[str, Any]:
+        """As the runner that is up gets it."""
+        return {
+            "manifests": [str(path) for path in self.paths],
+            "target": list(self.target),
+            "prune": self.prune,
+            "timeout_seconds": self.timeout,
+            "watch": self.watch,
+            "generation": self.generation,
+            "user": this_user(),
+        }
+
+    def command_line(self) -> list[str]:
+        """As a runner that is started gets it."""
+        words = [word for path in self.paths for word in ("--file", str(path))]
+        words += [word for target in self.target for word in ("--target", target)]
+        words += [] if self.prune else ["--prune=false"]
+        words += [] if self.timeout is None else [f"--timeout={self.timeout:f}"]
+        return words if self.watch else [*words, "--no-watch"]
+
+
+def apply(wish: Wish, compiler: Compiler, began: float) -> int:
     """Returns 0; `began` is when the command did. Raises ManifestError and whatever else kept it from being so."""
-    if not detach:
+    with JsonView(began) if wish.json else View(wish.paths, began, watch=wish.watch) as view:
+        return _apply(wish, compiler, view)
+
+
+def _apply(wish: Wish, compiler: Compiler, view: View | JsonView) -> int:
+    if not wish.detach:
         # While the manifest is being read, and only where this process may need it: 100 ms of imports.
         import_module("runner.control.runner")
-    compiled = compiler.compile(path)
+    compiled = compiler.compile(wish.paths)
     error = compiled.error()
     if compiled.options is None or (error is not None and compiled.missing is None):
         assert error is not None, "a manifest without options is wrong"
         raise error
     folder = StateFolder(compiled.options.state_dir, compiled.name)
-    view = View(path, began)
     if client.is_up(folder.control_socket):
-        return _follow(folder, "apply", view, manifest=str(path))
-    if detach:
-        return _detach(folder, path, view)
-    return _become_runner(compiled, compiled.options, compiler, view)
+        return _hand_over(folder, wish, view)
+    if wish.generation is not None:
+        raise NotRunning(f"no runner named {folder.name!r} is up, so no generation is current", hint=_NO_GENERATION)
+    if wish.detach:
+        return _detach(folder, wish, view)
+    try:
+        return _become_runner(compiled, compiled.options, compiler, wish, view)
+    except AlreadyRunning:
+        # Somebody else was faster: it is theirs now, and this is for them to do.
+        _until_up(folder)
+        return _hand_over(folder, wish, view)
 
 
-def _follow(folder: StateFolder, op: str, view: View, **fields: Any) -> int:
-    """Show what a runner does until it is done with it."""
-    with view:
-        for reply in client.stream(folder.control_socket, op, **fields):
+_NO_GENERATION = "Leave --generation out to start one."
+
+
+def _hand_over(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
+    attempt = secrets.token_hex(8)
+    says = "Undoing it, what ran goes on. Ctrl-C again leaves that to the runner."
+    with GivingUp(folder.control_socket, "give_up", says, attempt=attempt):
+        return _follow(folder, "apply", wish, view, attempt=attempt, **wish.request())
+
+
+def _follow(folder: StateFolder, op: str, wish: Wish, view: View | JsonView, **fields: Any) -> int:
+    """Show what a runner does until it is done with it, or has said what it will do where nobody waits."""
+    replies = client.stream(folder.control_socket, op, **fields)
+    with contextlib.closing(replies):
+        for reply in replies:
             view.show(reply)
+            if not wish.wait and reply.get("event") == "planned":
+                if isinstance(view, JsonView):
+                    view.left()
+                break
     view.summary(folder.name)
     return 0
 
 
-def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, view: View) -> int:
+def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wish: Wish, view: View | JsonView) -> int:
     from runner.control.runner import raise_for, run  # noqa: PLC0415 - handing over and detaching need no HTTP server
+    from runner.plan.scope import Scope  # noqa: PLC0415
 
     # Line buffered, so that `mlx-run logs -f` follows.
-    with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log, view:
+    with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log:
         configure_logging(options.log_level, stream=log)
-        result = run(compiled, options, compiler, view.show)
+        scope = Scope(wish.target, wish.prune)
+        result = run(compiled, options, compiler, view.show, watch=wish.watch, scope=scope, timeout=wish.timeout)
     raise_for(result)
     return 0
 
 
-def _detach(folder: StateFolder, path: Path, view: View) -> int:
+def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
     """Start a runner that outlives this terminal, and wait until it has settled."""
     with folder.start_log.open("wb") as log:
         process = subprocess.Popen(
-            python_module("runner.cli.main", "apply", str(path)),
+            python_module("runner.cli.main", "apply", *wish.command_line()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
         )
+    _until_up(folder, process)
+    says = "Stopping the runner again. Ctrl-C once more leaves that to itself."
+    with GivingUp(folder.control_socket, "down", says, drain=0):
+        return _follow(folder, "follow", wish, view)
+
+
+def _until_up(folder: StateFolder, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Returns once the runner answers. Raises NotRunning where `process`, which is to be it, ends first."""
     deadline = time.monotonic() + _SPAWN_DEADLINE
     while not client.is_up(folder.control_socket):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(timeout=0.05)
-            reason = folder.start_log.read_text(errors="replace").strip().removeprefix("error: ")
-            raise NotRunning(reason or f"the runner exited with code {code}; see {folder.log}")
+        if process is None:
+            time.sleep(0.05)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=0.05)
+                reason = folder.start_log.read_text(errors="replace").strip().removeprefix("error: ")
+                raise NotRunning(reason or f"the runner exited with code {code}; see {folder.log}")
         if time.monotonic() > deadline:
             raise RunnerError("the runner did not start in time", hint=f"See {folder.log}.")
-    return _follow(folder, "follow", view)

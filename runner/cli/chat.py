@@ -11,7 +11,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from runner.cli.locate import add_name, find
+from runner.cli.locate import add_files, add_name, find, wanted
 from runner.control import client
 from runner.errors import RunnerError
 
@@ -28,12 +28,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--api-key", default=os.environ.get("MLX_RUN_API_KEY"), help="default: $MLX_RUN_API_KEY")
     add_name(parser)
+    add_files(parser)
     parser.epilog = "example:\n  mlx-run chat demo-chat --adapter pirate"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0 when the conversation ends."""
-    address, model = _endpoint(client.request(find(arguments.name).control_socket, "status"), arguments.model)
+    address, model = _endpoint(client.request(find(wanted(arguments)).control_socket, "status"), arguments.model)
     talk = Conversation(address, model, arguments.adapter, arguments.system, arguments.api_key)
     if arguments.message is not None:
         talk.say(arguments.message)

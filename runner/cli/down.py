@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 
-from runner.cli.locate import find
+from runner.cli.locate import add_files, add_name, find, wanted
 from runner.control import client
 from runner.errors import RunnerError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("name", nargs="?", help="a runner's name (default: the only one that is up)")
+    add_name(parser, positional=True)
+    add_files(parser)
     parser.add_argument(
         "-t", "--timeout", type=float, metavar="SECONDS", help="how long running requests may go on (default: 30)"
     )
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 once it is gone."""
-    folder = find(arguments.name)
+    folder = find(wanted(arguments))
     fields = {} if arguments.timeout is None else {"drain": arguments.timeout}
     answer = client.request(folder.control_socket, "down", **fields)
     deadline = time.monotonic() + float(answer["drain_seconds"]) + 15.0

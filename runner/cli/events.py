@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from runner.cli.locate import find
+from runner.cli.locate import add_files, add_name, find, wanted
 from runner.control import client
 
 Event = dict[str, Any]
@@ -16,7 +16,8 @@ Event = dict[str, Any]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("name", nargs="?", help="a runner's name (default: the only one that is up)")
+    add_name(parser, positional=True)
+    add_files(parser, short=False)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C or the runner has stopped")
     parser.add_argument("--json", action="store_true", help="print each event as a line of JSON")
     parser.epilog = "The last 500 are kept while a runner is up.\n\nexample:\n  mlx-run events -f"
@@ -25,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0; raises NotRunning when no runner is up or it went away."""
     show = json.dumps if arguments.json else render
-    for reply in client.stream(find(arguments.name).control_socket, "events", follow=arguments.follow):
+    for reply in client.stream(find(wanted(arguments)).control_socket, "events", follow=arguments.follow):
         if "event" in reply:
             print(show(reply), flush=True)
     return 0
@@ -43,6 +44,14 @@ def _planned(event: Event) -> str:
     return f"planned {len(actions)} to do: {', '.join(actions)}"
 
 
+def _restored(event: Event) -> str:
+    return f", which is {event['restores']} again" if event["restores"] else ""
+
+
+def _said(message: str) -> str:
+    return f": {message}" if message else ""
+
+
 def _plain(event: Event) -> str:
     """An event that has no words of its own: its name, and its fields."""
     fields = [f"{k}={v}" for k, v in event.items() if k not in ("event", "time", "target")]
@@ -52,16 +61,24 @@ def _plain(event: Event) -> str:
 _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "planned": _planned,
     "unchanged": lambda e: f"nothing to do, generation {e['generation']} is what the manifest says",
+    "warned": lambda e: "warning: " + "\n".join(e["warnings"]),
     "listening": lambda e: f"listening at {e['address']}",
     "downloading": lambda e: f"downloading {e['repo']} at {e['revision']}",
-    "action_started": lambda e: f"began: {e['reason']}",
-    "action_done": lambda e: f"done in {e['seconds']:.2f} s ({e['disruption']})",
-    "applied": lambda e: f"generation {e['generation']} is live",
+    "action_started": lambda e: f"{e['action']} began: {e['reason']}",
+    "action_done": lambda e: f"{e['action']} done in {e['seconds']:.2f} s ({e['disruption']})",
+    "applied": lambda e: f"generation {e['generation']} is live{_restored(e)}",
+    "rolling_back": lambda e: f"going back to generation {e['restores']} ({e['user']})",
+    "rollback_failed": lambda e: f"not gone back to generation {e['restores']}, what ran goes on:\n{e['error']}",
+    "held": lambda e: f"the manifest was not edited since the rollback to {e['restores']}, which goes on",
+    "left_out": lambda e: f"{e['scope']} left out: {', '.join(e['actions'])}",
     "apply_failed": lambda e: f"the manifest is not in effect, what ran goes on:\n{e['error']}",
+    "listener_lost": lambda e: f"could not be opened again, and is tried until it can:\n{e['error']}",
+    "source_changed": lambda e: f"planned again, because {e['error']}",
     "engine_died": lambda e: f"the engine (pid {e['pid']}) ended unexpectedly",
     "engine_backoff": lambda e: f"to be started again in {e['seconds']:.2f} s",
     "engine_restarted": lambda e: f"back, pid {e['pid']}",
     "engine_adopted": lambda e: f"the engine (pid {e['pid']}) was running already and goes on",
+    "condition": lambda e: f"{e['condition']} is {e['status']} ({e['reason']}){_said(e['message'])}",
     "stopping": lambda e: f"draining for at most {e['drain_seconds']:.0f} s",
     "stopping_now": lambda e: "stopping at once",
     "stopped": lambda e: "stopped",

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from runner.cli.locate import add_name, find, known
+from runner.cli.locate import add_files, add_name, find, known, wanted
 from runner.control.state_folder import StateFolder
 from runner.errors import NotRunning, RunnerError
 
@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument("model", nargs="?", help="a model's name (default: the runner's own log)")
     add_name(parser)
+    add_files(parser, short=False)
     parser.add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
     parser.add_argument("-t", "--tail", type=int, default=100, metavar="N", help="start with the last N lines")
     parser.epilog = "example:\n  mlx-run logs demo-chat -f"
@@ -25,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0; 1 when there is no such log."""
     # The log of a runner that is gone is worth most, so it need not be up when it is named.
-    folder = known(arguments.name) if arguments.name else find(None)
+    name = wanted(arguments)
+    folder = known(name) if name else find(None)
     path = _log(folder, arguments.model)
     with path.open(encoding="utf-8", errors="replace") as log:
         sys.stdout.writelines(deque(log, maxlen=max(arguments.tail, 0)))

@@ -12,38 +12,67 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NoReturn
 
-from runner.errors import ManifestError, MlxRunError
+from runner.errors import ManifestError, MlxRunError, UsageError
 
 COMMANDS: Final = {
+    "init": "Write a first manifest for this machine",
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
     "validate": "Check a manifest",
     "explain": "Explain the code of a message",
     "status": "Show what is running",
+    "history": "Show what was applied, and by whom",
+    "diff": "Show what differs between two generations",
+    "rollback": "Go back to an earlier generation",
     "events": "Show what happened",
     "wait": "Wait until models are ready",
     "chat": "Talk to a model",
+    "bench": "Measure a server with streaming clients",
     "logs": "Show what the runner or a model's engine logged",
     "down": "Drain and stop a runner",
+    "service": "Keep a runner up from login to login, by systemd or launchd",
     "schema": "Print the manifest's JSON schema",
+    "completion": "Print a script that completes commands in a shell",
 }
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """argparse would ask `shutil` how wide the terminal is, whenever an option is added: a tenth of a quick command."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_width() - 2)
+
+
+def _width() -> int:
+    """Columns of the terminal, 80 where there is none."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 80
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse exits with 2 after a wrong command line, which to CI means that a plan has changes."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Packages beside ours may hook into pydantic (logfire does), which doubles the time of a quick command.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    arguments = _files_last(list(sys.argv[1:] if argv is None else argv))
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         return _top_level(arguments)
-    command = importlib.import_module(f"runner.cli.{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"mlx-run {name}",
-        description=f"{COMMANDS[name]}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.configure(parser)
+    command, parser = load_command(name)
     try:
         code: int = command.run(parser.parse_args(arguments[1:]))
     except ManifestError as error:
@@ -63,15 +92,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def load_command(name: str) -> tuple[Any, argparse.ArgumentParser]:
+    """One of COMMANDS: its module, and a parser with its options."""
+    command = importlib.import_module(f"runner.cli.{name}")
+    parser = _Parser(
+        prog=f"mlx-run {name}",
+        description=f"{COMMANDS[name]}.",
+        formatter_class=_Help,
+    )
+    command.configure(parser)
+    return command, parser
+
+
+def _files_last(arguments: list[str]) -> list[str]:
+    """`-f FILE COMMAND`, as Compose has it, as `COMMAND --file FILE`."""
+    files: list[str] = []
+    rest = list(arguments)
+    while rest and (rest[0].startswith("-f") or rest[0] == "--file" or rest[0].startswith("--file=")):
+        option = rest.pop(0)
+        if option in ("-f", "--file"):
+            if not rest:
+                return arguments
+            files += ["--file", rest.pop(0)]
+        else:
+            files += ["--file", option.removeprefix("--file=").removeprefix("-f")]
+    return [*rest[:1], *files, *rest[1:]] if rest else arguments
+
+
 def _top_level(arguments: list[str]) -> int:
     commands = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mlx-run",
-        usage="mlx-run COMMAND [OPTIONS]",
+        usage="mlx-run [-f FILE]... COMMAND [OPTIONS]",
         description="Serve local MLX models from a YAML manifest.",
         epilog=f"commands:\n{commands}\n\nexample:\n  mlx-run apply configs/dev.yaml\n\n"
-        "`mlx-run COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "`mlx-run COMMAND --help` explains a command.\n"
+        "exit codes: 0 done, 1 failed, 64 wrong command line, 130 Ctrl-C; of plan --detailed-exitcode also 2 changes,\n"
+        "of status also 3 not all is well.",
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)

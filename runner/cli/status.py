@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runner.cli.locate import find, runners_up
+from runner.cli.locate import add_files, add_name, find, runners_up, wanted
 from runner.cli.text import format_age, format_bytes
 from runner.control import client
-from runner.errors import NotRunning, RunnerError
+from runner.control.conditions import GOOD
+from runner.errors import NotRunning, UsageError
 
 _BEAT = 1.0
 """Seconds between two looks while nothing happens: ages and counts change without an event."""
@@ -22,8 +23,10 @@ _BEAT = 1.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("name", nargs="?", help="a runner's name (default: all that are up)")
+    add_name(parser, positional=True)
+    add_files(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show every condition of every model, since when")
     parser.add_argument("-w", "--watch", action="store_true", help="draw again as things change, until Ctrl-C")
     parser.epilog = "example:\n  mlx-run status"
 
@@ -32,31 +35,32 @@ def run(arguments: argparse.Namespace) -> int:
     """0 when all is in sync and ready, 3 when something is not, 1 when no runner is up."""
     if arguments.watch:
         return _watch(arguments)
-    folders = [find(arguments.name)] if arguments.name else runners_up()
+    name = wanted(arguments)
+    folders = [find(name)] if name else runners_up()
     if not folders:
         raise NotRunning("no runner is up", hint="Start one with `mlx-run apply MANIFEST`.")
     found = [client.request(folder.control_socket, "status") for folder in folders]
     for status in found:
         status.pop("done", None)
     if arguments.json:
-        json.dump(found[0] if arguments.name or len(found) == 1 else found, sys.stdout, indent=2)
+        json.dump(found[0] if name or len(found) == 1 else found, sys.stdout, indent=2)
         print()
     else:
-        print("\n\n".join(_render(status) for status in found))
+        print("\n\n".join(_render(status, verbose=arguments.verbose) for status in found))
     return 0 if all(_well(status) for status in found) else 3
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    """0 when the runner has stopped. Raises RunnerError when there is nothing to draw on."""
+    """0 when the runner has stopped. Raises UsageError when there is nothing to draw on."""
     if arguments.json or not sys.stdout.isatty():
-        raise RunnerError("--watch draws on a terminal", hint="For scripts there is `mlx-run events -f --json`.")
-    folder = find(arguments.name)
+        raise UsageError("--watch draws on a terminal", hint="For scripts there is `mlx-run events -f --json`.")
+    folder = find(wanted(arguments))
     shown: tuple[str, os.terminal_size] | None = None
     with _screen():
         for status in client.stream(folder.control_socket, "watch", beat=_BEAT):
             if "models" not in status:
                 continue
-            now = (_render(status), os.get_terminal_size(sys.stdout.fileno()))
+            now = (_render(status, verbose=arguments.verbose), os.get_terminal_size(sys.stdout.fileno()))
             if now != shown:
                 sys.stdout.write(frame(*now))
                 sys.stdout.flush()
@@ -89,7 +93,7 @@ def _well(status: dict[str, Any]) -> bool:
     return bool(status["in_sync"]) and all(m["state"] == "ready" for m in status["models"])
 
 
-def _render(status: dict[str, Any]) -> str:
+def _render(status: dict[str, Any], *, verbose: bool) -> str:
     now = time.time()
     age = format_age(now - status["started_at"])
     parts = (
@@ -97,29 +101,43 @@ def _render(status: dict[str, Any]) -> str:
         f"up {age}",
         f"pid {status['pid']}",
         f"generation {status['generation']}",
-        status["manifest"],
+        " + ".join(status["manifests"]),
     )
     lines = ["  ".join(parts)]
+    if not status["watching"]:
+        lines += ["", "  Edits wait for the next `mlx-run apply` (--no-watch)."]
     if not status["in_sync"]:
         lines += ["", *_problem_lines(status)]
+    if status["warnings"]:
+        lines += ["", *map(_warning_line, status["warnings"])]
     lines += ["", "SERVERS"]
     for server in status["servers"]:
         auth = "  (API key)" if server["auth"] else ""
         lines.append(f"  {server['name']:<16} {server['address']}{auth}  serves {', '.join(server['models'])}")
     lines += ["", "MODELS"]
     for model in status["models"]:
-        lines += _model_lines(model, now)
+        lines += _model_lines(model, now, verbose=verbose)
     return "\n".join(lines)
 
 
 def _problem_lines(status: dict[str, Any]) -> list[str]:
+    if status["drift"] and not status["manifest_error"]:
+        if status["left_out"]:
+            return [f"  Drift: {status['drift']}.", "  Edits go live within that; `mlx-run apply` makes it whole."]
+        return [f"  Drift: {status['drift']}.", "  Its next edit goes live, and so does `mlx-run apply`."]
     if not status["manifest_error"]:
         return ["  not settled yet"]
     kept = f"  The manifest is not in effect; generation {status['generation']} goes on."
     return [kept, *(f"  {line}" for line in status["manifest_error"].splitlines())]
 
 
-def _model_lines(model: dict[str, Any], now: float) -> list[str]:
+def _warning_line(warning: dict[str, Any]) -> str:
+    place = f"{warning['file']}:{warning['line']}:{warning['column']}" if warning["line"] else warning["file"]
+    hint = f" ({warning['hint']})" if warning["hint"] else ""
+    return f"  warning: {place}: {warning['path']}: {warning['message']} [{warning['code']}]{hint}"
+
+
+def _model_lines(model: dict[str, Any], now: float, *, verbose: bool) -> list[str]:
     state = model["state"]
     if state == "loading" and model["stage"]:
         state = f"loading ({model['stage']})"
@@ -137,6 +155,28 @@ def _model_lines(model: dict[str, Any], now: float) -> list[str]:
         default = model["default_adapter"]
         names = [a["name"] + (" (default)" if a["name"] == default else "") for a in model["adapters"]]
         lines.append(f"    adapters: {', '.join(names)}")
+    if model["draft"]:
+        lines.append(f"    draft: {model['draft']}{_acceptance(model) if verbose else ''}")
     if model["last_error"]:
         lines += [f"    {line}" for line in model["last_error"].splitlines()]
+    lines += [f"    {line}" for line in _condition_lines(model["conditions"], now, verbose=verbose)]
     return lines + [f"    {note}" for note in model["notes"]]
+
+
+def _acceptance(model: dict[str, Any]) -> str:
+    drafted = model["drafted_tokens"]
+    if not drafted:
+        return ", has proposed nothing yet"
+    return f", {model['accepted_tokens'] / drafted:.0%} of {drafted:,} proposed tokens accepted"
+
+
+def _condition_lines(conditions: dict[str, dict[str, Any]], now: float, *, verbose: bool) -> list[str]:
+    """All of them, or those that are bad and that the model's state does not say."""
+    lines = []
+    for kind, held in conditions.items():
+        if not verbose and (kind in ("Loaded", "Ready") or held["status"] in (GOOD[kind], "unknown")):
+            continue
+        message = f": {held['message'].splitlines()[0]}" if held["message"] else ""
+        since = format_age(now - held["since"])
+        lines.append(f"{kind:<10} {held['status']:<7} for {since}, {held['reason']}{message}")
+    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from collections.abc import Sequence
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
@@ -33,6 +33,14 @@ def format_age(seconds: float) -> str:
     return f"{whole}s"
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns as wide as their widest cell; the last column is as wide as it likes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    )
+
+
 def duration(text: str) -> float:
     """The seconds of `30s`, `1.5`, `5m` or `1h30m`, as a type for argparse. Raises ArgumentTypeError."""
     match = _DURATION.fullmatch(text)
@@ -40,26 +48,3 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration, such as 30s, 5m or 1h30m")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds
-
-
-_SIGNS = {"start": "+", "open": "+", "replace": "±", "move": "±", "update": "~", "stop": "-", "close": "-"}
-
-
-def render_plan_json(plan: dict[str, Any]) -> str:
-    """A plan in its JSON form (`runner.plan.render.plan_json`) as people read it."""
-    actions, unchanged = plan["actions"], len(plan["unchanged"])
-    if not actions:
-        return f"{plan['name']}: nothing to do, {unchanged} unchanged."
-    lines = [f"{plan['name']}: {len(actions)} to do, {unchanged} unchanged."]
-    width = max(len(a["target"]) for a in actions)
-    for action in actions:
-        cost = action["disruption"]
-        extra = action["surge_bytes"] if cost == "surge" else action["memory_delta_bytes"]
-        if extra > 0:
-            cost += f" +{format_bytes(extra)}"
-        sign = _SIGNS[action["action"]]
-        lines.append(f"  {sign} {action['target']:<{width}}  {action['action']:<8} {cost:<20} {action['reason']}")
-    before, after = plan["weights_before_bytes"], plan["weights_after_bytes"]
-    if before != after:
-        lines.append(f"Weights in memory: {format_bytes(before)} → {format_bytes(after)}.")
-    return "\n".join(lines)

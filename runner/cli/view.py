@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from runner.cli.text import render_plan_json
+from runner.cli.plan_text import render_plan
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 class View:
     """Shows events (`runner.control.events`) as they come. On a terminal, a spinner names what is being loaded."""
 
-    def __init__(self, manifest: Path, began: float) -> None:
-        """`began` is when the command did, by `time.monotonic`."""
-        self._manifest = manifest
+    def __init__(self, manifests: Sequence[Path], began: float, *, watch: bool = True) -> None:
+        """`began` is when the command did, by `time.monotonic`; `watch` is whether edits are followed from now on."""
+        self._manifests = manifests
+        self._watch = watch
         self._began = began
         self._loading: list[str] = []
         self._spinner: Status | None = None
@@ -52,10 +54,23 @@ class View:
     # ------------------------------------------------------------- one method an event
 
     def _on_planned(self, event: dict[str, Any]) -> None:
-        self._print(render_plan_json(event["plan"]))
+        self._print(render_plan(event["plan"]))
+
+    def _on_held(self, event: dict[str, Any]) -> None:
+        self._print(
+            f"The manifest was not edited since the rollback to generation {event['restores']}, which goes on. "
+            "It goes live with its next edit, or with `mlx-run apply` while this runs."
+        )
 
     def _on_unchanged(self, event: dict[str, Any]) -> None:
         self._print("Nothing to do: what runs is what the manifest says.")
+
+    def _on_warned(self, event: dict[str, Any]) -> None:
+        for warning in event["warnings"]:
+            self._print(f"warning: {warning}")
+
+    def _on_left_out(self, event: dict[str, Any]) -> None:
+        self._print(f"Left out by {event['scope']}: {', '.join(event['actions'])}. An apply without it does that too.")
 
     def _on_listening(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: {event['address']}")
@@ -64,25 +79,35 @@ class View:
         self._print(f"{event['repo']}: downloading {event['revision']} into the hub cache")
 
     def _on_action_started(self, event: dict[str, Any]) -> None:
-        self._loading.append(event["target"])
-        self._update_spinner()
+        if event["action"] in ("start", "replace", "update", "rename"):
+            self._loading.append(event["target"])
+            self._update_spinner()
 
     def _on_action_done(self, event: dict[str, Any]) -> None:
         if event["target"] in self._loading:
             self._loading.remove(event["target"])
-        if event["disruption"] != "in place":  # what is in place goes by too quickly to tell
+        if event["action"] in ("start", "replace"):  # the others go by too quickly to tell
             self._print(f"{event['target']}: ready in {event['seconds']:.2f} s")
         self._update_spinner()
 
     def _on_applied(self, event: dict[str, Any]) -> None:
         self._stop_spinner()
-        if self._settled:
+        if event.get("restores"):
+            self._print(
+                f"Rolled back to generation {event['restores']}; it is live as generation {event['generation']}. "
+                "The manifest goes live again with its next edit, or with `mlx-run apply`."
+            )
+        elif self._settled:
             self._print(f"Generation {event['generation']} is live.")
         else:
             self._settled = True
+            files = " and ".join(path.name for path in self._manifests)
+            later = (
+                f"Edits of {files} go live as you save" if self._watch else "Edits wait for the next `mlx-run apply`"
+            )
             self._print(
                 f"Ready after {time.monotonic() - self._began:.2f} s (generation {event['generation']}). "
-                f"Edits of {self._manifest.name} go live as you save; `mlx-run chat` talks to it."
+                f"{later}; `mlx-run chat` talks to it."
             )
 
     def _on_apply_failed(self, event: dict[str, Any]) -> None:

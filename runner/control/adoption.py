@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from runner.control.deployment import Deployment
-from runner.control.executor import Live
+from runner.control.live import Live
 from runner.errors import EngineDied
 from runner.plan.spec import AdapterSpec, Desired, ModelSpec
 from runner.protocol import EngineSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ def request(path: Path, op: str, *, timeout: float | None = 10.0, **fields: Any)
     return last
 
 
-def stream(path: Path, op: str, *, timeout: float | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
+def stream(
+    path: Path, op: str, *, timeout: float | None = None, **fields: Any
+) -> Generator[dict[str, Any], None, None]:
     """Each line of the answer as it comes. `timeout` is seconds between lines.
 
     Raises NotRunning (nobody there, or it went away), ControlError, ManifestError.

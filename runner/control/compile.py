@@ -6,41 +6,63 @@ import os
 import pickle
 import socket
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner.control.compiled import Compiled, Request
-from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.errors import Diagnostic, ManifestError
 from runner.machine import machine_memory
 from runner.manifest.checks import is_path
+from runner.manifest.inputs import Inputs
 from runner.manifest.load import Loaded, load_manifest
+from runner.manifest.models import Adapter, Draft, Model
+from runner.manifest.tree import KeyPath
 from runner.options import Options, configured, state_dir
 from runner.plan.digests import DigestCache
-from runner.plan.resolve import resolve
+from runner.plan.resolve import survey
 
 
-def compile_manifest(request: Request) -> Compiled:
-    """One request's answer; whatever is wrong with the manifest is part of it."""
-    path, name, digests = request
-    digests = digests or DigestCache()
+def compile_manifest(request: Request, cache: DigestCache | None = None) -> Compiled:
+    """One request's answer; whatever is wrong with the manifest is part of it.
+
+    `cache` is what earlier requests to this process have read.
+    """
+    paths, name, sealed = request
+    cache = cache or _unsealed(sealed)
+    compiled = _compile(paths, name, cache)
+    return replace(compiled, digests=pickle.dumps(cache, pickle.HIGHEST_PROTOCOL))
+
+
+def _unsealed(digests: bytes | None) -> DigestCache:
+    """What an earlier process has read."""
+    if digests is None:
+        return DigestCache()
+    cache: DigestCache = pickle.loads(digests)  # noqa: S301 - from the process that started this one
+    return cache
+
+
+def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache) -> Compiled:
+    inputs = Inputs()
+    known: dict[str, Any] = {"paths": paths, "inputs": inputs}
     try:
-        options = _options()
-        loaded = load_manifest(path, os.environ)
+        known["options"] = _options()
+        loaded = load_manifest(paths, os.environ, inputs)
     except ManifestError as error:
-        return Compiled(path, diagnostics=tuple(error.diagnostics), digests=digests)
-    known: dict[str, Any] = {
-        "path": loaded.path,
-        "name": loaded.manifest.name,
-        "files": (*loaded.files, *_local_sources(loaded)),
-        "options": options,
-        "digests": digests,
-    }
+        return Compiled(diagnostics=tuple(error.diagnostics), **known)
+    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models)}
     try:
         _check_name(loaded, name)
-        desired = resolve(loaded, machine_memory=machine_memory(), cache=digests)
+        for folder in _local_sources(loaded):
+            inputs.look(folder)
+        desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests)
     except ManifestError as error:
-        missing = (error.repo, error.revision) if isinstance(error, NotDownloaded) else None
-        return Compiled(diagnostics=tuple(error.diagnostics), missing=missing, **known)
+        return Compiled(diagnostics=tuple(error.diagnostics), warnings=loaded.warnings, **known)
+    known["warnings"] = (*loaded.warnings, *desired.warnings)
+    if missing:
+        first = desired.downloads[0]
+        return Compiled(diagnostics=tuple(missing), missing=(first.repo, first.revision), provisional=desired, **known)
     return Compiled(desired=desired, **known)
 
 
@@ -57,7 +79,9 @@ def _options() -> Options:
     except ValidationError as error:
         raise ManifestError(
             [
-                Diagnostic("environment", 0, 0, f"MLX_RUN_{'_'.join(map(str, e['loc'])).upper()}", e["msg"])
+                Diagnostic(
+                    "environment", 0, 0, f"MLX_RUN_{'_'.join(map(str, e['loc'])).upper()}", e["msg"], code="E510"
+                )
                 for e in error.errors(include_url=False, include_input=False)
             ]
         ) from None
@@ -67,25 +91,36 @@ def _check_name(loaded: Loaded, name: str | None) -> None:
     if name is not None and loaded.manifest.name != name:
         message = f"is {loaded.manifest.name!r}, but this runner was started as {name!r}"
         hint = f"keep the name, or `mlx-run down {name}` first"
-        raise ManifestError([loaded.at(("name",), message, hint)])
+        raise ManifestError([loaded.at(("name",), message, hint, code="E308")])
 
 
-def _local_sources(loaded: Loaded) -> tuple[Path, ...]:
-    """Folders whose contents are part of the deployment, whether they are there (yet) or not."""
-    models = loaded.manifest.models.values()
-    sources = [s for m in models for s in (m.source, *(a.source for a in m.adapters.values())) if is_path(s)]
-    return tuple(dict.fromkeys(loaded.path.parent / Path(source).expanduser() for source in sources))
+def _local_sources(loaded: Loaded) -> Iterator[Path]:
+    """Folders whose contents are part of the deployment, whether they are there (yet) or not.
+
+    `org/name` without a revision is a folder too where there is one, and one may appear.
+    """
+    for name, model in loaded.manifest.models.items():
+        path: KeyPath = ("models", name)
+        places: list[tuple[KeyPath, Model | Adapter | Draft]] = [(path, model)]
+        places += [((*path, "adapters", adapter), entry) for adapter, entry in model.adapters.items()]
+        if model.draft is not None:
+            places.append(((*path, "draft"), model.draft))
+        for at, entry in places:
+            if entry.revision is None or is_path(entry.source):
+                yield loaded.folder((*at, "source")) / Path(entry.source).expanduser()
 
 
 def main(descriptor: int) -> int:
     """Answer requests until the other side is gone."""
+    cache: DigestCache | None = None
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         while True:
             try:
                 request = pickle.load(stream)  # noqa: S301 - from the process that started this one
             except EOFError:
                 return 0
-            pickle.dump(compile_manifest(request), stream)
+            cache = cache or _unsealed(request[2])
+            pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
 
 

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.manifest.inputs import Inputs
 from runner.options import Options
 from runner.plan.spec import Desired
 
-if TYPE_CHECKING:
-    from runner.plan.digests import DigestCache
-
-Request = tuple[Path, str | None, "DigestCache | None"]
-"""The manifest, the only name that it may have (None: any), and what was read before: the process keeps nothing
-between two lives."""
+Request = tuple[tuple[Path, ...], str | None, bytes | None]
+"""The manifest's files, merged left to right, the only name that it may have (None: any), and what was read before: the
+process keeps nothing between two lives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What became of a manifest: `desired`, or what is wrong with it.
 
-    `name` and `files` (the manifest, its secrets, its local models and adapters, there or not) are known once the
-    manifest itself is sound, else "" and (). `missing` is a hub repository and revision to download first.
+    `paths` are the manifest and its overlays, absolute. `inputs` are what it depends on and the state that was read, as
+    far as reading came. `name` and the names of the `models` are known once the manifest itself is sound. `warnings`
+    keep nothing from running. `missing` is a hub repository and revision to download first; with it, `provisional` is
+    the desired state with stand-ins for what is not there yet. `digests` is what was read of models' folders, sealed:
+    the runner has no use for it but to hand it to the next process.
     """
 
-    path: Path
+    paths: tuple[Path, ...]
+    inputs: Inputs = field(default_factory=Inputs)
     name: str = ""
-    files: tuple[Path, ...] = ()
+    models: tuple[str, ...] = ()
     desired: Desired | None = None
     diagnostics: tuple[Diagnostic, ...] = ()
+    warnings: tuple[Diagnostic, ...] = ()
     missing: tuple[str, str] | None = None
+    provisional: Desired | None = None
     options: Options | None = None
-    digests: DigestCache | None = None
+    digests: bytes | None = None
 
     def error(self) -> ManifestError | None:
         """What is wrong, None when nothing is."""

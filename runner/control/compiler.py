@@ -18,11 +18,11 @@ from runner.errors import RunnerError
 from runner.processes import python_module
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from io import BufferedRWPair
     from pathlib import Path
 
     from runner.control.compiled import Compiled, Request
-    from runner.plan.digests import DigestCache
 
 
 class Compiler:
@@ -32,18 +32,18 @@ class Compiler:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: BufferedRWPair | None = None
-        self._digests: DigestCache | None = None
+        self._digests: bytes | None = None
 
     def start(self) -> None:
         """Start the process if it rests, so that it is ready by the time it is needed."""
         with self._lock:
             self._start()
 
-    def compile(self, path: Path, name: str | None = None) -> Compiled:
-        """Read, check and resolve a manifest. Raises RunnerError when the process fails."""
+    def compile(self, paths: Sequence[Path], name: str | None = None) -> Compiled:
+        """Read, merge, check and resolve a manifest's files. Raises RunnerError when the process fails."""
         with self._lock:
             stream = self._start()
-            request: Request = (path, name, self._digests)
+            request: Request = (tuple(paths), name, self._digests)
             try:
                 pickle.dump(request, stream)
                 stream.flush()

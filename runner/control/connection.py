@@ -44,10 +44,10 @@ class _Row:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def take(self) -> list[Delta]:
+    async def take(self, loop: asyncio.AbstractEventLoop) -> list[Delta]:
         """Everything that is there, waiting for the first. Raises what the engine answered instead."""
         if not self.items and self.error is None:
-            self.waiter = asyncio.get_running_loop().create_future()
+            self.waiter = loop.create_future()
             await self.waiter
         if self.items:
             taken = list(self.items)
@@ -96,6 +96,12 @@ class EngineConnection(asyncio.Protocol):
         """Return once no request is in flight."""
         await self._idle.wait()
 
+    def cut(self, reason: str) -> None:
+        """End every request in flight, to be sent again by whoever wants to."""
+        for row in self._rows.values():
+            row.error = Unavailable(reason, code="drain_deadline")
+            row.wake()
+
     def send(self, message: ToEngine) -> None:
         """Write one frame; after the connection is lost it goes nowhere, and the requests have failed already."""
         if self._transport is not None:
@@ -113,12 +119,13 @@ class EngineConnection(asyncio.Protocol):
         row_id = next(self._ids)
         row = self._rows[row_id] = _Row()
         self._idle.clear()
+        loop = asyncio.get_running_loop()
         ended = False
         try:
             self.send(msgspec.structs.replace(request, id=row_id))
             while not ended:
                 try:
-                    deltas = await row.take()
+                    deltas = await row.take(loop)
                 except RequestError:
                     ended = True
                     raise

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,16 @@ _MAX_REQUEST = 1024 * 1024
 
 
 class ControlSocket:
-    """Answers requests `{"op": NAME, ...}` with the handler of that name."""
+    """Answers requests `{"op": NAME, ...}` with the handler of that name.
 
-    def __init__(self, path: Path, handlers: dict[str, Handler]) -> None:
+    `feeds` names the handlers that answer for as long as somebody listens: they end when the client hangs up, and not
+    at the next line that cannot be written. The others finish what they were asked for.
+    """
+
+    def __init__(self, path: Path, handlers: dict[str, Handler], feeds: frozenset[str] = frozenset()) -> None:
         self._path = path
         self._handlers = handlers
+        self._feeds = feeds
         self._server: asyncio.Server | None = None
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -71,16 +76,36 @@ class ControlSocket:
             known = ", ".join(self._handlers)
             write(_line({"error": {"message": f"not a control request; `op` is one of {known}"}}))
             return
-        try:
-            async for reply in handler(request):
-                write(_line(reply))
-                await drain()
-        except MlxRunError as error:
-            write(_line({"error": error_json(error)}))
-        except (KeyError, TypeError, ValueError) as error:
-            logger.exception("control request failed")
-            write(_line({"error": {"message": f"the request {request['op']!r} failed: {error!r}"}}))
-        await drain()
+        with _while_heard(reader) if request["op"] in self._feeds else nullcontext():
+            try:
+                async for reply in handler(request):
+                    write(_line(reply))
+                    await drain()
+            except MlxRunError as error:
+                write(_line({"error": error_json(error)}))
+            except (KeyError, TypeError, ValueError) as error:
+                logger.exception("control request failed")
+                write(_line({"error": {"message": f"the request {request['op']!r} failed: {error!r}"}}))
+            await drain()
+
+
+@contextmanager
+def _while_heard(reader: asyncio.StreamReader) -> Iterator[None]:
+    """Cancels the task within once its client is gone; what a client still says is nothing to us."""
+    answering = asyncio.current_task()
+    assert answering is not None, "an answer is a task of its own"
+
+    async def listen() -> None:
+        with suppress(ConnectionError):
+            while await reader.read(4096):
+                pass
+        answering.cancel()
+
+    listening = asyncio.create_task(listen())
+    try:
+        yield
+    finally:
+        listening.cancel()
 
 
 def error_json(error: MlxRunError) -> dict[str, Any]:

@@ -11,12 +11,15 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from runner.control.backoff import Backoff
 from runner.control.engine_process import EngineProcess
+from runner.control.health import Health
+from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
 from runner.errors import EngineError, NotServed, Unavailable
 from runner.options import Options
@@ -29,6 +32,16 @@ _MAX_WAITING = 1024
 """Requests that may wait for an engine to load; more are told to come back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a deployment stands, so that a commit that fails halfway can be taken back."""
+
+    spec: ModelSpec
+    engine: EngineProcess | None
+    state: str
+    last_error: str
+
+
 class Deployment:
     """Implements `runner.gateway.backend.Deployment`.
 
@@ -37,7 +50,6 @@ class Deployment:
 
     def __init__(self, spec: ModelSpec, folder: StateFolder, options: Options, on_event: Callable[..., None]) -> None:
         self.spec = spec
-        self.state = "pending"
         self.last_error = ""
         self.restarts = 0
         self.engine: EngineProcess | None = None
@@ -46,11 +58,24 @@ class Deployment:
         self._options = options
         self._on_event = on_event
         self._backoff = Backoff()
+        self.health = Health(lambda: f"models.{self.name}", on_event, self._backoff.stable)
+        self._state = "pending"
+        self._sources = Sources()
         self._restart: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._waiting = 0
         self._adapter_names: dict[str, str] = {}
         self._remember_adapters(spec)
+
+    @property
+    def state(self) -> str:
+        """What it is doing."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._state = state
+        self.health.follow(state, self.last_error, adopted=self.engine is not None and self.engine.adopted)
 
     # ------------------------------------------------------------- gateway's side
 
@@ -82,12 +107,14 @@ class Deployment:
 
     async def _wait_for_engine(self) -> EngineProcess:
         if self.state == "stopped":
-            raise NotServed(f"the model {self.name!r} is not served any more", param="model", code="model_not_found")
+            raise self._not_served()
         if self._waiting >= _MAX_WAITING:
             raise Unavailable(f"too many requests wait for {self.name!r} to load", retry_after=5.0)
         self._waiting += 1
         try:
-            await asyncio.wait_for(self._ready.wait(), self._options.load_wait)
+            # Not wait_for: before Python 3.12 it can lose a cancellation that comes as its wait completes.
+            async with asyncio.timeout(self._options.load_wait):
+                await self._ready.wait()
         except TimeoutError:
             reason = f": {self.last_error.splitlines()[0]}" if self.last_error else ""
             raise Unavailable(
@@ -95,9 +122,14 @@ class Deployment:
             ) from None
         finally:
             self._waiting -= 1
+        if self.state == "stopped":
+            raise self._not_served()
         if self.engine is None:
             raise Unavailable(f"the model {self.name!r} is not ready ({self.state})", retry_after=1.0)
         return self.engine
+
+    def _not_served(self) -> NotServed:
+        return NotServed(f"the model {self.name!r} is not served any more", param="model", code="model_not_found")
 
     def _with_current_adapter(self, request: Generate) -> Generate:
         """A request that was routed before an edit and has no row yet gets the adapter's current version."""
@@ -151,10 +183,16 @@ class Deployment:
 
     def switch(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
         """Serve from `engine` from now on. Returns the engine that served before, for the caller to drain."""
+        self.health.recovered()
+        self.health.sources_changed("")
+        return self._serve(spec, engine)
+
+    def _serve(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
         self._stop_restarting()
         old, self.engine = self.engine, engine
         self.adopt(spec)
-        self.state, self.last_error = "ready", ""
+        self.last_error = ""
+        self.state = "ready"
         self._backoff.started(time.monotonic())
         self._ready.set()
         if not engine.alive:  # it died between its first token and now
@@ -164,6 +202,8 @@ class Deployment:
     def adopt(self, spec: ModelSpec) -> None:
         """Take over a spec that needs no other process; sends changed limits to the engine."""
         changed = spec.limits != self.spec.limits
+        if spec != self.spec:
+            self.health.sources_changed("")
         self.spec = spec
         self._remember_adapters(spec)
         if changed and self.engine is not None and self.engine.alive:
@@ -175,6 +215,7 @@ class Deployment:
                     prefill_step_size=limits.prefill_step_size,
                     max_context=limits.max_context,
                     prefix_cache_bytes=limits.prefix_cache_bytes,
+                    num_draft_tokens=limits.num_draft_tokens,
                 )
             )
 
@@ -184,7 +225,39 @@ class Deployment:
         self.state = "replacing"
         engine = self._release()
         if engine is not None:
-            await engine.drain(self._options.drain_timeout)
+            try:
+                await engine.drain(self._options.drain_timeout)
+            except BaseException:
+                await engine.kill()  # nobody else knows of it any more
+                raise
+
+    async def unpark(self, spec: ModelSpec) -> None:
+        """Serve `spec` again. An engine that does not come up is tried again, as after a crash."""
+        try:
+            self.switch(spec, await self.bring_up(spec))
+        except EngineError as error:
+            logger.warning("engine did not come back", extra={"model": spec.name, "error": str(error)})
+            self.adopt(spec)
+            self._keep_alive()
+
+    @property
+    def standing(self) -> Standing:
+        """How it stands now."""
+        return Standing(self.spec, self.engine, self.state, self.last_error)
+
+    def reset(self, standing: Standing) -> None:
+        """Stand as before. Nothing may have been awaited since."""
+        self.engine = standing.engine
+        self.adopt(standing.spec)
+        self.last_error = standing.last_error
+        self.state = standing.state
+        if self.engine is not None:
+            self._ready.set()
+        else:
+            self._ready.clear()
+            if self.state == "backoff":
+                self.health.died(self.last_error)
+                self._keep_alive()
 
     async def stop(self, *, deadline: float | None = None) -> None:
         """Drain and end the engine for good. `deadline` in seconds, the settings' drain timeout by default."""
@@ -196,6 +269,11 @@ class Deployment:
         self._ready.set()  # whoever waits is told
         if engine is not None:
             await engine.drain(self._options.drain_timeout if deadline is None else deadline)
+
+    async def abandon_start(self) -> None:
+        """End an engine that is not up yet; whoever waits for it gets EngineDied."""
+        if self._starting is not None:
+            await self._starting.kill()
 
     async def kill(self) -> None:
         """End the engine now."""
@@ -213,26 +291,44 @@ class Deployment:
             return
         self.engine = None
         self._ready.clear()
-        self.state = "backoff"
         self.last_error = f"the engine (pid {engine.pid}) ended unexpectedly"
+        self.state = "backoff"
+        self.health.died(self.last_error)
         self._on_event("engine_died", target=f"models.{self.name}", pid=engine.pid)
-        self._restart = asyncio.create_task(self._bring_back())
+        self._keep_alive()
+
+    def _keep_alive(self) -> None:
+        if self._restart is None:
+            self._restart = asyncio.create_task(self._bring_back())
 
     async def _bring_back(self) -> None:
-        while self.engine is None and self.state != "stopped":
+        while self.state != "stopped":
             delay = self._backoff.failed(time.monotonic())
             self.state = "backoff"
             self._on_event("engine_backoff", target=f"models.{self.name}", seconds=delay)
             await asyncio.sleep(delay)
             try:
-                engine = await self.bring_up(self.spec)
-                await self._catch_up(engine)
+                engine, changed = await self._bring_up_again()
             except EngineError as error:
                 logger.warning("engine did not come back", extra={"model": self.name, "error": str(error)})
                 continue
             self.restarts += 1
-            self.switch(self.spec, engine)
+            self._serve(self.spec, engine)
+            self.health.came_back()
+            self.health.sources_changed(changed)
             self._on_event("engine_restarted", target=f"models.{self.name}", pid=engine.pid)
+            return  # should it have died already, another task has taken over
+
+    async def _bring_up_again(self) -> tuple[EngineProcess, str]:
+        """An engine of the current spec, and what it has read that is not what was planned: whatever is there now is
+        better than nothing. Raises EngineError."""
+        engine = await self.bring_up(self.spec)
+        try:
+            await self._catch_up(engine)
+            return engine, "; ".join(map(str, await self._sources.changed([self.spec])))
+        except BaseException:
+            await engine.kill()  # nobody else knows of it
+            raise
 
     async def _catch_up(self, engine: EngineProcess) -> None:
         """Load the adapters that the manifest gained while this engine was starting."""
@@ -260,6 +356,9 @@ class Deployment:
             "digest": self.spec.weights_digest,
             "aliases": list(self.spec.aliases),
             "adapters": [{"name": a.name, "key": a.key} for a in self.spec.adapters],
+            "draft": self.spec.draft.source if self.spec.draft else None,
+            "drafted_tokens": stats.drafted_tokens_total if stats else 0,
+            "accepted_tokens": stats.accepted_tokens_total if stats else 0,
             "default_adapter": self.spec.default_adapter,
             "pid": engine.pid if engine else None,
             "started_at": engine.started_at if engine else None,
@@ -274,7 +373,27 @@ class Deployment:
             "in_flight": engine.connection.in_flight if engine and engine.alive else 0,
             "restarts": self.restarts,
             "last_error": self.last_error,
+            "conditions": self.health.as_json,
         }
+
+
+def absent(name: str) -> dict[str, Any]:
+    """The status of a model that is wanted and has no deployment yet: the same fields, with nothing in them."""
+    nothing = Health(lambda: f"models.{name}", lambda *_, **__: None, 0.0)
+    return {
+        **dict.fromkeys(("pid", "started_at", "loaded_at", "load_seconds", "active_bytes")),
+        **dict.fromkeys(("stage", "source", "digest", "device", "last_error"), ""),
+        **dict.fromkeys(("weights_bytes", "rows", "waiting", "in_flight", "restarts"), 0),
+        **dict.fromkeys(("drafted_tokens", "accepted_tokens"), 0),
+        "aliases": [],
+        "adapters": [],
+        "notes": [],
+        "name": name,
+        "state": "pending",
+        "default_adapter": None,
+        "draft": None,
+        "conditions": nothing.as_json,
+    }
 
 
 def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
@@ -289,6 +408,10 @@ def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
         max_context=spec.limits.max_context,
         prefix_cache_bytes=spec.limits.prefix_cache_bytes,
         memory_limit_bytes=spec.memory_limit_bytes,
+        draft=str(spec.draft.path) if spec.draft else "",
+        num_draft_tokens=spec.limits.num_draft_tokens,
+        kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
+        kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,
         orphan_grace=options.orphan_grace,
     )
 

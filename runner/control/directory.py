@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runner.control.deployment import Deployment
 from runner.errors import InvalidRequest, NotServed, Unavailable
@@ -50,10 +50,21 @@ class Directory:
         cards: list[ModelCard] = []
         for entry in self._table(listener).entries:
             spec, ready = entry.spec, entry.deployment.ready
+            base = ModelCard(
+                spec.name,
+                entry.created,
+                spec.name,
+                None,
+                ready,
+                source=spec.source,
+                size=spec.weights_bytes,
+                digest=spec.weights_digest,
+                max_context=spec.limits.max_context,
+            )
             for model_id in (spec.name, *spec.aliases):
-                cards.append(ModelCard(model_id, entry.created, spec.name, None, ready))
+                cards.append(replace(base, id=model_id))
                 cards += [
-                    ModelCard(f"{model_id}:{a.name}", entry.created, spec.name, a.name, ready) for a in spec.adapters
+                    replace(base, id=f"{model_id}:{a.name}", adapter=a.name, digest=a.digest) for a in spec.adapters
                 ]
         return cards
 

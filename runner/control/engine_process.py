@@ -10,12 +10,15 @@ import secrets
 import shlex
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import msgspec
 
+from runner.control.atomic import write_atomically
 from runner.control.connection import EngineConnection
-from runner.control.state_folder import StateFolder, write_atomically
+from runner.control.state_folder import StateFolder
 from runner.errors import EngineDied, EngineLoadError
 from runner.processes import python_module
 from runner.protocol import (
@@ -72,7 +75,7 @@ class EngineProcess:
         self._exited = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters: dict[str, asyncio.Future[None]] = {}
+        self._adapter_waiters: dict[str, deque[asyncio.Future[None]]] = {}
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -81,6 +84,11 @@ class EngineProcess:
         if self._process is not None:
             return self._process.pid
         return self.hello.pid if self.hello else None
+
+    @property
+    def adopted(self) -> bool:
+        """Whether an earlier runner started it."""
+        return self._process is None and self.hello is not None
 
     @property
     def connection(self) -> EngineConnection:
@@ -172,7 +180,7 @@ class EngineProcess:
         return f"Its output: `mlx-run logs {self.spec.model}`."
 
     def _fail(self, error: EngineDied | EngineLoadError) -> None:
-        for waiter in (self._outcome, *self._adapter_waiters.values()):
+        for waiter in (self._outcome, *chain.from_iterable(self._adapter_waiters.values())):
             if not waiter.done():
                 waiter.set_exception(error)
                 waiter.exception()  # retrieved here, for when nobody waits any more
@@ -214,7 +222,9 @@ class EngineProcess:
                 pass
 
     def _settle(self, key: str, error: EngineLoadError | None) -> None:
-        waiter = self._adapter_waiters.pop(key, None)
+        # An engine answers in the order it was asked: an adapter that goes may be wanted back before it has gone.
+        waiters = self._adapter_waiters.get(key)
+        waiter = waiters.popleft() if waiters else None
         if waiter is None or waiter.done():
             return
         if error is None:
@@ -234,9 +244,14 @@ class EngineProcess:
         if not self.alive:
             raise EngineDied(f"the engine of {self.spec.model} is gone", hint=self._log_hint())
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters[key] = waiter
+        self._adapter_waiters.setdefault(key, deque()).append(waiter)
         self.connection.send(message)
         await waiter
+
+    def rename(self, model: str) -> None:
+        """Serve as `model` from now on; a later runner finds it under that name. Raises OSError."""
+        self.spec = msgspec.structs.replace(self.spec, model=model)
+        write_atomically(self._folder.engine_spec(self.id), msgspec.json.encode(self.spec))
 
     def configure(self, limits: Configure) -> None:
         """Change limits in place."""
@@ -246,11 +261,21 @@ class EngineProcess:
         """Let running requests finish for at most `deadline` seconds, then end the process."""
         self._draining = True
         if self.alive:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.connection.wait_idle(), deadline)
+            try:
+                async with asyncio.timeout(deadline):
+                    await self.connection.wait_idle()
+            except TimeoutError:
+                logger.warning(
+                    "requests were cut at the drain deadline",
+                    extra={"model": self.spec.model, "count": self.connection.in_flight},
+                )
+                self.connection.cut(
+                    f"cut at the drain deadline ({deadline:g} s): the model is being replaced or stopped"
+                )
             self.connection.send(Shutdown(0.0))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), _EXIT_GRACE)
+                async with asyncio.timeout(_EXIT_GRACE):
+                    await self._exited.wait()
         await self.kill()
 
     async def kill(self) -> None:

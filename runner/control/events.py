@@ -18,6 +18,9 @@ _KEPT = 500
 _BEHIND = 1000
 """Events a subscriber may lag behind before its oldest are dropped."""
 
+_RESERVED = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime"})
+"""Names that a log record has of its own, and refuses to have twice."""
+
 _LAST = "stopped"
 """The event after which there is nothing to wait for."""
 
@@ -35,7 +38,7 @@ class EventLog:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and hand it to whoever listens."""
-        logger.info(event, extra=fields)
+        logger.info(event, extra={f"event_{k}" if k in _RESERVED else k: v for k, v in fields.items()})
         item: Event = {"event": event, "time": round(time.time(), 3), **fields}
         self.recent.append(item)
         if self._observer is not None:

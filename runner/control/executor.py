@@ -1,6 +1,8 @@
 """Carries out a plan: prepare what can still be undone, commit in one step, clean up behind.
 
-prepare  open new ports, start new engines and prove them, load new adapters; a failure undoes all of it
+prepare  open new ports, end what has to make room, start new engines and prove them, load new adapters; a failure
+         undoes all of it
+record   the generation is written, so that whatever ends the runner from here on, it is known what was to be live
 commit   switch deployments, publish the directory, update listeners: no await, so no request sees half of it
 clean up drain old engines, old adapters, old ports, in the background, up to the drain timeout
 """
@@ -8,19 +10,19 @@ clean up drain old engines, old adapters, old ports, in the background, up to th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 from runner.control.deployment import Deployment, adapter_source
-from runner.control.directory import Directory
 from runner.control.engine_process import EngineProcess
-from runner.control.state_folder import StateFolder
-from runner.errors import EngineDied, MlxRunError
+from runner.control.live import Live
+from runner.control.ports import close_listener, open_listener, reopen_listener
+from runner.errors import EngineDied, SourceChanged
 from runner.gateway.listener import Listener
-from runner.options import Options
 from runner.plan.actions import (
     Action,
     CloseListener,
@@ -28,69 +30,21 @@ from runner.plan.actions import (
     MoveListener,
     OpenListener,
     Plan,
+    RenameModel,
     ReplaceModel,
     StartModel,
     StopModel,
     UpdateListener,
     UpdateModel,
 )
-from runner.plan.planner import Observed
-from runner.plan.spec import Desired, ListenerSpec, ModelSpec
-from runner.telemetry import GatewayMetrics
+from runner.plan.render import VERBS
+from runner.plan.spec import Desired
+from runner.plan.verify import Changed
 
 logger = logging.getLogger(__name__)
 
 Undo = Callable[[], Awaitable[None]]
-Emit = Callable[..., None]
-
-
-class Live:
-    """What is up: the deployments, the listeners, and the directory between them. Written by Executor alone."""
-
-    def __init__(self, folder: StateFolder, options: Options, emit: Emit) -> None:
-        self.folder = folder
-        self.options = options
-        self.emit = emit
-        self.directory = Directory()
-        self.metrics = GatewayMetrics()
-        self.deployments: dict[str, Deployment] = {}
-        self.listeners: dict[str, Listener] = {}
-        self.created: dict[str, int] = {}
-        self.committed: Desired | None = None
-        self._background: set[asyncio.Task[None]] = set()
-
-    def observe(self, memory_bytes: int) -> Observed:
-        """The specs that are live, for the planner."""
-        return Observed(
-            models=tuple(d.spec for d in self.deployments.values()),
-            listeners=tuple(listener.spec for listener in self.listeners.values()),
-            memory_bytes=memory_bytes,
-        )
-
-    def publish(self, listeners: tuple[ListenerSpec, ...]) -> None:
-        """Let requests see the deployments as they are now."""
-        for name in self.deployments:
-            self.created.setdefault(name, int(time.time()))
-        self.directory.publish(listeners, self.deployments, created=self.created)
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run clean-up that nobody waits for; `settle` does."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    async def settle(self) -> None:
-        """Wait for the clean-up that is under way."""
-        while self._background:
-            await asyncio.gather(*self._background, return_exceptions=True)
-
-    async def shut_down(self, deadline: float) -> None:
-        """Drain every port and engine, at the same time, for at most `deadline` seconds."""
-        await asyncio.gather(*(listener.close(deadline) for listener in self.listeners.values()))
-        await asyncio.gather(*(d.stop(deadline=deadline) for d in self.deployments.values()))
-        self.listeners.clear()
-        self.deployments.clear()
-        await self.settle()
+CleanUp = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Executor:
@@ -100,21 +54,32 @@ class Executor:
         self._live = live
         self._plan = plan
         self._desired = desired
+        self._first = live.committed is None
         self._undo: list[Undo] = []
+        self._bring_back: list[Undo] = []
         self._engines: dict[str, EngineProcess] = {}
         self._opened: dict[str, Listener] = {}
+        self._renamed: dict[str, Deployment] = {}
+        self._told: set[tuple[str, str]] = set()
 
-    async def execute(self) -> None:
+    async def execute(self, record: Callable[[], Awaitable[None]]) -> None:
         """Make it so, or leave everything as it was and raise what went wrong.
 
-        Raises MlxRunError: EngineLoadError, EngineDied, ListenerError.
+        `record` is awaited once everything is proven and before anything is switched over; from there on cancelling
+        comes too late. Raises MlxRunError, such as EngineLoadError, EngineDied, ListenerError, and what `record`
+        raises.
         """
+        assert not self._desired.downloads, "what is not there yet cannot be carried out"
         try:
             await self._prepare()
+            self._require_life()
+            await _to_the_end(record())
+            clean_up = self._commit()
         except BaseException:
-            await self._roll_back()
+            await _to_the_end(self._roll_back())
             raise
-        self._commit()
+        for work in clean_up:
+            self._live.in_background(work())
 
     # ------------------------------------------------------------- prepare
 
@@ -122,90 +87,86 @@ class Executor:
         for action in self._plan.actions:
             if isinstance(action, OpenListener | MoveListener):
                 await self._open(action)
-        first = self._live.committed is None
         for action in self._plan.actions:
             if isinstance(action, StartModel):
-                self._add_deployment(action.spec)
-        if first:
+                self._add_deployment(action)
+        if self._first:
             # Nothing serves yet, so early requests may as well find their model and wait for it.
+            self._live.deployments.update(self._live.coming)
             self._live.publish(self._desired.listeners)
-            self._adopt_opened()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for action in self._plan.actions:
-                    if isinstance(action, StartModel | ReplaceModel | UpdateModel):
-                        group.create_task(self._prepare_model(action))
-        except BaseExceptionGroup as failures:
-            raise _first(failures) from None
-
-    def _add_deployment(self, spec: ModelSpec) -> None:
-        live = self._live
-        deployment = Deployment(spec, live.folder, live.options, live.emit)
-        live.deployments[spec.name] = deployment
-
-        async def remove() -> None:
-            live.deployments.pop(spec.name, None)
-            live.created.pop(spec.name, None)
-            await deployment.kill()
-
-        self._undo.append(remove)
+            self._live.listeners.update(self._opened)
+        await _all(self._make_room(action) for action in self._plan.actions if _ends_first(action))
+        await _all(
+            self._prepare_model(action)
+            for action in self._plan.actions
+            if isinstance(action, StartModel | ReplaceModel | UpdateModel)
+        )
 
     async def _open(self, action: OpenListener | MoveListener) -> None:
-        spec = action.spec
-        if action.disruption is Disruption.DRAIN:
-            assert isinstance(action, MoveListener), "only a port that is held has to be given back"
-            await self._close_first(action.old)
-        listener = Listener(spec, self._live.directory, self._live.metrics)
-        await listener.start()
-        self._opened[spec.name] = listener
-        self._live.emit("listening", target=action.target, address=f"http://{spec.host}:{spec.port}")
+        live = self._live
+        self._began(action)
+        if isinstance(action, MoveListener) and action.disruption is Disruption.DRAIN:
+            old = live.listeners.pop(action.old.name)
+            self._undo.append(partial(reopen_listener, live, action.old))
+            await old.release()
+            live.in_background(close_listener(live, old))
+        listener = await open_listener(live, action.spec)
+        self._opened[action.spec.name] = listener
+        self._done(action)
 
         async def close() -> None:
             # The name may still be held by the listener that this one was to replace: that one stays.
-            if self._live.listeners.get(spec.name) is listener:
-                del self._live.listeners[spec.name]
+            if live.listeners.get(action.spec.name) is listener:
+                del live.listeners[action.spec.name]
             await listener.close(0.0)
 
         self._undo.append(close)
 
-    async def _close_first(self, old: ListenerSpec) -> None:
-        await _close(self._live.listeners.pop(old.name), self._live.options.drain_timeout)
+    def _add_deployment(self, action: StartModel) -> None:
+        live, name = self._live, action.spec.name
+        deployment = live.coming[name] = Deployment(action.spec, live.folder, live.options, live.emit)
 
-        async def reopen() -> None:
-            listener = Listener(old, self._live.directory, self._live.metrics)
-            await listener.start()
-            self._live.listeners[old.name] = listener
+        async def remove() -> None:
+            live.coming.pop(name, None)
+            if live.deployments.get(name) is deployment:
+                del live.deployments[name]
+                live.created.pop(name, None)
+            await deployment.kill()
 
-        self._undo.append(reopen)
+        self._undo.append(remove)
 
-    def _adopt_opened(self) -> None:
-        self._live.listeners.update(self._opened)
+    async def _make_room(self, action: Action) -> None:
+        assert isinstance(action, ReplaceModel | StopModel), "nothing else holds memory"
+        self._began(action)
+        old = action.old if isinstance(action, ReplaceModel) else action.spec
+        deployment = self._live.deployments[old.name]
+        # Noted first: a park that is interrupted has to be undone too.
+        self._bring_back.append(partial(deployment.unpark, old))
+        await deployment.park()
 
     async def _prepare_model(self, action: StartModel | ReplaceModel | UpdateModel) -> None:
-        self._live.emit("action_started", target=action.target, reason=action.reason)
         started = time.monotonic()
+        self._began(action)
         if isinstance(action, UpdateModel):
             await self._load_adapters(action)
+            _require_same(await self._live.sources.changed_adapters(action.spec.name, action.load))
         else:
             await self._bring_up(action)
-        seconds = round(time.monotonic() - started, 3)
-        self._live.emit("action_done", target=action.target, disruption=str(action.disruption), seconds=seconds)
+            self._done(action, seconds=time.monotonic() - started)
 
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
         spec = action.spec
-        deployment = self._live.deployments[spec.name]
-        if isinstance(action, ReplaceModel) and action.disruption is Disruption.DRAIN:
-            await deployment.park()
-            self._undo.append(partial(_restore, deployment, action.old))
-        engine = await deployment.bring_up(spec)
+        deployments = self._live.coming if isinstance(action, StartModel) else self._live.deployments
+        engine = await deployments[spec.name].bring_up(spec)
         self._undo.append(engine.kill)
-        if self._live.committed is None:
-            deployment.switch(spec, engine)  # serve each model as soon as it is there
+        _require_same(await self._live.sources.changed([spec]))
+        if self._first:
+            deployments[spec.name].switch(spec, engine)  # serve each model as soon as it is there
         else:
             self._engines[spec.name] = engine
 
     async def _load_adapters(self, action: UpdateModel) -> None:
-        engine = self._live.deployments[action.spec.name].engine
+        engine = self._live.deployments[action.old.name].engine
         if engine is None:
             # It is coming back from a crash, and does so with whatever spec is current by then.
             return
@@ -216,63 +177,153 @@ class Executor:
                 return
             self._undo.append(partial(_drop_adapter, engine, adapter.key))
 
+    def _require_life(self) -> None:
+        """Raises EngineDied where an engine ended while others were still being brought up."""
+        for name, engine in self._engines.items():
+            if not engine.alive:
+                raise EngineDied(
+                    f"the engine of {name} ended while others were loading", hint=f"Its output: `mlx-run logs {name}`."
+                )
+
     async def _roll_back(self) -> None:
+        """Undo in reverse, and then bring back what had made room: its memory is free by then."""
         for undo in reversed(self._undo):
-            try:
-                await asyncio.shield(undo())
-            except MlxRunError as error:
-                logger.error("undoing a failed plan did not succeed", extra={"error": str(error)})
+            await _attempt(undo)
+        if not self._live.closing:
+            await asyncio.gather(*(_attempt(undo) for undo in self._bring_back))
         if self._live.committed is not None:
             self._live.publish(self._live.committed.listeners)
 
     # ------------------------------------------------------------- commit
 
-    def _commit(self) -> None:
+    def _commit(self) -> list[CleanUp]:
+        """Switch over, all or nothing. Returns the clean-up that is left to do."""
         live = self._live
-        retire: list[Coroutine[Any, Any, None]] = []
+        before = live.remember()
+        clean_up: list[CleanUp] = []
+        try:
+            for action in self._plan.actions:  # names that are given up are free for others
+                clean_up += self._withdraw(action)
+            for action in self._plan.actions:
+                clean_up += self._switch(action)
+            live.listeners.update(self._opened)
+            live.publish(self._desired.listeners)
+            live.committed = self._desired
+        except BaseException:
+            live.restore(before)
+            raise
+        live.coming.clear()
         for action in self._plan.actions:
-            retire += self._commit_action(action)
-        self._adopt_opened()
-        live.publish(self._desired.listeners)
-        live.committed = self._desired
-        for work in retire:
-            live.in_background(work)
+            self._done(action)
+        return [*clean_up, self._rename_engines]
 
-    def _commit_action(self, action: Action) -> list[Coroutine[Any, Any, None]]:
-        """Switch over. Returns the clean-up it leaves."""
-        live, timeout = self._live, self._live.options.drain_timeout
-        name = action.spec.name
+    async def _rename_engines(self) -> None:
+        """So that a later runner finds them under their new names, and their logs go on there."""
+        names = {deployment.engine.spec.model: name for name, deployment in self._renamed.items() if deployment.engine}
+        try:
+            for name, deployment in self._renamed.items():
+                if deployment.engine is not None:
+                    deployment.engine.rename(name)
+            self._live.folder.rename_engine_logs(names)
+        except OSError as error:
+            logger.warning("an engine keeps its old name in the state folder", extra={"error": str(error)})
+
+    def _withdraw(self, action: Action) -> list[CleanUp]:
+        live, name = self._live, action.spec.name
+        match action:
+            case StopModel():
+                live.created.pop(name, None)
+                return [live.deployments.pop(name).stop]
+            case RenameModel():
+                self._renamed[name] = live.deployments.pop(action.old.name)
+                live.created[name] = live.created.pop(action.old.name, int(time.time()))
+            case MoveListener() | CloseListener():
+                closing = live.listeners.pop(name, None)  # None: it had to give its port back before
+                return [partial(close_listener, live, closing)] if closing else []
+            case _:
+                pass
+        return []
+
+    def _switch(self, action: Action) -> list[CleanUp]:
+        live, name = self._live, action.spec.name
         match action:
             case StartModel() | ReplaceModel():
+                if isinstance(action, StartModel):
+                    live.deployments[name] = live.coming[name]
                 if name in self._engines:
                     old = live.deployments[name].switch(action.spec, self._engines[name])
-                    return [old.drain(timeout)] if old else []
+                    return [partial(old.drain, live.options.drain_timeout)] if old else []
             case UpdateModel():
+                if isinstance(action, RenameModel):
+                    live.deployments[name] = self._renamed[name]
                 deployment = live.deployments[name]
                 deployment.adopt(action.spec)
                 if deployment.engine is not None:
-                    return [_drop_adapter(deployment.engine, a.key) for a in action.drop]
-            case StopModel():
-                live.created.pop(name, None)
-                return [live.deployments.pop(name).stop()]
-            case MoveListener() | CloseListener():
-                closing = live.listeners.pop(name, None)  # None: it had to give its port back before
-                return [_close(closing, timeout)] if closing else []
+                    return [partial(_drop_adapter, deployment.engine, a.key) for a in action.drop]
             case UpdateListener():
                 live.listeners[name].update(action.spec)
             case _:
                 pass
         return []
 
+    # ------------------------------------------------------------- telling
 
-async def _restore(deployment: Deployment, old: ModelSpec) -> None:
-    deployment.switch(old, await deployment.bring_up(old))
+    def _began(self, action: Action) -> None:
+        self._live.emit("action_started", action=VERBS[type(action)], target=action.target, reason=action.reason)
+
+    def _done(self, action: Action, seconds: float = 0.0) -> None:
+        """Said once of each action, when it is done: of those that can be undone until the commit, then."""
+        verb = VERBS[type(action)]
+        if (verb, action.target) not in self._told:
+            self._told.add((verb, action.target))
+            self._live.emit(
+                "action_done",
+                action=verb,
+                target=action.target,
+                disruption=str(action.disruption),
+                seconds=round(seconds, 3),
+            )
 
 
-async def _close(listener: Listener, deadline: float) -> None:
-    cut = await listener.close(deadline)
-    if cut:
-        logger.warning("requests were cut at the drain deadline", extra={"listener": listener.spec.name, "count": cut})
+def _require_same(changed: list[Changed]) -> None:
+    """Raises SourceChanged where what an engine has just read is not what was planned."""
+    if changed:
+        raise SourceChanged("files changed while they were loaded:\n" + "\n".join(map(str, changed)))
+
+
+def _ends_first(action: Action) -> bool:
+    if isinstance(action, StopModel):
+        return action.first
+    return isinstance(action, ReplaceModel) and action.disruption is Disruption.DRAIN
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run side by side; the first failure ends the others, and is raised alone: one clear reason beats a tree."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as failures:
+        error: BaseException = failures
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+async def _to_the_end(work: Awaitable[None]) -> None:
+    """Wait for what must not be left half done; being cancelled meanwhile changes nothing."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
+
+
+async def _attempt(undo: Undo) -> None:
+    try:
+        await undo()
+    except Exception:
+        logger.exception("undoing a failed plan did not succeed")
 
 
 async def _drop_adapter(engine: EngineProcess, key: str) -> None:
@@ -280,11 +331,3 @@ async def _drop_adapter(engine: EngineProcess, key: str) -> None:
         await engine.drop_adapter(key)
     except EngineDied:
         return  # an engine that is gone holds no adapters
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first leaf of the group: one clear reason beats a tree of them."""
-    error: BaseException = failures
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

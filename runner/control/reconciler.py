@@ -8,21 +8,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runner.control.adoption import adopt_engines
+from runner.control.attempt import Attempt
 from runner.control.backoff import Backoff
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
+from runner.control.conditions import concerns, is_within
 from runner.control.events import EventLog
-from runner.control.executor import Executor, Live
-from runner.errors import EngineDied, ListenerError, ManifestError, MlxRunError, RunnerError
+from runner.control.executor import Executor
+from runner.control.ledger import Cause, Intent, Ledger
+from runner.control.live import Live
+from runner.control.portion import Portion
+from runner.control.who import this_user
+from runner.errors import (
+    Diagnostic,
+    EngineDied,
+    ListenerError,
+    ManifestError,
+    MlxRunError,
+    RunnerError,
+    SourceChanged,
+)
 from runner.machine import machine_memory
-from runner.plan.actions import Plan
-from runner.plan.planner import plan
+from runner.plan.actions import Against, Bounds, Plan
+from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
+from runner.plan.scope import WHOLE, Scope
 from runner.plan.spec import Desired
 
 logger = logging.getLogger(__name__)
@@ -32,6 +48,9 @@ Download = Callable[[str, str], Awaitable[None]]
 
 _REST_AFTER = 10.0
 """Seconds after a pass until the compiler's process rests: edits come in bursts."""
+
+_TRIES = 3
+"""How often a pass plans again because files changed under it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +64,22 @@ class Pass:
 
 
 class Reconciler:
-    """Owns the passes over one manifest. `path` may change when an apply hands over another file of the same name."""
+    """Owns the passes over one manifest. `paths` may change when an apply hands over other files of the same name."""
 
     def __init__(
         self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, download: Download
     ) -> None:
-        self.path = compiled.path
+        self.paths = compiled.paths
         self.last: Pass | None = None
-        self.generation: int = (live.folder.read_generation() or {}).get("generation", 0)
-        self.files = compiled.files or (compiled.path,)
+        self.inputs = compiled.inputs
+        self.watching = True
+        self.warnings: tuple[Diagnostic, ...] = ()
         self._live = live
+        self._ledger = Ledger(live.folder)
+        self._seen = ""
+        self._planned: Plan | None = None
+        self._adopted = False
+        self._portion = Portion()
         self._events = events
         self._download = download
         self._compiler = compiler
@@ -70,66 +95,250 @@ class Reconciler:
         self._pending = True
         asyncio.get_running_loop().run_in_executor(None, self._compiler.start)
 
-    async def reconcile(self, compiled: Compiled | None = None) -> Pass:
-        """One pass. `compiled` saves reading a manifest that was read a moment ago. Never raises MlxRunError."""
+    @property
+    def generation(self) -> int:
+        """The number of the generation that is live, 0 before the first."""
+        return self._ledger.number
+
+    async def reconcile(
+        self, compiled: Compiled | None = None, cause: Cause | None = None, attempt: Attempt | None = None
+    ) -> Pass:
+        """One pass. `compiled` saves reading a manifest that was read a moment ago; without a cause it is the watch's.
+
+        Raises StaleGeneration, and no other MlxRunError.
+        """
         async with self._lock:
-            self._pending = False
+            return await self._reconcile(compiled, cause or Cause("watch", this_user()), attempt)
+
+    async def start(self, compiled: Compiled, cause: Cause, scope: Scope, attempt: Attempt) -> Pass:
+        """The first pass, over what was compiled already. Raises Interrupted and RunnerError where it is given up."""
+        self._portion = Portion(scope)
+        return await attempt.run(self.reconcile(compiled, cause, attempt))
+
+    async def apply(
+        self,
+        paths: tuple[Path, ...],
+        cause: Cause,
+        *,
+        watch: bool = True,
+        scope: Scope = WHOLE,
+        attempt: Attempt | None = None,
+    ) -> Pass:
+        """A pass over `paths`, which are the manifest from now on unless they cannot be used; followed if `watch`.
+
+        Only what is within `scope` is touched, now and by later edits, until an apply without one. Raises
+        StaleGeneration, and Interrupted or RunnerError where it is given up before it has begun.
+        """
+        attempt = attempt or Attempt()
+        return await attempt.run(self._apply(paths, cause, watch, Portion(scope), attempt))
+
+    async def _apply(
+        self, paths: tuple[Path, ...], cause: Cause, watch: bool, portion: Portion, attempt: Attempt
+    ) -> Pass:
+        async with self._lock:
+            self._ledger.require(cause.generation)
+            before = (self.paths, self.inputs, self._seen)
+            held, self._portion = self._portion, portion
+            self.paths = paths
+            result = await self._reconcile(None, cause, attempt)
+            if result.error is None:
+                self.watching = watch
+            else:
+                self._portion = held
+                if paths != before[0]:
+                    self.paths, self.inputs, self._seen = before
+            return result
+
+    async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE) -> Plan:
+        """The plan that `apply` would execute now; provisional where it would download first. Raises MlxRunError."""
+        compiled = await self._compile(paths)
+        self._let_rest()
+        desired = compiled.desired or compiled.provisional
+        if desired is None:
+            error = compiled.error()
+            assert error is not None, "a manifest is either wrong or resolved"
+            raise error
+        observed = self._observe()
+        return plan(Portion(scope).of(desired, observed, strict=True), observed)
+
+    async def roll_back(self, number: int | None, cause: Cause) -> Pass:
+        """Make an earlier generation live again, as a new one; without a number the one before the current.
+
+        The manifest stays as it is, and does not undo this until it is edited. Raises MlxRunError; then nothing
+        changed.
+        """
+        async with self._lock:
             started = time.monotonic()
-            made: Plan | None = None
-            error: MlxRunError | None = None
+            intent = await self._intent_to_restore(number, cause)
+            self._events.emit("rolling_back", restores=intent.restores, user=cause.user)
             try:
-                made = await self._pass(compiled)
-            except MlxRunError as caught:
-                error = caught
-            except Exception as caught:
-                # A fault of ours in one pass must not end what is being served.
-                logger.exception("pass failed unexpectedly")
-                error = RunnerError(f"unexpected {type(caught).__name__}: {caught}", hint="The runner's log has more.")
-            if error is not None:
-                self._events.emit("apply_failed", error=str(error))
-            self.last = Pass(made, self.generation, error, time.monotonic() - started)
-            self._let_rest()
+                await self._make_so(intent)
+            except MlxRunError as error:
+                self._events.emit("rollback_failed", restores=intent.restores, error=str(error))
+                raise
+            self._portion = Portion()
+            self.last = Pass(intent.plan, self.generation, None, time.monotonic() - started)
             return self.last
 
-    async def apply(self, path: Path) -> Pass:
-        """A pass over `path`, which is the manifest from now on unless it cannot be used."""
-        before = (self.path, self.files)
-        self.path = path
-        result = await self.reconcile()
-        if result.error is not None and path != before[0]:
-            self.path, self.files = before
-        return result
-
-    async def preview(self, path: Path) -> Plan:
-        """The plan that `apply` would execute now. Raises MlxRunError."""
-        desired = await self._desired(await self._compile(path))
-        self._let_rest()
-        return plan(desired, self._live.observe(self._memory_bytes))
+    async def preview_rollback(self, number: int | None, cause: Cause) -> Intent:
+        """What `roll_back` would do now. Raises MlxRunError."""
+        return await self._intent_to_restore(number, cause)
 
     def retry_delay(self) -> float | None:
         """Seconds until the last pass deserves another try; None when only an edit can help, or nothing is wrong."""
-        if self.last is not None and isinstance(self.last.error, EngineDied | ListenerError):
+        if self.last is not None and isinstance(self.last.error, EngineDied | ListenerError | SourceChanged):
             return self._retry.failed(time.monotonic())
         return None
 
-    async def _pass(self, compiled: Compiled | None) -> Plan:
+    async def _reconcile(self, compiled: Compiled | None, cause: Cause, attempt: Attempt | None) -> Pass:
+        self._ledger.require(cause.generation)
+        self._pending = False
+        started = time.monotonic()
+        made: Plan | None = None
+        error: MlxRunError | None = None
+        try:
+            made = await self._pass_again(compiled, cause)
+        except MlxRunError as caught:
+            error = caught
+        except asyncio.CancelledError:
+            if attempt is None or attempt.given_up is None:
+                raise  # the runner stops
+            error = attempt.given_up
+        except Exception as caught:
+            # A fault of ours in one pass must not end what is being served.
+            logger.exception("pass failed unexpectedly")
+            error = RunnerError(f"unexpected {type(caught).__name__}: {caught}", hint="The runner's log has more.")
+        if error is not None:
+            self._tell_models(error)
+            self._events.emit("apply_failed", error=str(error))
+        self.last = Pass(made, self.generation, error, time.monotonic() - started)
+        self._let_rest()
+        return self.last
+
+    async def _pass_again(self, compiled: Compiled | None, cause: Cause) -> Plan:
+        """A pass, and another where files changed while they were loaded: the plan was of what they were before."""
+        for _ in range(_TRIES - 1):
+            try:
+                return await self._pass(compiled, cause)
+            except SourceChanged as error:
+                self._events.emit("source_changed", error=error.message)
+                compiled = None
+        return await self._pass(compiled, cause)
+
+    async def _pass(self, compiled: Compiled | None, cause: Cause) -> Plan:
         if compiled is None:
-            compiled = await self._compile(self.path)
-        if compiled.files:
-            self.files = compiled.files
-        desired = await self._desired(compiled)
-        made = plan(desired, self._live.observe(self._memory_bytes))
-        if made.empty:
-            self._live.committed = desired
-            self._events.emit("unchanged", generation=self.generation)
-            return made
-        self._events.emit("planned", plan=plan_json(made))
-        await Executor(self._live, made, desired).execute()
-        self._commit(made)
+            compiled = await self._compile(self.paths)
+        self._planned = None
+        self._live.wanted.keep((*compiled.models, *self._live.deployments))
+        self.inputs = compiled.inputs
+        self._warn(compiled.warnings)
+        self._seen = await asyncio.to_thread(self._ledger.seen, compiled)
+        restores = 0
+        if cause.via != "apply" and self._ledger.holds(self._seen):
+            desired, restores = await self._held(compiled)
+        else:
+            desired = await self._desired(compiled)
+        await self._adopt(desired)
+        whole, strict = desired, cause.via in ("start", "apply")
+        if not restores:
+            desired = self._portion.of(whole, self._observe(), strict=strict)
+        self._live.wanted.can_be_had(m.name for m in desired.models)
+        made = self._planned = plan(desired, self._observe())
+        await self._make_so(Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, restores))
+        self._portion.settle(whole, self._observe())
+        if self._portion.left_out:
+            self._events.emit("left_out", scope=str(self._portion.scope), actions=list(self._portion.left_out))
         return made
 
-    async def _compile(self, path: Path) -> Compiled:
-        return await asyncio.to_thread(self._compiler.compile, path, self._name)
+    async def _adopt(self, desired: Desired) -> None:
+        """Take over what an earlier runner left, once: before anything is downloaded, for it does not wait for long."""
+        if not self._adopted:
+            self._adopted = True
+            await adopt_engines(self._live, desired)
+
+    def _warn(self, warnings: tuple[Diagnostic, ...]) -> None:
+        new = [str(warning) for warning in warnings if warning not in self.warnings]
+        self.warnings = warnings
+        if new:
+            self._events.emit("warned", warnings=new)
+
+    async def _held(self, compiled: Compiled) -> tuple[Desired, int]:
+        """What a rollback made so, and the generation that it went back to."""
+        current = self._ledger.current
+        assert current is not None, "what holds is current"
+        self._events.emit("held", generation=current.number, restores=current.restores)
+        if self._live.committed is not None:
+            return self._live.committed, current.restores
+        desired = self._ledger.recall(current.number, _keys(compiled.desired))
+        try:
+            await self._require_sources(desired, current.restores)
+        except RunnerError as error:
+            error.hint = f"{error.hint} Or edit {self.paths[0].name}: any change of it is applied instead."
+            raise
+        return desired, current.restores
+
+    async def _require_sources(self, desired: Desired, number: int) -> None:
+        """Raises RunnerError where a generation's models or adapters are not what they were."""
+        changed = await self._live.sources.changed(desired.models)
+        if changed:
+            raise RunnerError(
+                f"generation {number} cannot be had again:\n" + "\n".join(map(str, changed)),
+                hint="Bring those files back as they were.",
+            )
+
+    async def _intent_to_restore(self, number: int | None, cause: Cause) -> Intent:
+        self._ledger.require(cause.generation)
+        target = self._ledger.target(number)
+        desired = self._ledger.recall(target.number, _keys(self._live.committed))
+        await self._require_sources(desired, target.number)
+        made = plan(desired, self._observe())
+        return Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, target.number)
+
+    async def _make_so(self, intent: Intent) -> None:
+        """Execute the plan and keep it as a generation. Raises MlxRunError; then everything is as it was."""
+        started = time.monotonic()
+        held = intent.restores and intent.cause.via != "rollback"
+
+        async def record() -> None:
+            if not held:
+                await asyncio.to_thread(self._ledger.keep, intent, time.monotonic() - started)
+
+        if intent.plan.empty:
+            await record()
+            self._live.committed = intent.desired
+            self._tell_models(None)
+            self._events.emit("unchanged", generation=self.generation)
+            return
+        self._events.emit("planned", plan=plan_json(intent.plan))
+        try:
+            await Executor(self._live, intent.plan, intent.desired).execute(record)
+        except SourceChanged:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            why = str(error) or "given up before it was live"
+            await asyncio.to_thread(self._ledger.keep_failed, intent, time.monotonic() - started, why)
+            raise
+        self._retry = Backoff(initial=1.0, maximum=60.0)
+        self._tell_models(None)
+        self._events.emit(
+            "applied",
+            generation=self.generation,
+            actions=len(intent.plan.actions),
+            via=intent.cause.via,
+            user=intent.cause.user,
+            restores=intent.restores,
+        )
+
+    def _observe(self) -> Observed:
+        options = self._live.options
+        return replace(
+            self._live.observe(self._memory_bytes),
+            bounds=Bounds(options.drain_timeout, options.load_wait),
+            against=Against("runner", self.generation),
+        )
+
+    async def _compile(self, paths: tuple[Path, ...]) -> Compiled:
+        return await asyncio.to_thread(self._compiler.compile, paths, self._name)
 
     def _let_rest(self) -> None:
         if self._rest is not None:
@@ -140,52 +349,72 @@ class Reconciler:
     async def _desired(self, compiled: Compiled) -> Desired:
         """The desired state, downloading what is missing. Raises ManifestError and EngineLoadError."""
         fetched: set[tuple[str, str]] = set()
-        while compiled.missing is not None and compiled.missing not in fetched:
-            fetched.add(compiled.missing)
-            repo, revision = compiled.missing
-            self._events.emit("downloading", repo=repo, revision=revision)
-            await self._download(repo, revision)
-            compiled = await self._compile(compiled.path)
+        if compiled.provisional is not None:
+            await self._adopt(compiled.provisional)
+        while (missing := self._portion.missing(compiled, self._observe())) is not None and missing not in fetched:
+            fetched.add(missing)
+            await self._fetch(compiled, *missing)
+            compiled = await self._compile(compiled.paths)
+        if compiled.provisional is not None and missing is None:
+            return compiled.provisional  # what is not there is left out
         error = compiled.error()
         if error is not None:
+            self._live.wanted.wrong(compiled.models, error.diagnostics)
             raise error
         assert compiled.desired is not None, "a manifest is either wrong or resolved"
         return compiled.desired
 
-    def _commit(self, made: Plan) -> None:
-        self.generation += 1
-        self._retry = Backoff(initial=1.0, maximum=60.0)
-        self._live.folder.write_generation(
-            {
-                "generation": self.generation,
-                "manifest": str(self.path),
-                "time": time.time(),
-                "plan": plan_json(made),
-            }
-        )
-        self._events.emit("applied", generation=self.generation, actions=len(made.actions))
+    async def _fetch(self, compiled: Compiled, repo: str, revision: str) -> None:
+        wanted = compiled.provisional.downloads if compiled.provisional else ()
+        targets = [at for d in wanted if (d.repo, d.revision) == (repo, revision) for at in d.targets]
+        names = [name for name in compiled.models if any(is_within(at, name) for at in targets)]
+        self._events.emit("downloading", repo=repo, revision=revision)
+        self._live.wanted.not_downloaded(names, "Downloading", f"{repo} at {revision}")
+        try:
+            await self._download(repo, revision)
+        except MlxRunError as error:
+            self._live.wanted.not_downloaded(names, "DownloadFailed", error.message)
+            raise
+
+    def _tell_models(self, error: MlxRunError | None) -> None:
+        """Let each deployment know whether what is wanted of it is in effect. Told before the pass's own verdict is."""
+        planned = {action.target for action in self._planned.actions} if self._planned else set()
+        found = error.diagnostics if isinstance(error, ManifestError) else []
+        for name, deployment in self._live.deployments.items():
+            about = [d.message for d in found if concerns(d, name)]
+            if error is not None and f"models.{name}" in planned:
+                about.append(error.message)
+            deployment.health.behind("; ".join(about))
+        if error is None:
+            self._live.wanted.keep(self._live.deployments)
+            self._live.wanted.can_be_had(self._live.deployments)
 
     def status(self) -> dict[str, Any]:
         """The manifest's part of `mlx-run status`."""
         error = self.last.error if self.last else None
-        problems: list[dict[str, Any]] = []
-        if isinstance(error, ManifestError):
-            problems = [
-                {
-                    "file": d.file,
-                    "line": d.line,
-                    "column": d.column,
-                    "path": d.path,
-                    "message": d.message,
-                    "hint": d.hint,
-                }
-                for d in error.diagnostics
-            ]
+        drift = self._ledger.drift(self._seen) or self._portion.drift()
+        settled = self.last is not None and error is None and not self._pending and not self._lock.locked()
         return {
-            "manifest": str(self.path),
-            "generation": self.generation,
+            "manifest": str(self.paths[0]),
+            "manifests": [str(path) for path in self.paths],
+            "watching": self.watching,
+            **self._ledger.status(),
             # Not while an edit is being looked at: what was true of the last manifest says nothing of this one.
-            "in_sync": self.last is not None and error is None and not self._pending and not self._lock.locked(),
+            "settled": settled,
+            "in_sync": settled and not drift,
+            "drift": drift,
+            "left_out": list(self._portion.left_out),
             "manifest_error": str(error) if error else "",
-            "problems": problems,
+            "problems": _told(error.diagnostics if isinstance(error, ManifestError) else ()),
+            "warnings": _told(self.warnings),
         }
+
+
+def _told(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
+    kept = ("file", "line", "column", "path", "message", "hint", "code")
+    return [{key: getattr(found, key) for key in kept} for found in diagnostics]
+
+
+def _keys(desired: Desired | None) -> list[str]:
+    """The API keys of a desired state."""
+    return [key for listener in desired.listeners for key in listener.api_keys] if desired else []

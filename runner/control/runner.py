@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.control.adoption import adopt_engines
+from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.control_socket import ControlSocket, error_json
 from runner.control.download import download
 from runner.control.events import Event, EventLog
-from runner.control.executor import Live
+from runner.control.ledger import Cause, Via
+from runner.control.live import Live
 from runner.control.reconciler import Pass, Reconciler
 from runner.control.state_folder import StateFolder
-from runner.control.watcher import Watcher, signature
-from runner.errors import MlxRunError
+from runner.control.watcher import Watcher
+from runner.control.who import this_user
+from runner.errors import Interrupted, MlxRunError
 from runner.options import Options
 from runner.plan.render import plan_json
+from runner.plan.scope import WHOLE, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +38,19 @@ _FILES = 8192
 
 
 class Runner:
-    """One runner: everything a name owns while it is up. `on_event` sees each event as it happens."""
+    """One runner: everything a name owns while it is up. `on_event` sees each event as it happens; without `watch`,
+    edits are taken by `apply` only."""
 
     def __init__(
-        self, compiled: Compiled, options: Options, compiler: Compiler, on_event: Callable[[Event], None] | None = None
+        self,
+        compiled: Compiled,
+        options: Options,
+        compiler: Compiler,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        watch: bool = True,
+        scope: Scope = WHOLE,
+        timeout: float | None = None,
     ) -> None:
         self._compiled = compiled
         self._folder = StateFolder(options.state_dir, compiled.name)
@@ -45,19 +58,28 @@ class Runner:
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler, self._download)
+        self._reconciler.watching = watch
+        self._scope = scope
+        self._first = Attempt(timeout)
+        self._given_up: Interrupted | None = None
+        self._attempts: dict[str, Attempt] = {}
         self._control = ControlSocket(
             self._folder.control_socket,
             {
                 "status": self._status,
                 "plan": self._plan,
                 "apply": self._apply,
+                "give_up": self._give_up,
+                "rollback": self._rollback,
                 "follow": self._follow,
                 "down": self._down,
                 "events": self._history,
                 "watch": self._watch,
             },
+            feeds=frozenset({"events", "watch", "follow"}),
         )
         self._started_at = time.time()
+        self._passes: set[asyncio.Task[Pass]] = set()
         self._settled = asyncio.Event()
         self._stop = asyncio.Event()
         self._drain_timeout = options.drain_timeout
@@ -79,20 +101,23 @@ class Runner:
             lock.release()
 
     async def _serve(self) -> Pass:
-        seen = signature(self._reconciler.files)
         stopped = asyncio.create_task(self._stop.wait())
         first = asyncio.create_task(self._first_pass())
         await asyncio.wait([first, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if self._stop.is_set():
+            self._live.begin_closing()
         if not first.done():
             first.cancel()
             with suppress(asyncio.CancelledError):
                 await first
-            return Pass(None, 0, None, 0.0)
+            return Pass(None, 0, self._given_up, 0.0)
         result = first.result()
         self._settled.set()
         if result.error is None:
-            watching = asyncio.create_task(Watcher(self._reconciler).run(seen))
+            _settle_collector()
+            watching = asyncio.create_task(Watcher(self._reconciler).run())
             await asyncio.wait([watching, stopped], return_when=asyncio.FIRST_COMPLETED)
+            self._live.begin_closing()
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
@@ -101,18 +126,18 @@ class Runner:
         return result
 
     async def _first_pass(self) -> Pass:
-        if self._compiled.desired is not None:
-            await adopt_engines(self._live, self._compiled.desired)
-        return await self._reconciler.reconcile(self._compiled)
+        return await self._reconciler.start(self._compiled, Cause("start", this_user()), self._scope, self._first)
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._interrupted)
+            loop.add_signal_handler(number, self._interrupted, number)
 
-    def _interrupted(self) -> None:
+    def _interrupted(self, number: signal.Signals) -> None:
         """First signal: drain. Second: stop now. Third: leave the rest to the kernel and the engines' grace period."""
         if not self._stop.is_set():
+            if number is signal.SIGINT:
+                self._given_up = Interrupted("interrupted before everything was up", hint="Nothing of it runs.")
             self._events.emit("stopping", drain_seconds=self._drain_timeout)
             self._stop.set()
         elif self._drain_timeout > 0:
@@ -128,6 +153,10 @@ class Runner:
                 deployment.engine.connection.close()
 
     async def _shut_down(self) -> None:
+        self._live.begin_closing()
+        for asked in self._passes:
+            asked.cancel()
+        await asyncio.gather(*self._passes, return_exceptions=True)
         await self._live.shut_down(self._drain_timeout)
         await asyncio.to_thread(self._compiler.stop)
         self._events.emit("stopped")
@@ -141,12 +170,50 @@ class Runner:
         yield {"done": True, **self.status()}
 
     async def _plan(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        made = await self._reconciler.preview(Path(request["manifest"]))
-        yield {"done": True, "plan": plan_json(made)}
+        made = await self._reconciler.preview(_manifests(request), _scope(request))
+        yield {"done": True, "plan": plan_json(made), "generation": self._reconciler.generation}
 
     async def _apply(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        attempt, name = Attempt(request.get("timeout_seconds")), str(request.get("attempt", ""))
+        self._attempts[name] = attempt
+        work = self._reconciler.apply(
+            _manifests(request),
+            _cause("apply", request),
+            watch=bool(request.get("watch", True)),
+            scope=_scope(request),
+            attempt=attempt,
+        )
+        try:
+            async for reply in self._shown(work):
+                yield reply
+        finally:
+            self._attempts.pop(name, None)
+
+    async def _give_up(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Undo an apply that is under way; its own answer says whether it was too late."""
+        attempt = self._attempts.get(str(request["attempt"]))
+        if attempt is not None:
+            attempt.give_up()
+        yield {"done": True, "found": attempt is not None}
+
+    async def _rollback(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        number, cause = request.get("to"), _cause("rollback", request)
+        if request.get("dry_run"):
+            intent = await self._reconciler.preview_rollback(number, cause)
+            plan, current = plan_json(intent.plan), self._reconciler.generation
+            yield {"done": True, "plan": plan, "generation": current, "restores": intent.restores}
+            return
+        async for reply in self._shown(self._reconciler.roll_back(number, cause)):
+            if request.get("wait") and reply.get("done"):
+                await self._live.settle()
+            yield reply
+
+    async def _shown(self, passing: Coroutine[Any, Any, Pass]) -> AsyncIterator[dict[str, Any]]:
+        """A pass's events, and how it ended. It goes on when whoever asked for it hangs up."""
         with self._events.subscribe() as queue:
-            work = asyncio.create_task(self._reconciler.apply(Path(request["manifest"])))
+            work = asyncio.create_task(passing)
+            self._passes.add(work)
+            work.add_done_callback(self._passes.discard)
             async for event in _until(queue, work):
                 yield event
         yield _outcome(work.result())
@@ -196,8 +263,17 @@ class Runner:
                 }
                 for listener in self._live.listeners.values()
             ],
-            "models": [d.status() for d in self._live.deployments.values()],
+            "models": self._live.model_statuses(),
         }
+
+
+def _settle_collector() -> None:
+    """What start-up has left stays: a full collection need not look at it, which takes 15 ms in which no stream moves.
+
+    Nor are the deltas of one step, for as many rows as there are, a reason for a collection.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _allow_many_files() -> None:
@@ -206,6 +282,22 @@ def _allow_many_files() -> None:
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _manifests(request: dict[str, Any]) -> tuple[Path, ...]:
+    """The files that a request names, merged left to right."""
+    return tuple(Path(path) for path in request["manifests"])
+
+
+def _scope(request: dict[str, Any]) -> Scope:
+    """What of the manifest a request is about."""
+    return Scope(tuple(map(str, request.get("target") or ())), bool(request.get("prune", True)))
+
+
+def _cause(via: Via, request: dict[str, Any]) -> Cause:
+    """Who asks for a pass, and for which generation; the socket is the owner's, so they are believed."""
+    generation = request.get("generation")
+    return Cause(via, str(request.get("user") or this_user()), None if generation is None else int(generation))
 
 
 def _outcome(result: Pass) -> dict[str, Any]:
@@ -229,12 +321,23 @@ async def _until(queue: asyncio.Queue[Event], work: asyncio.Task[Any]) -> AsyncI
 
 
 def run(
-    compiled: Compiled, options: Options, compiler: Compiler, on_event: Callable[[Event], None] | None = None
+    compiled: Compiled,
+    options: Options,
+    compiler: Compiler,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    watch: bool = True,
+    scope: Scope = WHOLE,
+    timeout: float | None = None,
 ) -> Pass:
-    """Run a runner in this process until it is told to stop. Raises AlreadyRunning and what its first pass raised."""
+    """Run a runner in this process until it is told to stop; the first pass may take `timeout` seconds.
+
+    Raises AlreadyRunning and what its first pass raised.
+    """
 
     async def main() -> Pass:
-        return await Runner(compiled, options, compiler, on_event).run()
+        runner = Runner(compiled, options, compiler, on_event, watch=watch, scope=scope, timeout=timeout)
+        return await runner.run()
 
     return asyncio.run(main())
 

@@ -19,7 +19,7 @@ async def test_what_happened_in_words(up: Scene, capsys: pytest.CaptureFixture[s
     assert await asyncio.to_thread(main, ["events"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
-    said = [line[21:] for line in lines]
+    said = [line[21:] for line in lines if "warning: " not in line]
     assert said[0] == "runner: planned 2 to do: open servers.lm, start models.chat"
     assert f"servers.lm: listening at http://127.0.0.1:{up.port()}" in said
     assert said[-1] == "runner: generation 1 is live"
@@ -49,8 +49,8 @@ async def test_following_ends_when_the_runner_has_stopped(up: Scene, capsys: pyt
         ({"event": "engine_died", "target": "models.a", "pid": 7}, "models.a: the engine (pid 7) ended unexpectedly"),
         ({"event": "apply_failed", "error": "wrong\nmend it"},
          "runner: the manifest is not in effect, what ran goes on:\n    wrong\n    mend it"),
-        ({"event": "action_done", "target": "models.a", "disruption": "surge", "seconds": 1.234},
-         "models.a: done in 1.23 s (surge)"),
+        ({"event": "action_done", "action": "replace", "target": "models.a", "disruption": "surge", "seconds": 1.234},
+         "models.a: replace done in 1.23 s (surge)"),
         ({"event": "of_a_later_version", "target": "models.a", "reason": "new"},
          "models.a: of a later version reason=new"),
     ],

@@ -45,8 +45,8 @@ def test_all_codes(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("written", "hint"),
     [
-        ("E2O1", 'did you mean "E201"?'),
-        ("W503", 'did you mean "W501"?'),
+        ("W5O1", 'did you mean "W501"?'),
+        ("W51", 'did you mean "W501"?'),
         ("nonsense", "`mlx-run explain` lists all codes"),
     ],
 )

@@ -28,8 +28,24 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_mistyped_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["aply", "dev.yaml"])
-    assert exit_.value.code == 2
+    assert exit_.value.code == 64
     assert "did you mean 'apply'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", "a.yaml", "--no-such"], ["wait", "--for", "joy"], ["schema", "x"]]
+)
+def test_a_wrong_command_line_has_an_exit_code_of_its_own(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 64
+    shown = capsys.readouterr()
+    assert "error: " in shown.err
+    assert shown.out == ""
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

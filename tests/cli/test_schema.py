@@ -14,6 +14,12 @@ def test_prints_what_the_repository_keeps(capsys: pytest.CaptureFixture[str]) ->
     assert shown == SCHEMA_FILE.read_text(encoding="utf-8")
 
 
+def test_prints_that_of_overlays(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "--overlay"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["title"], "required" in shown) == ("mlx-run overlay", False)
+
+
 def test_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", "--output", str(tmp_path / "s.json")]) == 0
     assert capsys.readouterr().out == ""

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import pytest
+from msgspec.structs import replace
 
 from runner.cli.main import main
 from runner.cli.status import frame
 from tests.control.scene import Scene
+from tests.gateway.test_system import STATS
 
 
 @contextmanager
@@ -45,9 +47,20 @@ async def test_watching_draws_each_change_and_ends_with_the_runner(up: Scene) ->
         assert await watching == 0
 
 
+async def test_a_draft_is_shown_and_how_it_does(up: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    up.model("small")
+    up.write("chat: {source: ./models/chat, draft: {source: ./models/small}}")
+    await up.event("applied", 2)
+    assert await asyncio.to_thread(main, ["status"]) == 0
+    assert "    draft: ./models/small\n" in capsys.readouterr().out
+    up.live.deployments["chat"].engine.stats = replace(STATS, drafted_tokens_total=4000, accepted_tokens_total=3000)
+    assert await asyncio.to_thread(main, ["status", "--verbose"]) == 0
+    assert "    draft: ./models/small, 75% of 4,000 proposed tokens accepted\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_watching_needs_a_terminal(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--watch", *extra]) == 1
+    assert main(["status", "--watch", *extra]) == 64
     assert "mlx-run events -f --json" in capsys.readouterr().err
 
 

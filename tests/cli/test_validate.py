@@ -10,7 +10,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from runner.cli import validate
 from runner.cli.main import main
+from runner.manifest.tree import Problem
+from tests.inspect.folders import queries, write_llama, write_lora
 
 SOUND = "name: dev\nservers: {main: {port: 8080}}\nmodels: {chat: {source: ./chat}}\n"
 OPEN = "name: dev\nservers: {main: {port: 8080}}\nmodels: {chat: {source: org/chat}}\n"
@@ -21,6 +24,9 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(validate, "check_ports", lambda *_: ())  # other tests may have a port of that number
+    write_llama(tmp_path / "chat")
     for name, text in {"sound": SOUND, "open": OPEN, "wrong": WRONG}.items():
         Path(f"{name}.yaml").write_text(text, encoding="utf-8")
 
@@ -42,7 +48,8 @@ def test_text(capsys: Capture) -> None:
 
 def test_a_warning_is_shown_and_passes(capsys: Capture) -> None:
     code, out, err = _validate(capsys, "open.yaml")
-    assert (code, out) == (0, "open.yaml: ok (1 models, 1 servers)\n")
+    skipped = "org/chat is not in the hub's cache, and was not checked"
+    assert (code, out) == (0, f"open.yaml: ok (1 models, 1 servers; {skipped})\n")
     assert err.startswith("open.yaml:3:25: warning: models.chat.source: org/chat (main) ")
 
 
@@ -101,3 +108,77 @@ def test_text_imports_no_other_form() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env={"PYTHONPATH": root}
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_folder_that_does_not_fit_is_told_at_its_place(capsys: Capture) -> None:
+    write_lora(Path("wide"), queries([0], 512, 512))
+    Path("wrong.yaml").write_text(SOUND.replace("./chat}", "./chat, adapters: {wide: ./wide}}"), encoding="utf-8")
+    code, out, err = _validate(capsys, "wrong.yaml")
+    assert (code, out) == (1, "")
+    assert err == (
+        "wrong.yaml:3:50: models.chat.adapters.wide: does not fit models.chat: model.layers.0.self_attn.q_proj: the "
+        "adapter maps 512 to 512, the model's layer 256 to 256 [E607]\n"
+        "    3 | models: {chat: {source: ./chat, adapters: {wide: ./wide}}}\n"
+        "      |                                                  ^ give an adapter that was trained on it\n"
+    )
+    assert _validate(capsys, "--no-files", "wrong.yaml")[0] == 0
+
+
+def test_all_that_is_wrong_with_folders_is_told_at_once(capsys: Capture) -> None:
+    text = SOUND.replace("chat: {source: ./chat}", "chat: {source: ./none}, b: {source: ./chat, adapters: {x: ./y}}")
+    Path("wrong.yaml").write_text(text, encoding="utf-8")
+    out = _validate(capsys, "--format", "json", "wrong.yaml")[1]
+    (file,) = json.loads(out)["files"]
+    assert [d["path"] for d in file["diagnostics"]] == ["models.chat.source", "models.b.adapters.x"]
+    assert {d["code"] for d in file["diagnostics"]} == {"E601"}
+
+
+def test_for_another_machine(capsys: Capture) -> None:
+    Path("two.yaml").write_text("memory: {limit: 50%}\n" + SOUND, encoding="utf-8")
+    assert _validate(capsys, "--for", "memory=16GiB", "two.yaml")[0] == 0
+    code, _, err = _validate(capsys, "--for", "memory=4MiB", "two.yaml")
+    assert code == 1
+    assert "two.yaml:1:17: memory.limit: the models need " in err
+    assert "and may use 2 MiB (50% of 4 MiB) [E702]" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("16GiB", 'there is no "16GiB"; give memory=SIZE, and device=gpu or device=cpu'),
+        ("device=cpu", "give memory=SIZE, such as memory=16GiB"),
+        ("memory=16gigs", "give memory=SIZE, such as memory=16GiB"),
+        ("memory=16GiB,device=tpu", 'device is gpu or cpu, not "tpu"'),
+        ("memory=16GiB,cpus=8", 'there is no "cpus"; give memory=SIZE, and device=gpu or device=cpu'),
+    ],
+)
+def test_a_machine_that_is_none(given: str, says: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", "--for", given, "sound.yaml"])
+    assert ended.value.code == 64
+    assert says in capsys.readouterr().err
+
+
+def test_memory_is_printed_term_by_term(capsys: Capture) -> None:
+    code, out, _ = _validate(capsys, "--memory", "--for", "memory=16GiB", "sound.yaml")
+    assert code == 0
+    assert out.splitlines() == [
+        "sound.yaml: ok (1 models, 1 servers)",
+        "model  weights  adapters  draft  KV a token          KV at most  prefix cache  prefill peak    total",
+        "chat   2.5 MiB         -      -       1 KiB  76 MiB (32 × 2048)       256 MiB       5.5 MiB  340 MiB",
+        "may be used: 16 GiB (all of the machine)",
+    ]
+    out = _validate(capsys, "--memory", "--format", "json", "--for", "memory=16GiB,device=cpu", "sound.yaml")[1]
+    memory = json.loads(out)["files"][0]["memory"]
+    assert memory["usable_bytes"] == 16 * 2**30
+    assert memory["models"]["chat"]["kv_per_token"] == 2048
+    assert memory["models"]["chat"]["rows"] == 32
+
+
+def test_a_port_where_somebody_listens(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    taken = [Problem("W503", ("servers", "main", "port"), "somebody listens there", "another")]
+    monkeypatch.setattr(validate, "check_ports", lambda *_: taken)
+    code, _, err = _validate(capsys, "sound.yaml")
+    assert code == 0
+    assert err.startswith("sound.yaml:2:24: warning: servers.main.port: somebody listens there [W503]")
+    assert _validate(capsys, "--for", "memory=16GiB", "sound.yaml")[2] == ""

@@ -9,20 +9,41 @@ import pytest
 
 from runner.cli.main import main
 from runner.cli.text import duration
-from runner.cli.wait import unmet
+from runner.cli.wait import parse, unmet
 from tests.cli.attach import attached
 from tests.control.scene import Scene
 
 
 def model(name: str, state: str, **fields: object) -> dict[str, Any]:
-    return {"name": name, "aliases": [], "state": state, "stage": "", "last_error": "", **fields}
+    ready = {"status": "true" if state == "ready" else "false", "reason": state.capitalize(), "message": ""}
+    conditions = {"Ready": ready, "Degraded": {"status": "false", "reason": "AsDeclared", "message": ""}}
+    return {
+        "name": name,
+        "aliases": [],
+        "state": state,
+        "stage": "",
+        "last_error": "",
+        "conditions": conditions,
+        **fields,
+    }
 
 
 def status(*models: dict[str, Any], **fields: object) -> dict[str, Any]:
-    return {"models": list(models), "in_sync": True, "manifest_error": "", "stopping": False, **fields}
+    return {
+        "models": list(models),
+        "in_sync": True,
+        "settled": True,
+        "drift": "",
+        "manifest_error": "",
+        "stopping": False,
+        **fields,
+    }
 
 
-@pytest.mark.parametrize("arguments", [["ready"], ["ready", "chat"], ["ready", "gpt-x", "chat"], ["sync"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["ready"], ["ready", "gpt-x", "chat"], ["sync"], ["condition=Ready", "chat"], ["condition=Degraded=false"]],
+)
 async def test_what_is_so_already_returns_at_once(up: Scene, arguments: list[str]) -> None:
     assert await asyncio.to_thread(main, ["wait", "dev", "--for", *arguments]) == 0
 
@@ -70,9 +91,11 @@ async def test_a_runner_that_stops_first(up: Scene, capsys: pytest.CaptureFixtur
     assert "the runner 'dev' stopped first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["redy"], ["sync", "chat"]])
+@pytest.mark.parametrize(
+    "arguments", [["redy"], ["sync", "chat"], ["condition=Redy"], ["condition=Ready=maybe"], ["condition=Ready=true=1"]]
+)
 def test_a_condition_that_is_none(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["wait", "--for", *arguments]) == 1
+    assert main(["wait", "--for", *arguments]) == 64
     assert "--for ready [MODEL]" in capsys.readouterr().err
 
 
@@ -80,18 +103,28 @@ def test_a_condition_that_is_none(arguments: list[str], capsys: pytest.CaptureFi
     ("now", "models", "why"),
     [
         (status(), [], ""),
-        (status(model("a", "ready"), model("b", "loading", stage="weights")), [], "b is in state loading (weights)"),
+        (status(model("a", "ready"), model("b", "loading", stage="weights")), [],
+         "b: Ready is false (Loading, weights)"),
         (status(model("a", "ready"), model("b", "loading")), ["a"], ""),
-        (status(model("a", "ready"), in_sync=False), [], "the manifest has not settled yet"),
-        (status(model("a", "ready"), in_sync=False), ["a"], ""),
-        (status(model("a", "backoff", last_error="it ended")), ["a"], "a is in state backoff\nit ended"),
-        (status(in_sync=False, manifest_error="no such file"), ["a"],
+        (status(model("a", "ready"), settled=False, in_sync=False), [], "the manifest has not settled yet"),
+        (status(model("a", "ready"), settled=False, in_sync=False), ["a"], ""),
+        (status(model("a", "backoff", last_error="it ended")), ["a"], "a: Ready is false (Backoff)\nit ended"),
+        (status(settled=False, in_sync=False, manifest_error="no such file"), ["a"],
          "there is no model 'a' (models: none)\nno such file"),
         (status(model("a", "ready"), stopping=True), ["a"], "the runner is stopping"),
     ],
 )  # fmt: skip
 def test_reasons(now: dict[str, Any], models: list[str], why: str) -> None:
-    assert unmet(now, models) == why
+    assert unmet(now, parse(["ready", *models])) == why
+
+
+def test_conditions() -> None:
+    now = status(model("a", "ready"), model("b", "loading"), settled=False)
+    assert unmet(now, parse(["condition=ready", "a"])) == ""
+    assert unmet(now, parse(["condition=Ready"])) == "b: Ready is false (Loading)"
+    assert unmet(now, parse(["condition=Ready=false", "b"])) == ""
+    assert unmet(now, parse(["condition=Degraded", "a"])) == "a: Degraded is false (AsDeclared)"
+    assert unmet(now, parse(["condition=degraded=FALSE"])) == ""
 
 
 @pytest.mark.parametrize(

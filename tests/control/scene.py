@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import socket
 import struct
@@ -17,6 +18,19 @@ from runner.control.runner import Runner
 from runner.options import Options
 
 FAKE_ENGINE = Path(__file__).resolve().parents[1] / "fake_engine.py"
+
+
+GEOMETRY: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 4,
+    "intermediate_size": 4,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 8,
+    "max_position_embeddings": 256,
+}
+"""A model that nothing is said about."""
 
 
 def free_port() -> int:
@@ -38,7 +52,8 @@ def write_safetensors(path: Path, tensors: dict[str, list[int]]) -> None:
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(offset))
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
+    os.truncate(path, 8 + len(encoded) + offset)  # large ones take no room
 
 
 class Scene:
@@ -53,12 +68,13 @@ class Scene:
         self.running: asyncio.Task[Any] | None = None
         self.lm = f"lm: {{port: {free_port()}}}"
 
-    def model(self, name: str, **script: object) -> None:
-        """A model folder whose engine behaves as scripted."""
+    def model(self, name: str, mib: int = 0, **script: object) -> None:
+        """A model folder whose engine behaves as scripted, and whose weights take so much memory by their header."""
         folder = self.folder / "models" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "fake": script}))
-        write_safetensors(folder / "model.safetensors", {"w": [4, 4]})
+        (folder / "config.json").write_text(json.dumps({**GEOMETRY, "fake": script}))
+        layer = {"model.layers.0.self_attn.q_proj.weight": [4, 4]}
+        write_safetensors(folder / "model.safetensors", {"w": [max(mib * 2**18, 16)], **layer})
 
     def adapter(self, name: str, version: int = 1, *, refused: bool = False) -> None:
         """An adapter folder; another version is other content."""
@@ -78,16 +94,13 @@ class Scene:
         beside.write_text(text)
         beside.replace(self.manifest)
 
-    def start(self) -> asyncio.Task[Any]:
-        """The runner, running."""
-        options = Options(
-            state_dir=self.folder / "state",
-            engine_command=shlex.join([sys.executable, str(FAKE_ENGINE)]),
-            orphan_grace=0.5,
-            drain_timeout=5,
-        )
+    def start(self, *, watch: bool = True, **options: Any) -> asyncio.Task[Any]:
+        """The runner, running, with these options in place of the tests' own."""
+        chosen = {"orphan_grace": 0.5, "drain_timeout": 5, **options}
+        command = shlex.join([sys.executable, str(FAKE_ENGINE)])
         compiler = Compiler()
-        self.runner = Runner(compiler.compile(self.manifest), options, compiler, self._record)
+        made = Options(state_dir=self.folder / "state", engine_command=command, **chosen)
+        self.runner = Runner(compiler.compile([self.manifest]), made, compiler, self._record, watch=watch)
         self.running = asyncio.create_task(self.runner.run())
         return self.running
 

@@ -84,3 +84,46 @@ def test_nobody_there(tmp_path: Path) -> None:
 async def test_a_request_without_its_field_is_answered(path: Path) -> None:
     with pytest.raises(ControlError, match="'field' failed"):
         await asyncio.to_thread(client.request, path, "field")
+
+
+async def test_a_feed_ends_when_its_client_hangs_up_and_work_does_not(tmp_path: Path) -> None:
+    happened: list[str] = []
+    begun = asyncio.Event()
+
+    async def endless(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        try:
+            yield {"event": "first"}
+            await asyncio.Event().wait()
+        finally:
+            happened.append("feed ended")
+
+    async def work(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        begun.set()
+        await asyncio.sleep(0.05)
+        happened.append("work done")
+        yield {"done": True}
+
+    server = ControlSocket(tmp_path / "c", {"feed": endless, "work": work}, feeds=frozenset({"feed"}))
+    await server.start()
+    reader, writer = await asyncio.open_unix_connection(tmp_path / "c")
+    writer.write(b'{"op": "feed"}\n')
+    assert b"first" in await reader.readline()
+    writer.close()
+    async with asyncio.timeout(5):
+        while happened != ["feed ended"] or server._answering:
+            await asyncio.sleep(0.005)
+    _, writer = await asyncio.open_unix_connection(tmp_path / "c")
+    writer.write(b'{"op": "work"}\n')
+    await begun.wait()
+    writer.close()
+    async with asyncio.timeout(5):
+        while happened != ["feed ended", "work done"]:
+            await asyncio.sleep(0.005)
+    await server.close()
+
+
+async def test_a_client_that_says_more_than_asked_is_heard_out(path: Path) -> None:
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b'{"op": "count", "to": 2}\nand more\n')
+    assert [await reader.readline() for _ in range(3)][-1] == b'{"done": true}\n'
+    writer.close()

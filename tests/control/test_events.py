@@ -1,6 +1,8 @@
 import asyncio
 from itertools import pairwise
 
+import pytest
+
 from runner.control.events import EventLog
 
 
@@ -15,6 +17,16 @@ async def test_a_subscriber_gets_what_happens_from_now_on() -> None:
     assert event["target"] == "models.chat"
     assert queue.empty()
     assert [e["event"] for e in log.recent] == ["early", "late", "after"]
+
+
+def test_any_field_can_be_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    log = EventLog()
+    log.emit("condition", message="text", name="a name", target="models.chat")
+    assert log.recent[0]["message"] == "text"
+    (record,) = caplog.records
+    assert vars(record)["event_message"] == "text"
+    assert vars(record)["target"] == "models.chat"
 
 
 async def test_a_slow_subscriber_loses_the_oldest_and_blocks_nobody() -> None:

@@ -4,31 +4,13 @@ import asyncio
 import os
 import signal
 import socket
-from typing import Any
 
 import httpx
 import pytest
 
+from runner.control.ledger import Cause
+from tests.control.asking import ONE, ask, in_flight, pid, text
 from tests.control.scene import Scene, free_port
-
-ONE = "chat: {source: ./models/chat, adapters: {pirate: ./adapters/pirate}}"
-
-
-async def ask(scene: Scene, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port()}", timeout=15) as client:
-        return await client.post(path, json={"prompt": "hi", **body})
-
-
-async def text(scene: Scene, **body: Any) -> str:
-    response = await ask(scene, **body)
-    assert response.status_code == 200, response.text
-    answer: str = response.json()["choices"][0]["text"]
-    return answer
-
-
-def pid(scene: Scene, name: str = "chat") -> int:
-    found: int = scene.live.deployments[name].engine.pid
-    return found
 
 
 async def test_from_a_manifest_to_an_answer_to_an_end(scene: Scene) -> None:
@@ -91,6 +73,20 @@ async def test_another_model_takes_over_once_it_is_ready(scene: Scene) -> None:
     assert (await text(scene)).startswith("base ")
 
 
+async def test_a_drafts_files_are_watched_and_its_length_changes_in_place(scene: Scene) -> None:
+    scene.model("small")
+    scene.write("chat: {source: ./models/chat, draft: {source: ./models/small}}")
+    scene.start()
+    await scene.event("applied")
+    first = pid(scene)
+    scene.write("chat: {source: ./models/chat, draft: {source: ./models/small, num_draft_tokens: 2}}")
+    await scene.event("applied", 2)
+    assert pid(scene) == first
+    scene.model("small", load_seconds=0.01)
+    await scene.event("applied", 3)
+    assert pid(scene) != first
+
+
 async def test_a_model_that_cannot_load_leaves_the_old_one(scene: Scene) -> None:
     scene.model("broken", refuse="no such architecture")
     scene.write(ONE)
@@ -102,19 +98,6 @@ async def test_a_model_that_cannot_load_leaves_the_old_one(scene: Scene) -> None
     assert "no such architecture" in failed["error"]
     assert pid(scene) == old
     assert list(scene.live.deployments) == ["chat"]
-    assert (await text(scene)).startswith("base ")
-
-
-async def test_drain_then_start_where_both_do_not_fit(scene: Scene) -> None:
-    scene.model("other", load_seconds=0.2)
-    limit = "memory: {limit: 300MiB, reserve: 0B}"
-    scene.write(ONE, top=limit)
-    scene.start()
-    await scene.event("applied")
-    streaming = asyncio.create_task(text(scene, max_tokens=5))
-    scene.write("chat: {source: ./models/other}", top=limit)
-    await scene.event("applied", 2)
-    assert (await streaming).startswith("base ")
     assert (await text(scene)).startswith("base ")
 
 
@@ -132,7 +115,7 @@ async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -
     await scene.event("applied")
     first = pid(scene)
     streaming = asyncio.create_task(ask(scene, max_tokens=1000))
-    await asyncio.wait_for(_until_running(scene), 5)
+    await asyncio.wait_for(in_flight(scene), 5)
     os.kill(first, signal.SIGKILL)
     response = await asyncio.wait_for(streaming, 2)
     assert response.status_code == 500
@@ -163,7 +146,7 @@ async def test_a_client_that_leaves_cancels_its_row(scene: Scene) -> None:
     scene.start()
     await scene.event("applied")
     leaving = asyncio.create_task(ask(scene, max_tokens=1000))
-    await asyncio.wait_for(_until_running(scene), 5)
+    await asyncio.wait_for(in_flight(scene), 5)
     leaving.cancel()
     connection = scene.live.deployments["chat"].engine.connection
     await asyncio.wait_for(connection.wait_idle(), 2)
@@ -263,7 +246,7 @@ async def test_a_failed_hand_over_leaves_the_watch_where_it_was(scene: Scene) ->
     other.parent.mkdir()
     other.write_text(scene.manifest.read_text())  # its relative paths lead nowhere from there
     assert scene.runner is not None
-    result = await scene.runner._reconciler.apply(other)
+    result = await scene.runner._reconciler.apply((other,), Cause("apply", "me"))
     assert "there is no folder" in str(result.error)
     scene.write("chat: {source: ./models/chat, aliases: [again]}")
     await scene.event("applied", 2)
@@ -293,6 +276,20 @@ async def test_a_renamed_manifest_is_refused(scene: Scene) -> None:
     assert "dev.yaml:1:7: name: is 'other', but this runner was started as 'dev'" in failed["error"]
 
 
-async def _until_running(scene: Scene) -> None:
-    while not scene.live.deployments["chat"].engine.connection.in_flight:
-        await asyncio.sleep(0.01)
+async def test_without_watching_an_edit_waits_for_the_next_apply(scene: Scene) -> None:
+    scene.write(ONE)
+    scene.start(watch=False)
+    await scene.event("applied")
+    assert scene.runner is not None
+    assert scene.runner.status()["watching"] is False
+    scene.write("chat: {source: ./models/chat, aliases: [new]}")
+    await asyncio.sleep(1.5)
+    assert len([e for e in scene.events if e["event"] == "applied"]) == 1
+    result = await scene.runner._reconciler.apply((scene.manifest,), Cause("apply", "me"), watch=False)
+    assert result.error is None
+    assert (await text(scene, model="new")).startswith("base ")
+    scene.write("chat: {source: ./models/chat, aliases: [newer]}")
+    await scene.runner._reconciler.apply((scene.manifest,), Cause("apply", "me"))
+    scene.write("chat: {source: ./models/chat, aliases: [newest]}")
+    await scene.event("applied", 4)
+    assert (await text(scene, model="newest")).startswith("base ")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.control.state_folder import StateFolder, write_atomically
+from runner.control.state_folder import StateFolder
 from runner.errors import AlreadyRunning
 
 
@@ -47,21 +47,3 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     StateFolder(tmp_path, "dev").lock().release()
-
-
-def test_a_generation_survives_and_a_damaged_one_is_none(tmp_path: Path) -> None:
-    folder = StateFolder(tmp_path, "dev")
-    assert folder.read_generation() is None
-    folder.write_generation({"generation": 3})
-    assert folder.read_generation() == {"generation": 3}
-    folder.generation_file.write_text("{")
-    assert folder.read_generation() is None
-
-
-def test_atomic_writes_leave_nothing_beside_them(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    write_atomically(target, b"one")
-    write_atomically(target, b"two")
-    assert target.read_bytes() == b"two"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert stat.S_IMODE(target.stat().st_mode) == 0o600

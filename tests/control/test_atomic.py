@@ -1,0 +1,13 @@
+import stat
+from pathlib import Path
+
+from runner.control.atomic import write_atomically
+
+
+def test_atomic_writes_leave_nothing_beside_them(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"one")
+    write_atomically(target, b"two")
+    assert target.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
