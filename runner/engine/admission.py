@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+from runner.engine.answer.conventions import Conventions
+from runner.engine.answer.forced import Tool, Writer, tool_writer
+from runner.engine.answer.parser import parser_for
 from runner.engine.chat import ChatTemplate
+from runner.engine.grammar.preface import preface_of
+from runner.engine.grammar.schema import passed_over
 from runner.engine.row import Row
 from runner.engine.stops import StopStrings
 from runner.engine.tokenizer import Tokenizer
 from runner.errors import InvalidRequest
-from runner.protocol import Generate, Sampling
+from runner.protocol import Delta, Generate, Grammar, Sampling, Usage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Admission:
     """Makes rows of requests for one model. `vocabulary` is the width of its logits."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate
     vocabulary: int
+    conventions: Conventions = field(default_factory=Conventions)
+
+    @cached_property
+    def _markers(self) -> dict[int, str]:
+        return self.tokenizer.special_ids(self.conventions.markers)
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return tool_writer(self.conventions, self._markers, self.chat.source)
 
     def row(self, request: Generate, max_context: int) -> Row:
         """The row for `request`, without its adapter. `max_context` is in tokens, 0 for no limit.
@@ -27,7 +43,12 @@ class Admission:
         Raises InvalidRequest, naming the field.
         """
         self._check_sampling(request.sampling)
-        prompt = self._prompt(request)
+        text, prompt = self._prompt(request)
+        parser = preface = None
+        if request.messages is not None:
+            parser = parser_for(self.conventions, request.tools, text)
+            if request.grammar is not None and not request.must_call:
+                preface = preface_of(self.conventions, self.tokenizer, text, tools=bool(request.tools))
         field = "messages" if request.prompt is None else "prompt"
         if not prompt:
             raise InvalidRequest(f"{field} has no tokens", param=field)
@@ -46,24 +67,72 @@ class Admission:
             seed=int.from_bytes(os.urandom(8)) if seed is None else seed,
             max_tokens=min(request.max_tokens or room, room),
             eos_ids=self.tokenizer.eos_ids,
-            detokenizer=self.tokenizer.detokenizer(),
+            detokenizer=self.tokenizer.detokenizer(None if parser is None else self._markers),
             stops=StopStrings(request.stop),
+            parser=parser,
+            preface=preface,
+            one_call=not request.parallel_tool_calls,
+            asked=self._grammar(request, text),
         )
 
-    def _prompt(self, request: Generate) -> list[int]:
+    def _grammar(self, request: Generate, prompt: str) -> Grammar | None:
+        """What the text has to match: its tools, if one has to be called, else the form that the request asks for."""
+        if not request.tools or (request.grammar is not None and not request.must_call):
+            return request.grammar
+        tools = [Tool.of(tool) for tool in request.tools]
+        for index, tool in enumerate(tools):
+            if tool.strict and (reason := passed_over(tool.schema)) is not None:
+                param = f"tools[{index}].function.parameters"
+                raise InvalidRequest(f"`{param}`: {reason}", param=param, code="invalid_grammar")
+        several = request.parallel_tool_calls
+        if not request.must_call:
+            return self._writer.strict(tools, prompt, several=several)
+        return self._writer.forced([tool for tool in tools if tool.name in request.must_call], prompt, several=several)
+
+    def counted(self, request: Generate) -> Delta:
+        """The only delta of a request that is not generated: its usage has the prompt's tokens.
+
+        Raises InvalidRequest.
+        """
+        _, prompt = self._prompt(request)
+        return Delta(request.id, "", 0, "stop", Usage(len(prompt), 0))
+
+    def _prompt(self, request: Generate) -> tuple[str, list[int]]:
+        """The prompt's text, as far as it is text, and its tokens."""
         if (request.messages is None) == (request.prompt is None):
             raise InvalidRequest("give either messages or prompt", param="messages")
         if request.messages is not None:
-            return self.tokenizer.encode_rendered(self.chat.prompt(request.messages, request.chat_template_kwargs))
+            rendered = self.chat.prompt(
+                request.messages, self._variables(request), continue_final=request.continue_final
+            )
+            return rendered, self.tokenizer.encode_rendered(rendered)
         if isinstance(request.prompt, str):
-            return self.tokenizer.encode_prompt(request.prompt)
+            return request.prompt, self.tokenizer.encode_prompt(request.prompt)
         assert request.prompt is not None
         for token in request.prompt:
             if not 0 <= token < self.vocabulary:
                 raise InvalidRequest(
                     f"prompt: token {token} is not one of the model's {self.vocabulary}", param="prompt"
                 )
-        return request.prompt
+        return "", request.prompt
+
+    def _variables(self, request: Generate) -> dict[str, Any]:
+        if not request.tools:
+            return request.chat_template_kwargs
+        if self.chat.source and "tools" not in self.chat.source:
+            raise InvalidRequest(
+                "this model's chat template has no place for tools; use a model that was trained to call them",
+                param="tools",
+                code="tools_not_supported",
+            )
+        if not self.conventions.harmony and self.conventions.tools is None:
+            raise InvalidRequest(
+                "how this model writes tool calls cannot be told from its chat template; "
+                "name one with tool_parser in the manifest",
+                param="tools",
+                code="tools_not_supported",
+            )
+        return {**request.chat_template_kwargs, "tools": request.tools}
 
     def _check_sampling(self, sampling: Sampling) -> None:
         for token in sampling.logit_bias:

@@ -19,6 +19,11 @@ def to_list(array: mx.array) -> list[Any]:
     return values
 
 
+def from_bytes(memory: memoryview) -> mx.array:
+    """A copy of bytes in the host's memory, [N] of uint8."""
+    return mx.array(memory.cast("B"))  # type: ignore[arg-type]  # any buffer will do
+
+
 def read_safetensors(path: str) -> dict[str, mx.array]:
     """A safetensors file's tensors, not read yet. Raises what MLX raises: RuntimeError, ValueError."""
     tensors: Any = mx.load(path, format="safetensors")

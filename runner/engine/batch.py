@@ -1,4 +1,4 @@
-"""The rows that decode together: one model call gives each its next token."""
+"""The rows that decode together: one model call gives each its next token, or its next few."""
 
 from __future__ import annotations
 
@@ -10,72 +10,106 @@ import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
-from runner.engine.arrays import start
+from runner.engine.arrays import start, to_list
+from runner.engine.grammar.masks import Mask
+from runner.engine.kv.caches import Caches
 from runner.engine.row import Row
 from runner.engine.sampling import Logprobs, Sampler
-
-Caches = list[Any]
-"""One cache a layer, of upstream's classes."""
+from runner.engine.speculative.proposer import Proposer
+from runner.engine.speculative.verify import Proposal, verify
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Tokens of one dispatched step, maybe not computed yet: `tokens` [rows], `rows` as they were then."""
+    """Tokens of one dispatched step, maybe not computed yet: `tokens` [rows, 1], `rows` as they were then.
+
+    A round in which `proposed` tokens a row were verified has `tokens` [rows, proposed + 1], of which row i says the
+    first `kept[i]` + 1; `kept` [rows].
+    """
 
     rows: list[Row]
     tokens: mx.array
     logprobs: Logprobs | None
+    proposed: int = 0
+    kept: mx.array | None = None
+
+    def read(self) -> tuple[list[list[int]], list[int]]:
+        """What each row says, and how many proposals it kept; waits until they are computed."""
+        tokens: list[list[int]] = to_list(self.tokens)
+        if self.kept is None:
+            return tokens, [0] * len(tokens)
+        kept: list[int] = to_list(self.kept)
+        return [row[: count + 1] for row, count in zip(tokens, kept, strict=True)], kept
 
 
 class DecodeBatch:
-    """Rows, their merged caches, and the token each is fed next."""
+    """Rows, their caches, and the last two tokens of each. Row i of them all is the same request.
 
-    def __init__(self, model: Any, bank: AdapterBank, vocabulary: int) -> None:
+    The host does not know how long rows are while a round is under way whose result it has not `settle`d. Rows must not
+    come or go then.
+    """
+
+    def __init__(self, model: Any, bank: AdapterBank, vocabulary: int, proposer: Proposer | None = None) -> None:
         """`vocabulary` is the width of the model's logits."""
         self.rows: list[Row] = []
         self._model = model
         self._bank = bank
         self._vocabulary = vocabulary
-        self._caches: Caches = []
+        self._caches: Caches | None = None
         self._tokens: mx.array | None = None
+        self._previous: mx.array | None = None
+        self._fed: mx.array | None = None
+        self._logits: mx.array | None = None
+        self._proposer = proposer
+        self._proposal: Proposal | None = None
         self._sampler: Sampler | None = None
         self._slots: RowSlots | None = None
         self._slots_version = -1
 
     def join(self, rows: Sequence[Row], caches: Caches) -> None:
         """Add rows whose caches hold their prompts but for the last token."""
-        tokens = mx.array([row.prompt[-1] for row in rows], dtype=mx.uint32)
-        if self._tokens is None:
-            self._caches, self._tokens = caches, tokens
+        tokens = mx.array([row.prompt[-1:] for row in rows], dtype=mx.uint32)
+        previous = mx.array([row.prompt[-2:][:1] for row in rows], dtype=mx.uint32)
+        if self._caches is None or self._tokens is None or self._previous is None:
+            self._caches, self._tokens, self._previous = caches, tokens, previous
         else:
-            for mine, new in zip(self._caches, caches, strict=True):
-                mine.extend(new)
+            self._caches.join(caches)
             self._tokens = mx.concatenate([self._tokens, tokens])
+            self._previous = mx.concatenate([self._previous, previous])
         self.rows.extend(rows)
         self._changed()
 
-    def keep(self, indices: list[int]) -> None:
-        """Let go of all rows but these."""
-        self.rows = [self.rows[i] for i in indices]
+    def remove(self, indices: Sequence[int]) -> None:
+        """Let go of rows. The last ones take their places."""
         self._changed()
-        if not indices:
-            self._caches, self._tokens = [], None
+        if self._caches is None or len(indices) == len(self.rows):
+            self.rows, self._caches, self._tokens, self._previous = [], None, None, None
+            if self._proposer is not None:
+                self._proposer.clear()
             return
         assert self._tokens is not None
-        kept = mx.array(indices, dtype=mx.int32)
-        for cache in self._caches:
-            cache.filter(kept)
-        self._tokens = self._tokens[kept]
+        assert self._previous is not None
+        order = self._caches.remove(indices)
+        self.rows = [self.rows[i] for i in order]
+        left = mx.array(order, dtype=mx.int32)
+        self._tokens, self._previous = self._tokens[left], self._previous[left]
+        if self._proposer is not None:
+            self._proposer.remove(indices, self.rows)
 
-    def extract(self, index: int) -> Caches:
-        """A copy of one row's caches, by itself."""
-        caches = [cache.extract(index) for cache in self._caches]
-        # Not evaluated, it would hold on to the whole batch.
-        start([cache.state for cache in caches])
-        return caches
+    @property
+    def caches(self) -> Caches:
+        """The rows' caches, while there are rows."""
+        assert self._caches is not None
+        return self._caches
 
-    def dispatch(self) -> StepResult:
-        """Start the computation of every row's next token, without waiting for it."""
+    def forward(self, proposals: int = 0) -> None:
+        """Call the model on every row's last token, for `sample` to choose the next by what it says.
+
+        A round of speculation calls it on so many proposals as well; the proposer has to have caught up with the rows.
+        With a grammar in the batch the host must know a row's tokens before it can tell which are allowed next: the
+        device then starts on the call at once.
+        """
+        assert self._caches is not None
         assert self._tokens is not None
         if self._sampler is None:
             self._sampler = Sampler([row.sampling_row() for row in self.rows], self._vocabulary)
@@ -83,18 +117,74 @@ class DecodeBatch:
             self._slots = self._bank.slots([row.adapter for row in self.rows])
             self._slots_version = self._bank.version
         self._bank.apply(self._slots)
-        logits = self._model(self._tokens[:, None], cache=self._caches)[:, -1, :]
-        tokens, logprobs = self._sampler(logits, self._tokens)
-        start(tokens, *(logprobs.arrays() if logprobs is not None else ()))
-        self._tokens = tokens
+        self._fed, self._proposal = self._tokens, None
+        if proposals:
+            assert self._proposer is not None
+            assert self._previous is not None
+            self._proposal = self._proposer.propose(self._previous, self._tokens, proposals, self._sampler)
+            self._fed = mx.concatenate([self._tokens, self._proposal.tokens], axis=1)
+        self._logits = self._caches.call(self._model, self._fed)
+        if self.constrained:
+            start(self._fed, self._logits)
         for row in self.rows:
-            row.started = True
-        return StepResult(list(self.rows), tokens, logprobs)
+            row.unread = not proposals
+
+    def read_proposed(self) -> list[list[int]] | None:
+        """What is proposed for each row in the call under way, None in a plain step; waits for the draft."""
+        return None if self._proposal is None else to_list(self._proposal.tokens)
+
+    def sample(self, mask: Mask | None) -> StepResult:
+        """Start the computation of every row's next tokens, which `mask` allows, without waiting for them."""
+        assert self._sampler is not None
+        assert self._logits is not None
+        assert self._fed is not None
+        proposal, sampler, fed = self._proposal, self._sampler, self._fed
+        choice = sampler.choose(self._logits, fed, sampler.state, mask, verifying=proposal is not None)
+        self._proposal = self._fed = self._logits = None
+        tokens, kept = choice.tokens, None
+        if proposal is None:
+            self._previous, self._tokens = self._tokens, tokens
+        else:
+            tokens, kept = verify(proposal, choice, sampler.draw)
+            self._keep(fed, tokens, kept)
+        sampler.state = choice.after(kept)
+        logprobs = sampler.logprobs(choice.logits, tokens)
+        start(tokens, *(() if kept is None else (kept,)), *(logprobs.arrays() if logprobs is not None else ()))
+        return StepResult(list(self.rows), tokens, logprobs, tokens.shape[1] - 1, kept)
+
+    def _keep(self, fed: mx.array, tokens: mx.array, kept: mx.array) -> None:
+        """Go on from the first `kept` [rows] proposals of a round, and the token after them."""
+        assert self._caches is not None
+        assert self._proposer is not None
+        refused = tokens.shape[1] - 1 - kept
+        self._caches.trim(refused)
+        self._proposer.trim(refused)
+        last = kept[:, None]
+        self._previous = mx.take_along_axis(fed, last, axis=1)
+        self._tokens = mx.take_along_axis(tokens, last, axis=1)
+
+    def settle(self, result: StepResult, kept: Sequence[int]) -> None:
+        """The host has read the result of the oldest round that was not settled."""
+        assert self._caches is not None
+        assert self._proposer is not None
+        refused = [result.proposed - count for count in kept]
+        self._caches.settle(refused)
+        self._proposer.settle(refused, [count + 1 for count in kept])
+
+    @property
+    def composed(self) -> bool:
+        """Whether the rows are those of the step before."""
+        return self._sampler is not None
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some row has a grammar."""
+        return any(row.grammar is not None for row in self.rows)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
-        return sum(cache.nbytes for cache in self._caches)
+        return 0 if self._caches is None else self._caches.nbytes
 
     def _changed(self) -> None:
         self._sampler = None

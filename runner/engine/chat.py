@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -22,8 +23,18 @@ import jinja2.utils
 from runner.errors import InvalidRequest
 
 Messages = list[dict[str, Any]]
-Render = Callable[[Messages, dict[str, Any]], str]
-"""Messages and template variables to text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """A template: messages and variables to text. `source` is empty where it is code, not jinja."""
+
+    call: Callable[[Messages, dict[str, Any]], str]
+    source: str = ""
+
+    def __call__(self, messages: Messages, variables: dict[str, Any]) -> str:
+        """The text."""
+        return self.call(messages, variables)
 
 
 class ChatTemplate:
@@ -32,11 +43,27 @@ class ChatTemplate:
     def __init__(self, render: Render | None) -> None:
         self._render = render
 
-    def prompt(self, messages: Messages, variables: Mapping[str, Any]) -> str:
+    @property
+    def source(self) -> str:
+        """The template's text, empty where there is none to be seen."""
+        return "" if self._render is None else self._render.source
+
+    def prompt(self, messages: Messages, variables: Mapping[str, Any], *, continue_final: bool = False) -> str:
         """The prompt's text. A generation prompt is added unless `variables` say otherwise.
 
-        Raises InvalidRequest: no template, or the template refuses the messages (with its own message).
+        With `continue_final` it ends with the last message, the assistant's, which the model goes on with. Raises
+        InvalidRequest: no template, or the template refuses the messages (with its own message).
         """
+        if not continue_final:
+            return self._prompt(messages, variables)
+        begun = str(_plain(messages[-1]).get("content", "")).rstrip() if messages else ""
+        text = self._prompt(messages, {**variables, "add_generation_prompt": False})
+        end = text.rfind(begun)
+        if not begun or end < 0:
+            raise InvalidRequest("the last message has no text to go on from", param="messages")
+        return text[: end + len(begun)]
+
+    def _prompt(self, messages: Messages, variables: Mapping[str, Any]) -> str:
         if self._render is None:
             raise InvalidRequest(
                 "this model has no chat template; send text to /v1/completions instead",
@@ -64,7 +91,7 @@ def jinja_render(source: str, special_tokens: Mapping[str, str]) -> Render:
         scope = {"tools": None, "documents": None, **special_tokens, **variables}
         return template.render(messages=messages, **scope)
 
-    return render
+    return Render(render, source)
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,12 @@ when it is loaded: three short rows together, padded as the loop pads them, agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, Final
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList
 
 from runner.engine.arrays import to_list
-from runner.errors import EngineLoadError
+from runner.engine.kv.caches import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -23,24 +21,18 @@ _TOLERANCE: Final = 0.25
 """Relative error of a row's logits. Low-precision kernels that differ by batch size stay below a tenth of it; rows that
 see each other's padding are well above."""
 
-
-def require_batching(caches: list[Any], name: str) -> None:
-    """Raises EngineLoadError for a model whose caches cannot hold several rows at all."""
-    for cache in _leaves(caches):
-        if not hasattr(cache, "merge"):
-            raise EngineLoadError(
-                f"{name} cannot be served: its cache ({type(cache).__name__}) does not hold several requests"
-            )
+_FAILURES: Final = (ValueError, RuntimeError, TypeError, AttributeError)
 
 
-def batches(model: Any, new_cache: Callable[[], list[Any]], vocabulary: int) -> bool:
+def batches(model: Any, layout: Layout, vocabulary: int) -> bool:
     """Whether rows of different lengths can share a model call. Raises what the model raises for a single row."""
-    prompts = [[(7 * row + token) % vocabulary for token in range(length)] for row, length in enumerate(_LENGTHS)]
-    alone = mx.stack([model(mx.array([prompt]), cache=new_cache())[0, -1] for prompt in prompts])
-    mx.eval(alone)
+    if layout.unknown:
+        return False
+    prompts = _prompts(vocabulary)
+    expected = _alone(model, layout, prompts)
     try:
-        error = max(to_list(_relative_error(_together(model, new_cache, prompts), alone)))
-    except (ValueError, RuntimeError, TypeError, AttributeError) as failure:
+        error = _error(model, layout, prompts, expected)
+    except _FAILURES as failure:
         logger.warning("model does not batch", extra={"reason": str(failure)})
         return False
     if not error <= _TOLERANCE:
@@ -49,18 +41,56 @@ def batches(model: Any, new_cache: Callable[[], list[Any]], vocabulary: int) -> 
     return True
 
 
-def _together(model: Any, new_cache: Callable[[], list[Any]], prompts: list[list[int]]) -> mx.array:
+def understood(model: Any, layout: Layout, vocabulary: int) -> bool:
+    """Whether a row by itself comes out of our caches as it does out of upstream's."""
+    prompt = [token % vocabulary for token in range(_LENGTHS[0])]
+    expected = _alone(model, layout, [prompt])
+    try:
+        return _error(model, layout, [prompt], expected) <= _TOLERANCE
+    except _FAILURES:
+        return False
+
+
+def why_not_quantised(model: Any, layout: Layout, precise: Layout, vocabulary: int) -> str | None:
+    """Why rows cannot be kept as `layout` quantises them, or None.
+
+    `precise` does so in as many bits as should change little: few bits may change much, and are wanted all the same.
+    """
+    prompts = _prompts(vocabulary)
+    try:
+        alone = mx.stack([_together(model, layout, [prompt])[0] for prompt in prompts])
+        if (error := _error(model, layout, prompts, alone)) > _TOLERANCE:
+            return f"rows in a batch are {error:.0%} off what they are alone"
+        if (error := _error(model, precise, prompts, _alone(model, layout, prompts))) > _TOLERANCE:
+            return f"in 8 bits it is {error:.0%} off"
+    except _FAILURES as failure:
+        return str(failure)
+    return None
+
+
+def _prompts(vocabulary: int) -> list[list[int]]:
+    return [[(7 * row + token) % vocabulary for token in range(length)] for row, length in enumerate(_LENGTHS)]
+
+
+def _alone(model: Any, layout: Layout, prompts: list[list[int]]) -> mx.array:
+    """[rows, vocabulary]: last logits of each prompt in upstream's caches."""
+    logits = mx.stack([model(mx.array([prompt]), cache=layout.upstream())[0, -1] for prompt in prompts])
+    mx.eval(logits)
+    return logits
+
+
+def _error(model: Any, layout: Layout, prompts: list[list[int]], expected: mx.array) -> float:
+    errors: list[float] = to_list(_relative_error(_together(model, layout, prompts), expected))
+    return max(errors)
+
+
+def _together(model: Any, layout: Layout, prompts: list[list[int]]) -> mx.array:
     """[rows, vocabulary]: last logits, all but the last tokens prefilled together and the last ones decoded."""
-    caches = [layer[0].merge(list(layer)) for layer in zip(*(new_cache() for _ in prompts), strict=True)]
     lengths = [len(prompt) - 1 for prompt in prompts]
-    padding = [max(lengths) - length for length in lengths]
-    for cache in caches:
-        cache.prepare(lengths=lengths, right_padding=padding)
-    model(mx.array([prompt[:-1] + [0] * pad for prompt, pad in zip(prompts, padding, strict=True)]), cache=caches)
-    for cache in caches:
-        cache.finalize()
-    logits: mx.array = model(mx.array([[prompt[-1]] for prompt in prompts]), cache=caches)
-    return logits[:, -1]
+    padded = [prompt[:-1] + [0] * (max(lengths) - len(prompt) + 1) for prompt in prompts]
+    caches = layout.new(len(prompts))
+    caches.call(model, mx.array(padded), lengths)
+    return caches.call(model, mx.array([[prompt[-1]] for prompt in prompts]))[:, -1]
 
 
 def _relative_error(found: mx.array, expected: mx.array) -> mx.array:
@@ -68,7 +98,3 @@ def _relative_error(found: mx.array, expected: mx.array) -> mx.array:
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     spread = expected - mx.mean(expected, axis=-1, keepdims=True)
     return mx.linalg.norm(found - expected, axis=-1) / mx.linalg.norm(spread, axis=-1)
-
-
-def _leaves(caches: list[Any]) -> list[Any]:
-    return [leaf for c in caches for leaf in (_leaves(list(c.caches)) if isinstance(c, CacheList) else [c])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 REPLACEMENT: Final = "\ufffd"
@@ -31,15 +31,16 @@ class Detokenizer(Protocol):
 class TokenBytes:
     """The bytes each token stands for, looked up once per token.
 
-    `decode_piece` maps the vocabulary's spelling of a token to bytes; special tokens have none.
+    `decode_piece` maps the vocabulary's spelling of a token to bytes; the `special` tokens have none.
     """
 
     def __init__(self, backend: Any, decode_piece: Callable[[str], bytes], *, strip_first_space: bool) -> None:
         self._id_to_token = backend.id_to_token
         self._decode_piece = decode_piece
+        added = backend.get_added_tokens_decoder()
+        self.special = frozenset(token for token, one in added.items() if one.special)
         self._known: dict[int, bytes] = {
-            token: b"" if added.special else decode_piece(added.content)
-            for token, added in backend.get_added_tokens_decoder().items()
+            token: b"" if one.special else decode_piece(one.content) for token, one in added.items()
         }
         self.strip_first_space = strip_first_space
 
@@ -74,6 +75,26 @@ class ByteDetokenizer:
             self._strip = False
             return text.removeprefix(" ")
         return text
+
+
+class MarkingDetokenizer:
+    """Spells certain special tokens, which are otherwise left out: whoever parses the text looks for them."""
+
+    __slots__ = ("_inner", "_markers")
+
+    def __init__(self, inner: Detokenizer, markers: Mapping[int, str]) -> None:
+        """`markers` are the spellings by id."""
+        self._inner = inner
+        self._markers = markers
+
+    def add(self, token: int) -> str:
+        """See Detokenizer."""
+        marker = self._markers.get(token)
+        return self._inner.add(token) if marker is None else self._inner.flush() + marker
+
+    def flush(self) -> str:
+        """See Detokenizer."""
+        return self._inner.flush()
 
 
 class PrefixDetokenizer:

@@ -7,13 +7,14 @@ the engine decides here, from the files of the installation alone, and starts it
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+from runner.machine import cpu_backend as cpu_backend
 
 PREPARED: Final = "MLX_RUN_ENGINE_PREPARED"
 """Set in the environment of an engine that has started itself again, so that it does so only once."""
@@ -38,17 +39,6 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
         preloaded = environ.get("LD_PRELOAD")
         added["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else library
     return added
-
-
-def cpu_backend() -> bool:
-    """Whether MLX will run on the CPU of a Linux machine: no CUDA build of it is installed."""
-    if sys.platform != "linux":
-        return False
-    spec = importlib.util.find_spec("mlx")
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    site = Path(next(iter(spec.submodule_search_locations))).parent
-    return not any(site.glob("mlx_cuda*"))
 
 
 def find_openblas() -> str | None:

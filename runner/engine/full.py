@@ -52,7 +52,7 @@ def _renderer(wrapper: Any, inner: Any, tokenizer: Tokenizer) -> Render | None:
             text: str = wrapper.apply_chat_template(messages, tokenize=False, **variables)
             return text
 
-        return render
+        return Render(render)
     template = inner.chat_template
     if template is None:
         return None
@@ -71,4 +71,4 @@ def _choose(templates: dict[str, str], tokenizer: Tokenizer) -> Render | None:
         name = "tool_use" if variables.get("tools") and "tool_use" in renderers else "default"
         return renderers[name](messages, variables)
 
-    return render
+    return Render(render, "\n".join(templates.values()))

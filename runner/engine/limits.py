@@ -16,6 +16,7 @@ class Limits:
     prefill_step_size: int = 512
     max_context: int = 0
     prefix_cache_bytes: int = 0
+    num_draft_tokens: int = 0
 
     @classmethod
     def of(cls, spec: EngineSpec) -> Limits:
@@ -26,6 +27,7 @@ class Limits:
             prefill_step_size=spec.prefill_step_size,
             max_context=spec.max_context,
             prefix_cache_bytes=spec.prefix_cache_bytes,
+            num_draft_tokens=spec.num_draft_tokens,
         )
 
     def changed(self, change: Configure) -> Limits:
@@ -44,3 +46,5 @@ class Counters:
     steps: int = 0
     cancelled: int = 0
     failed: int = 0
+    drafted: int = 0
+    accepted: int = 0

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 
+from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
-from runner.engine.compatibility import batches, require_batching
+from runner.engine.compatibility import batches, understood, why_not_quantised
+from runner.engine.joined import join_siblings
+from runner.engine.kv.attention import install
+from runner.engine.kv.caches import Layout
+from runner.engine.kv.quantised import Quantisation
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
 from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
@@ -25,7 +29,8 @@ class LoadedModel:
     """A model in memory.
 
     `dtype` is what activations are computed in, `vocabulary` the width of its logits, `max_context` is in tokens (0
-    where the model does not say), `batches` whether rows can share a model call, `notes` are for the user.
+    where the model does not say), `layout` makes its caches, `batches` says whether rows can share a model call,
+    `notes` are for the user, `conventions` say how it writes tool calls and reasoning.
     """
 
     model: Any
@@ -36,19 +41,18 @@ class LoadedModel:
     max_context: int
     dtype: mx.Dtype
     weights_bytes: int
+    layout: Layout
     batches: bool = True
     notes: tuple[str, ...] = ()
-
-    def new_cache(self) -> list[Any]:
-        """An empty KV cache for one row, one entry a layer (or what the model has in its place)."""
-        caches: list[Any] = make_prompt_cache(self.model)
-        return caches
+    conventions: Conventions = field(default_factory=Conventions)
 
 
-def load(folder: Path) -> LoadedModel:
-    """Load a model folder. On the CPU everything is computed in float32, where it is several times faster.
+def load(folder: Path, tool_parser: str = "", slack: int = 0, quantisation: Quantisation | None = None) -> LoadedModel:
+    """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells.
 
-    Raises EngineLoadError: the folder is not a model, or one that cannot be served.
+    `slack` is how many tokens its caches can take back where it has sliding windows. On the CPU everything is computed
+    in float32, where it is several times faster. Raises EngineLoadError: the folder is not a model, or one that cannot
+    be served.
     """
     config = _read_config(folder)
     notes: list[str] = []
@@ -56,14 +60,22 @@ def load(folder: Path) -> LoadedModel:
         model, config = _load_weights(folder, config, notes)
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)
+        join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
         mx.eval(model.parameters())
         tokenizer, render = _load_tokenizer(folder, config, notes)
-        vocabulary, together = _try(model, folder.name)
+        spoken = _conventions(tokenizer, render, tool_parser)
+        install(model)
+        layout, vocabulary, together = _try(model, slack)
+        if quantisation is not None:
+            layout = _quantised(model, Layout(model, slack, quantisation), layout, vocabulary)
     except EngineLoadError:
         raise
     except Exception as error:
         # Upstream raises whatever its model code trips over; all of it means that this folder cannot be served.
         raise EngineLoadError(f"{folder.name} cannot be loaded: {error}") from error
+    if quantisation is not None and layout.straight < layout.leaves:
+        kept = layout.leaves - layout.straight
+        notes.append(f"kv_cache.bits: {kept} of {layout.leaves} layers stay as they are: their size is bounded")
     if not together:
         notes.append("mlx_lm does not batch this architecture correctly: requests are served one at a time")
     parameters = [array for _, array in tree_flatten(model.parameters())]
@@ -73,12 +85,14 @@ def load(folder: Path) -> LoadedModel:
         tokenizer=tokenizer,
         chat=ChatTemplate(render),
         architecture=str(architectures[0]),
+        layout=layout,
         batches=together,
         vocabulary=vocabulary,
         max_context=_max_context(config),
         dtype=_activation_dtype(model),
         weights_bytes=sum(array.nbytes for array in parameters),
         notes=tuple(notes),
+        conventions=spoken,
     )
 
 
@@ -126,6 +140,12 @@ def _load_tokenizer(folder: Path, config: Mapping[str, Any], notes: list[str]) -
     return tokenizer, None if template is None else jinja_render(template, tokenizer.special_tokens)
 
 
+def _conventions(tokenizer: Tokenizer, render: Render | None, tool_parser: str) -> Conventions:
+    vocabulary = {} if tokenizer.backend is None else tokenizer.backend.get_added_tokens_decoder()
+    names = {token.content for token in vocabulary.values()}
+    return conventions("" if render is None else render.source, names, tool_parser)
+
+
 def eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
     """The ids that end a text, as the configuration names them: one, or a list."""
     named = config.get("eos_token_id")
@@ -143,16 +163,29 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _try(model: Any, name: str) -> tuple[int, bool]:
-    """The width of the model's logits, and whether rows can share a call. Raises EngineLoadError."""
+def _try(model: Any, slack: int) -> tuple[Layout, int, bool]:
+    """How the model caches, the width of its logits, and whether rows can share a call."""
+    layout = Layout(model, slack)
+    vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
+    if batches(model, layout, vocabulary):
+        return layout, vocabulary, True
+    return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
 
-    def new_cache() -> list[Any]:
-        caches: list[Any] = make_prompt_cache(model)
-        return caches
 
-    require_batching(new_cache(), name)
-    vocabulary = int(model(mx.array([[0]]), cache=new_cache()).shape[-1])  # from the shape: nothing is computed
-    return vocabulary, batches(model, new_cache, vocabulary)
+def _quantised(model: Any, layout: Layout, plain: Layout, vocabulary: int) -> Layout:
+    """The layout, which quantises, if the model can be cached so; else raises EngineLoadError. `plain` does not."""
+    assert layout.quantisation is not None
+    if plain.unknown:
+        reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
+    elif not layout.straight:
+        reason = "none of its layers caches all tokens"
+    else:
+        precise = Layout(model, quantisation=Quantisation(8, layout.quantisation.group_size))
+        reason = why_not_quantised(model, layout, precise, vocabulary)
+    if reason is not None:
+        hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
+        raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
+    return layout
 
 
 def _activation_dtype(model: Any) -> mx.Dtype:

@@ -14,15 +14,16 @@ import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.admission import Admission
-from runner.engine.arrays import to_list
-from runner.engine.batch import DecodeBatch, StepResult
+from runner.engine.batch import DecodeBatch
+from runner.engine.decoding import Decoding
+from runner.engine.grammar.service import Grammars
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
-from runner.engine.logprobs import read_logprobs
 from runner.engine.memory import MemoryBudget, cache_bytes_per_token
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
+from runner.engine.speculative.speculation import Speculation
 from runner.errors import EngineDied, InvalidRequest, NotServed, RequestError, Unavailable
 from runner.protocol import (
     AdapterLoaded,
@@ -31,6 +32,7 @@ from runner.protocol import (
     Delta,
     FromEngine,
     Generate,
+    Grammar,
     Rejected,
     Stats,
     Step,
@@ -45,35 +47,44 @@ _CLEAR_EVERY: Final = 512
 class Engine:
     """Serves one loaded model. Every method is called by the thread that loaded it.
 
-    `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. While `draining`, new requests
-    are refused.
+    `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
+    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused.
     """
 
     def __init__(
-        self, loaded: LoadedModel, limits: Limits, emit: Callable[[FromEngine], None], memory_limit: int = 0
+        self,
+        loaded: LoadedModel,
+        limits: Limits,
+        emit: Callable[[FromEngine], None],
+        memory_limit: int = 0,
+        wake: Callable[[], None] = lambda: None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.limits = limits
         self.draining = False
         self._loaded = loaded
         self._emit = emit
-        self._counters = Counters()
         self._bank = AdapterBank(loaded.model, loaded.dtype)
         self._prefixes = PrefixCache(limits.prefix_cache_bytes)
-        self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary)
-        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.new_cache, self._has_room)
-        self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary)
-        self._in_flight: StepResult | None = None
+        self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary, loaded.conventions)
+        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.layout, self._has_room)
+        self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, wake)
+        proposer = None if speculation is None else speculation.proposer
+        self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
+        self._decoding = Decoding(loaded, self._batch, speculation, self._send)
         self._budget: MemoryBudget | None = None
         if memory_limit:
-            token_bytes = cache_bytes_per_token(loaded.model, loaded.new_cache)
-            self._budget = MemoryBudget(memory_limit, loaded.weights_bytes, token_bytes)
+            weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
+            if speculation is not None:
+                weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
+            self._budget = MemoryBudget(memory_limit, weights, token_bytes)
 
     # ------------------------------------------------------------- the step
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._batch.rows or self._prefiller.rows)
+        return bool(self._batch.rows or self._prefiller.rows or self._grammars.ready)
 
     def step(self) -> None:
         """One step; emits one Step frame at most. What fails in it ends the rows concerned with an error.
@@ -82,40 +93,45 @@ class Engine:
         """
         try:
             self._remove_ended()
+            self._take_compiled()
             self._start_waiting()
-            dispatched = self._batch.dispatch() if self._batch.rows else None
-            before, self._in_flight = self._in_flight, dispatched
-            if before is not None:
-                self._send(self._read(before))
+            self._decoding.step(self.limits.num_draft_tokens)
         except Exception as error:
             logger.exception("step failed")
             self._abandon(f"the engine failed: {error}")
-        self._counters.steps += 1
-        if self._counters.steps % _CLEAR_EVERY == 0:
+        self._decoding.counters.steps += 1
+        if self._decoding.counters.steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
 
     def _remove_ended(self) -> None:
         """Rows that are done leave; what they have computed is kept for prompts that begin the same."""
-        for row in self._prefiller.remove_ended():
+        for row in (*self._prefiller.remove_ended(), *self._grammars.remove_ended()):
             self._release(row)
-        rows = self._batch.rows
-        ended = [i for i, row in enumerate(rows) if row.done]
-        if not ended:
-            return
-        for i in ended:
-            if rows[i].completed and rows[i].reusable and self._prefixes.enabled:
-                self._prefixes.store(rows[i].adapter_key, rows[i].prompt + rows[i].generated, self._batch.extract(i))
-            self._release(rows[i])
-        self._batch.keep([i for i, row in enumerate(rows) if not row.done])
+        for row in self._decoding.ended():
+            if row.reusable and self._prefixes.enabled:
+                self._prefixes.store(row.adapter_key, *self._decoding.computed(row))
+            self._release(row)
+        self._decoding.remove_ended()
+
+    def _take_compiled(self) -> None:
+        """Rows whose grammar has been compiled go on to the queue."""
+        for row, refusal in self._grammars.take():
+            if refusal is None:
+                self._prefiller.waiting.append(row)
+            else:
+                row.done = True
+                self._release(row)
+                self._reject(row.id, refusal)
 
     def _start_waiting(self) -> None:
         """Waiting prompts come nearer, and join the batch once they are prefilled."""
         free = (self.limits.max_rows if self._loaded.batches else 1) - len(self._batch.rows)
         if free > 0 and self._prefiller.rows:
+            self._decoding.disturbed()
             for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
-                self._batch.join(rows, caches)
-                self._counters.prompt_tokens += sum(len(row.prompt) for row in rows)
-                self._counters.cached_tokens += sum(row.cached for row in rows)
+                self._decoding.join(rows, caches)
+                self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
+                self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
 
     def _has_room(self, row: Row) -> bool:
         """Whether memory has room for one more row, kept prefixes given up for it if need be."""
@@ -128,41 +144,26 @@ class Engine:
         # A row by itself was found to fit when it was submitted.
         return excess <= 0 or len(rows) == 1
 
-    def _read(self, result: StepResult) -> list[Delta]:
-        """Wait for a step's tokens; what every row that still runs gets for its own."""
-        tokens: list[int] = to_list(result.tokens)
-        logprobs = {}
-        if result.logprobs is not None:
-            logprobs = read_logprobs(result.logprobs, result.rows, tokens, self._loaded.tokenizer)
-        deltas = []
-        for i, row in enumerate(result.rows):
-            if not row.done:
-                deltas.append(row.advance(tokens[i], logprobs.get(i)))
-        self._counters.completion_tokens += len(deltas)
-        return deltas
-
     def _send(self, deltas: list[Delta]) -> None:
         if deltas:
             self._emit(Step(deltas))
 
     def _abandon(self, reason: str) -> None:
         """A step has failed: nothing it touched can be trusted, so its rows end, and the loop goes on without them."""
-        rows = [*self._batch.rows, *self._prefiller.abandon()]
-        self._in_flight = None
-        self._batch.keep([])
+        rows = [*self._decoding.abandon(), *self._prefiller.abandon()]
         self._send(self._fail(rows, reason))
         for row in rows:
             self._release(row)
         self._bank.apply(None)
         try:
-            mx.eval(self._loaded.model(mx.array([[0]]), cache=self._loaded.new_cache()))
+            mx.eval(self._loaded.layout.new().call(self._loaded.model, mx.array([[0]])))
         except Exception as error:
             self.fail_all(reason)
             raise EngineDied(f"the device does not compute any more: {error}") from error
 
     def _fail(self, rows: list[Row], reason: str) -> list[Delta]:
         deltas = [row.fail(reason) for row in rows if not row.done]
-        self._counters.failed += len(deltas)
+        self._decoding.counters.failed += len(deltas)
         return deltas
 
     def _release(self, row: Row) -> None:
@@ -172,19 +173,34 @@ class Engine:
     # ------------------------------------------------------------- requests
 
     def submit(self, request: Generate) -> None:
-        """Queue a request, or emit its Rejected."""
+        """Queue a request, or emit its Rejected. One whose grammar is not known yet is queued once it is."""
         try:
-            self._prefiller.waiting.append(self._row(request))
+            if request.count_only:
+                self._send([self._admission.counted(request)])
+                return
+            row = self._row(request)
+            if row.asked is None or self._has_grammar(row, row.asked):
+                self._prefiller.waiting.append(row)
         except RequestError as error:
-            self._emit(Rejected(request.id, error.status, error.message, error.param, error.code))
+            self._reject(request.id, error)
         except Exception as error:
             # Whatever one request trips over (a tokenizer's bug, say) is its own end, not the loop's.
             logger.exception("request could not be prepared", extra={"request": request.id})
-            self._counters.failed += 1
+            self._decoding.counters.failed += 1
             self._emit(Rejected(request.id, 500, f"the request could not be prepared: {error}"))
 
+    def _reject(self, request_id: int, error: RequestError) -> None:
+        self._emit(Rejected(request_id, error.status, error.message, error.param, error.code))
+
+    def _has_grammar(self, row: Row, grammar: Grammar) -> bool:
+        try:
+            return self._grammars.give(row, grammar)
+        except RequestError:
+            self._release(row)
+            raise
+
     def _row(self, request: Generate) -> Row:
-        waiting = len(self._prefiller.waiting)
+        waiting = self._waiting
         if self.draining:
             raise Unavailable("the engine is shutting down", code="shutting_down")
         if waiting >= self.limits.max_queue:
@@ -210,7 +226,11 @@ class Engine:
     @property
     def rows(self) -> list[Row]:
         """Every request that has not ended."""
-        return [row for row in (*self._prefiller.rows, *self._batch.rows) if not row.done]
+        return [row for row in (*self._grammars.rows, *self._prefiller.rows, *self._batch.rows) if not row.done]
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._prefiller.waiting) + len(self._grammars.rows)
 
     def cancel(self, request_id: int) -> None:
         """Drop a request, if it has not ended: nothing more is sent for it, and it leaves before the next step."""
@@ -223,7 +243,7 @@ class Engine:
     def _cancel(self, rows: Iterable[Row]) -> None:
         for row in rows:
             row.done = True
-            self._counters.cancelled += 1
+            self._decoding.counters.cancelled += 1
 
     def fail_all(self, reason: str) -> None:
         """End every request with an error."""
@@ -238,7 +258,7 @@ class Engine:
             while self.busy:
                 self.step()
         finally:
-            self._emit, self._counters = emit, Counters()
+            self._emit, self._decoding.counters = emit, Counters()
             self._prefixes.evict(request.adapter)
         failures = [answer.reason for answer in answers if isinstance(answer, Rejected)]
         deltas = [delta for answer in answers if isinstance(answer, Step) for delta in answer.deltas]
@@ -268,20 +288,21 @@ class Engine:
 
     def stats(self) -> Stats:
         """The counters now."""
-        waiting = len(self._prefiller.waiting)
         return Stats(
             rows=len(self._batch.rows),
             prefilling=len(self._prefiller.active),
-            waiting=waiting,
+            waiting=self._waiting,
             adapters=self.adapters,
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),
             cache_bytes=mx.get_cache_memory(),
             prefix_cache_bytes=self._prefixes.nbytes,
-            prompt_tokens_total=self._counters.prompt_tokens,
-            cached_tokens_total=self._counters.cached_tokens,
-            completion_tokens_total=self._counters.completion_tokens,
-            steps_total=self._counters.steps,
-            cancelled_total=self._counters.cancelled,
-            failed_total=self._counters.failed,
+            prompt_tokens_total=self._decoding.counters.prompt_tokens,
+            cached_tokens_total=self._decoding.counters.cached_tokens,
+            completion_tokens_total=self._decoding.counters.completion_tokens,
+            steps_total=self._decoding.counters.steps,
+            cancelled_total=self._decoding.counters.cancelled,
+            failed_total=self._decoding.counters.failed,
+            drafted_tokens_total=self._decoding.counters.drafted,
+            accepted_tokens_total=self._decoding.counters.accepted,
         )

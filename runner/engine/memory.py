@@ -7,12 +7,13 @@ bound for the batch, whose rows are padded to the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
 
+from runner.engine.kv.caches import Layout
 from runner.engine.row import Row
 
 _PROBE: Final = 256
@@ -42,12 +43,12 @@ def _tokens(row: Row) -> int:
     return min(held + _AHEAD, len(row.prompt) + row.max_tokens)
 
 
-def cache_bytes_per_token(model: Any, new_cache: Callable[[], list[Any]]) -> float:
+def cache_bytes_per_token(model: Any, layout: Layout) -> float:
     """From the shapes of a call that is never computed. Sliding windows and states that do not grow count as if they
     did, once."""
-    caches = new_cache()
-    model(mx.zeros((1, _PROBE), dtype=mx.uint32), cache=caches)
-    return float(sum(cache.nbytes for cache in caches)) / _PROBE
+    caches = layout.new()
+    caches.call(model, mx.zeros((1, _PROBE), dtype=mx.uint32))
+    return caches.nbytes / _PROBE
 
 
 def ask_for(limit: int) -> None:

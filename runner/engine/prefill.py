@@ -8,19 +8,23 @@ The last token is left to the first decode step, so no logits of a prompt are ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.arrays import start
-from runner.engine.batch import Caches
+from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.kept import Beginning
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
 
 Ready = tuple[list[Row], Caches]
-"""Rows and their merged caches, for the batch to take."""
+"""Rows and their caches, for the batch to take."""
+
+_Known = tuple[Row, Beginning | None]
+"""A row, and what is known of its prompt."""
 
 
 class Prefiller:
@@ -34,16 +38,16 @@ class Prefiller:
         model: Any,
         bank: AdapterBank,
         prefixes: PrefixCache,
-        new_cache: Callable[[], Caches],
+        layout: Layout,
         has_room: Callable[[Row], bool],
     ) -> None:
-        """`new_cache` makes empty caches for a row; `has_room` says whether memory has room for one more."""
+        """`layout` is the model's; `has_room` says whether memory has room for one more."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._model = model
         self._bank = bank
         self._prefixes = prefixes
-        self._new_cache = new_cache
+        self._layout = layout
         self._has_room = has_room
         self._long: _LongPrompt | None = None
         self._others_turn = False
@@ -60,6 +64,7 @@ class Prefiller:
             self.waiting = deque(row for row in self.waiting if not row.done)
             self.active = [row for row in self.active if not row.done]
             if self._long is not None and self._long.row.done:
+                self._store(self._long.row, self._long.caches, 0)
                 self._long = None
         return ended
 
@@ -90,71 +95,71 @@ class Prefiller:
         if self._long is not None:
             yield from self._continue(self._long, chunk)
 
-    def _take(self, free_rows: int, chunk: int) -> list[tuple[Row, Caches]]:
+    def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
 
         The first may be longer than a call, unless a long prompt is under way: it is then alone.
         """
-        group: list[tuple[Row, Caches]] = []
+        group: list[_Known] = []
         longest = 0
         while self.waiting and len(group) < free_rows:
             row = self.waiting[0]
-            caches = self._look_up(row)
+            beginning = self._look_up(row)
             longest = max(longest, row.uncached)
             if longest * (len(group) + 1) > chunk and (group or self._long is not None):
                 break
             if not self._has_room(row):
                 break
+            self._prefixes.use(row.adapter_key, row.prompt[: row.cached])
             self.active.append(self.waiting.popleft())
-            group.append((row, caches))
+            group.append((row, beginning))
         return group
 
-    def _start(self, group: list[tuple[Row, Caches]]) -> Iterator[Ready]:
-        if whole := [(row, caches) for row, caches in group if not row.uncached]:
-            yield [row for row, _ in whole], merge([caches for _, caches in whole])
-        rest = [(row, caches) for row, caches in group if row.uncached]
+    def _start(self, group: list[_Known]) -> Iterator[Ready]:
+        if whole := [known for known in group if not known[0].uncached]:
+            yield [row for row, _ in whole], self._begin(whole)
+        rest = [known for known in group if known[0].uncached]
         if len(rest) == 1 and self._long is None:
-            self._long = _LongPrompt(*rest[0])
+            ((row, _),) = rest
+            self._long = _LongPrompt(row, self._begin(rest, len(row.prompt)))
         elif rest:
-            rows = [row for row, _ in rest]
-            yield rows, self._call_together(rows, [caches for _, caches in rest])
+            yield [row for row, _ in rest], self._call_together(rest)
+
+    def _begin(self, group: list[_Known], reserve: int = 0) -> Caches:
+        return self._layout.restore([beginning for _, beginning in group], reserve)
 
     def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
         self._apply_adapters([long.row])
         long.call(self._model, chunk)
         if not long.todo:
             self._long = None
-            if long.row.reusable:
-                # Merging copies, so the prompt's own caches can be kept as they are.
-                self._prefixes.store(long.row.adapter_key, long.row.prompt[:-1], long.caches)
-            yield [long.row], merge([long.caches])
+            self._store(long.row, long.caches, 0)
+            yield [long.row], long.caches
 
-    def _look_up(self, row: Row) -> Caches:
-        hit = self._prefixes.fetch(row.adapter_key, row.prompt)
-        if hit is None:
-            row.cached = 0
-            return self._new_cache()
-        caches, row.cached = hit
-        return caches
+    def _store(self, row: Row, caches: Caches, index: int) -> None:
+        if row.reusable and self._prefixes.enabled:
+            self._prefixes.store(row.adapter_key, row.prompt[:-1], caches, index)
+
+    def _look_up(self, row: Row) -> Beginning | None:
+        hit = self._prefixes.look_up(row.adapter_key, row.prompt)
+        row.cached = 0 if hit is None else hit.length
+        return hit
 
     def _apply_adapters(self, rows: list[Row]) -> None:
         self._bank.apply(self._bank.slots([row.adapter for row in rows]))
 
-    def _call_together(self, rows: list[Row], separate: Sequence[Caches]) -> Caches:
-        todo = [row.prompt[row.cached : -1] for row in rows]
+    def _call_together(self, group: list[_Known]) -> Caches:
+        todo = [row.prompt[row.cached : -1] for row, _ in group]
         lengths = [len(tokens) for tokens in todo]
-        padding = [max(lengths) - length for length in lengths]
-        caches = merge(separate)
-        if any(padding):
-            for cache in caches:
-                cache.prepare(lengths=lengths, right_padding=padding)
-        self._apply_adapters(rows)
-        padded = [tokens + [0] * pad for tokens, pad in zip(todo, padding, strict=True)]
-        self._model(mx.array(padded), cache=caches)
-        if any(padding):
-            for cache in caches:
-                cache.finalize()
-        start([cache.state for cache in caches])
+        padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in todo]
+        caches = self._begin(group)
+        self._apply_adapters([row for row, _ in group])
+        caches.call(self._model, mx.array(padded), lengths)
+        start(caches.arrays)
+        if not self._layout.cuttable:
+            # Whoever asks the same again cannot begin within what is kept when the row ends.
+            for index, (row, _) in enumerate(group):
+                self._store(row, caches, index)
         return caches
 
 
@@ -173,11 +178,6 @@ class _LongPrompt:
         # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
         mx.eval(self._running)
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
-        model(mx.array([tokens]), cache=self.caches)
-        self._running = [cache.state for cache in self.caches]
+        self.caches.call(model, mx.array([tokens]))
+        self._running = self.caches.arrays
         start(self._running)
-
-
-def merge(separate: Sequence[Caches]) -> Caches:
-    """Caches of several rows in one, layer by layer."""
-    return [layer[0].merge(list(layer)) for layer in zip(*separate, strict=True)]

@@ -1,48 +1,49 @@
 """KV caches of prompts and finished rows, for prompts that begin the same.
 
-Entries are kept per adapter key (another adapter, or another version of it, computes other values), in least recently
-used order, within a limit of bytes. A hit is a copy: upstream's caches are written in place, and copying an array
-shares its memory until one side is written. An entry may be used up to where it and the prompt part, if its caches can
-be trimmed; otherwise (sliding windows that have wrapped, recurrent states) only whole.
+Kept in a radix tree of tokens for each adapter key (another adapter, or another version of it, computes other values).
+What several rows begin with is there once, and a conversation's next turn adds what is new. A row may begin anywhere
+within what is kept, unless a layer has more than pieces can say (a window that has wrapped, a recurrent state): then
+only where a state was kept, which is at the ends of prompts and of answers.
+
+What goes first, when the limit of bytes is reached, is what is cheapest to compute again for the room it takes, of
+what has been used least and longest ago: GreedyDual-Size with Frequency (Cherkasova, HP Labs 1998). A node's priority
+is the clock, when it was last used, and its uses times its cost a byte; the clock is the priority of what went last.
+The cost of a token grows with its position, since it attends to what is before it. Only ends can go, so long rows
+shrink from their ends, and beginnings that many share stay.
 """
 
 from __future__ import annotations
 
-import copy
-from array import array
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import mlx.core as mx
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
+from typing import Final
 
 from runner.engine.arrays import start
+from runner.engine.kv.caches import Caches
+from runner.engine.kv.kept import Beginning, Piece
+from runner.engine.radix import Node, pack, root, walk
 
-Caches = list[Any]
+_MOST: Final = 1024
+"""Tokens of a node, at most: what is given up at a time. A row that is taken up again copies each node apart."""
 
-_TOKEN = 4
-"""Bytes of a token id: tokens are compared as bytes, at memcmp's speed."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    tokens: bytes
-    caches: Caches
-    nbytes: int
-    trimmable: bool
+_LINEAR: Final = 16384
+"""The position from which on a token costs twice of what the first does: where attending to what is before it takes as
+long as the products with the weights. So it is for a model of the geometry of Llama-3.2-1B."""
 
 
 class PrefixCache:
-    """Maps (adapter key, tokens) to caches."""
+    """Maps (adapter key, tokens) to what is kept of them."""
 
     def __init__(self, limit: int) -> None:
         """`limit` is in bytes; 0 keeps nothing."""
         self.nbytes = 0
         self._limit = limit
-        self._entries: dict[str, dict[bytes, _Entry]] = {}
-        # Least recently used first.
-        self._order: dict[tuple[str, bytes], None] = {}
+        self._trees: dict[str, Node] = {}
+        self._clock = 0.0
+        self._stamps = 0
+        self._nodes = 0
+        # (priority, stamp, node), some of them outdated: those whose stamp is not their node's.
+        self._first: list[tuple[float, int, Node]] = []
 
     @property
     def enabled(self) -> bool:
@@ -54,99 +55,145 @@ class PrefixCache:
         self._limit = limit
         self._shrink()
 
-    def fetch(self, adapter: str, prompt: Sequence[int]) -> tuple[Caches, int] | None:
-        """Caches of the longest known beginning of `prompt`, and its length; the last token is never part of it."""
-        entries = self._entries.get(adapter)
-        if not entries or len(prompt) < 2:
+    def look_up(self, adapter: str, prompt: Sequence[int]) -> Beginning | None:
+        """The longest known beginning of `prompt`; its last token is never part of it."""
+        tree = self._trees.get(adapter)
+        if tree is None or len(prompt) < 2:
             return None
-        wanted = _pack(prompt[:-1])
-        best, best_size = None, 0
-        for entry in entries.values():
-            if entry.trimmable:
-                # Looks further only where the entry is longer than the best so far.
-                if entry.tokens[: best_size + _TOKEN] == wanted[: best_size + _TOKEN]:
-                    size = _common(entry.tokens, wanted)
-                    if size > best_size:
-                        best, best_size = entry, size
-            elif len(entry.tokens) > best_size and wanted.startswith(entry.tokens):
-                best, best_size = entry, len(entry.tokens)
-        if best is None:
-            return None
-        self._touch(adapter, best.tokens)
-        caches = copy.deepcopy(best.caches)
-        trim_prompt_cache(caches, (len(best.tokens) - best_size) // _TOKEN)
-        return caches, best_size // _TOKEN
+        best, pieces, anywhere = None, [], True
+        for node, matching in walk(tree, pack(prompt[:-1])):
+            pieces.append(node.piece)
+            anywhere = anywhere and node.piece.complete
+            if anywhere:
+                best = Beginning(node.piece.start + matching, tuple(pieces))
+            elif node.state is not None and node.piece.start + matching == node.piece.stop:
+                best = Beginning(node.piece.stop, tuple(pieces), node.state)
+        return best
 
-    def store(self, adapter: str, tokens: Sequence[int], caches: Caches) -> None:
-        """Keep `caches`, which hold exactly `tokens` and are not written any more."""
+    def use(self, adapter: str, tokens: Sequence[int]) -> None:
+        """Count a use of the beginning `tokens`."""
+        if (tree := self._trees.get(adapter)) is not None:
+            for node, _ in walk(tree, pack(tokens)):
+                node.hits += 1
+                self._rank(node)
+
+    def store(self, adapter: str, tokens: Sequence[int], caches: Caches, row: int) -> None:
+        """Keep what `caches` have of a row that begins with `tokens`; of what follows on them nothing is known."""
+        tokens = tokens[: caches.length(row)]
         if not self.enabled or not tokens:
             return
-        packed = _pack(tokens)
-        _compact(caches)
-        nbytes = sum(cache.nbytes for cache in caches) + len(packed)
-        if nbytes > self._limit:
+        tree = self._trees.setdefault(adapter, root())
+        path = walk(tree, packed := pack(tokens))
+        known = path[-1][0].piece.start + path[-1][1] if path else 0
+        state = caches.state(row) if len(tokens) == caches.length(row) else None
+        pieces = [caches.piece(row, at, min(at + _MOST, len(tokens))) for at in range(known, len(tokens), _MOST)]
+        nbytes = sum(piece.nbytes for piece in pieces) + (0 if state is None else state.nbytes)
+        if nbytes + len(packed) > self._limit:
             return
-        entries = self._entries.setdefault(adapter, {})
-        trimmable = can_trim_prompt_cache(caches)
-        if trimmable:
-            # What it begins with can be had from it by trimming.
-            for known in [known for known in entries if packed.startswith(known)]:
-                self._remove(adapter, known)
-        elif packed in entries:
-            self._remove(adapter, packed)
-        self._entries.setdefault(adapter, {})[packed] = _Entry(packed, caches, nbytes, trimmable)
-        self._order[adapter, packed] = None
-        self.nbytes += nbytes
+        node = self._end(tree, path, apart=bool(pieces) or state is not None)
+        for piece in pieces:
+            node = self._append(node, packed, piece)
+        if state is not None and node.state is None:
+            node.state = state
+            self.nbytes += state.nbytes
+            # Not evaluated, it would hold on to the whole batch.
+            start(state.arrays)
+        self._rank(node)
         self._shrink()
 
     def evict(self, adapter: str) -> None:
         """Forget everything of an adapter."""
-        for tokens in list(self._entries.get(adapter, ())):
-            self._remove(adapter, tokens)
+        tree = self._trees.pop(adapter, None)
+        for node in () if tree is None else tree.below():
+            self._forget(node)
 
     def release(self, nbytes: int) -> int:
-        """Give up entries until at least `nbytes` bytes are free, or none is left; returns how many were freed."""
+        """Give up what goes first until at least `nbytes` bytes are free, or nothing is left; returns how many were."""
         before = self.nbytes
-        while self._order and before - self.nbytes < nbytes:
-            self._remove(*next(iter(self._order)))
+        while self.nbytes and before - self.nbytes < nbytes:
+            self._give_up()
         return before - self.nbytes
+
+    # ------------------------------------------------------------- growing
+
+    def _end(self, tree: Node, path: list[tuple[Node, int]], *, apart: bool) -> Node:
+        """The node at the end of `path`; `apart` if one has to end just there."""
+        if not path:
+            return tree
+        node, matching = path[-1]
+        if not apart or node.piece.start + matching == node.piece.stop:
+            return node
+        before = node.nbytes
+        upper = node.split(matching)
+        start(upper.piece.arrays, node.piece.arrays)
+        self.nbytes += upper.nbytes + node.nbytes - before
+        self._nodes += 1
+        self._rank(upper)
+        self._rank(node)
+        return upper
+
+    def _append(self, node: Node, packed: bytes, piece: Piece) -> Node:
+        """The node of a piece that follows on `node`, which grows if it is a short end."""
+        tokens = packed[4 * piece.start : 4 * piece.stop]
+        ends = node.parent is not None and not node.children and node.state is None
+        if ends and piece.stop - node.piece.start <= _MOST and node.piece.complete == piece.complete:
+            before = node.nbytes
+            node.piece, node.tokens = node.piece.then(piece), node.tokens + tokens
+            self.nbytes += node.nbytes - before
+        else:
+            node = Node(node, tokens, piece)
+            self.nbytes += node.nbytes
+            self._nodes += 1
+        start(node.piece.arrays)
+        self._rank(node)
+        return node
+
+    # ------------------------------------------------------------- shrinking
+
+    def _rank(self, node: Node) -> None:
+        """Reckon a node's priority anew, as of now."""
+        tokens = node.piece.stop - node.piece.start
+        cost = tokens * (1 + (node.piece.start + node.piece.stop) / 2 / _LINEAR)
+        node.priority = self._clock + node.hits * cost / max(1, node.nbytes)
+        self._queue(node)
+
+    def _queue(self, node: Node) -> None:
+        self._stamps += 1
+        node.stamp = self._stamps
+        heapq.heappush(self._first, (node.priority, node.stamp, node))
+        if len(self._first) > 64 + 4 * self._nodes:
+            self._first = [entry for entry in self._first if entry[1] == entry[2].stamp]
+            heapq.heapify(self._first)
 
     def _shrink(self) -> None:
         while self.nbytes > self._limit:
-            self._remove(*next(iter(self._order)))
+            self._give_up()
 
-    def _touch(self, adapter: str, tokens: bytes) -> None:
-        del self._order[adapter, tokens]
-        self._order[adapter, tokens] = None
+    def _give_up(self) -> None:
+        """The end that goes first, or the state that does, if it is within."""
+        priority, stamp, node = heapq.heappop(self._first)
+        if stamp != node.stamp:
+            return
+        if node.children:
+            if node.state is not None:
+                self._clock = priority
+                self.nbytes -= node.state.nbytes
+                node.state = None
+            return
+        self._clock = priority
+        above: Node | None = node
+        # What led only to it goes with it, if nothing can begin there.
+        while above is not None and above.parent is not None and not above.children:
+            node, above = above, above.parent
+            node.remove()
+            self._forget(node)
+            if above.piece.complete or above.state is not None:
+                break
+        if above is not None and above.parent is not None and not above.children:
+            self._queue(above)
 
-    def _remove(self, adapter: str, tokens: bytes) -> None:
-        entries = self._entries[adapter]
-        self.nbytes -= entries.pop(tokens).nbytes
-        del self._order[adapter, tokens]
-        if not entries:
-            del self._entries[adapter]
-
-
-def _compact(caches: Caches) -> None:
-    """Let go of the room that upstream's caches keep for tokens to come: up to 255 of them."""
-    for cache in caches:
-        if type(cache) is KVCache and cache.keys is not None and cache.keys.shape[2] > cache.offset:
-            keys, values = cache.keys_and_values()
-            cache.keys, cache.values = mx.contiguous(keys), mx.contiguous(values)
-            start(cache.keys, cache.values)
-
-
-def _pack(tokens: Sequence[int]) -> bytes:
-    return array("I", tokens).tobytes()
-
-
-def _common(a: bytes, b: bytes) -> int:
-    """Bytes of whole tokens that both begin with, by bisection."""
-    low, high = 0, min(len(a), len(b)) // _TOKEN
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[: middle * _TOKEN] == b[: middle * _TOKEN]:
-            low = middle
-        else:
-            high = middle - 1
-    return low * _TOKEN
+    def _forget(self, node: Node) -> None:
+        if node.parent is not None:
+            self.nbytes -= node.nbytes
+            self._nodes -= 1
+            node.stamp = 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from runner.engine import environment
-from runner.engine.transport import Connected, Disconnected, Event, Transport
+from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
 from runner.protocol import (
     VERSION,
@@ -98,18 +98,31 @@ class EngineProcess:
 
     def _load(self) -> Engine:
         # Imported here: the socket is there, and the runner connected, while this takes its time.
+        from runner.engine.kv.quantised import Quantisation  # noqa: PLC0415
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
         from runner.engine.loop import Engine  # noqa: PLC0415
         from runner.engine.memory import ask_for  # noqa: PLC0415
+        from runner.engine.speculative.loading import slack_for, speculate  # noqa: PLC0415
         from runner.engine.startup import warm_up  # noqa: PLC0415
 
+        spec = self._spec
         self._stage("weights")
-        ask_for(self._spec.memory_limit_bytes)
-        model = load(Path(self._spec.path))
-        engine = Engine(model, Limits.of(self._spec), self._transport.send, self._spec.memory_limit_bytes)
+        ask_for(spec.memory_limit_bytes)
+        quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
+        slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
+        model = load(Path(spec.path), spec.tool_parser, slack, quantisation)
+        speculation, notes = speculate(Path(spec.draft), model, slack) if spec.draft else (None, [])
+        engine = Engine(
+            model,
+            Limits.of(spec),
+            self._transport.send,
+            spec.memory_limit_bytes,
+            lambda: self._transport.inbox.put(Woken()),
+            speculation,
+        )
         self._stage("adapters")
-        for adapter in self._spec.adapters:
+        for adapter in spec.adapters:
             try:
                 engine.load_adapter(adapter)
             except EngineLoadError as refusal:
@@ -117,13 +130,13 @@ class EngineProcess:
         self._stage("warmup")
         device, active_bytes = warm_up(engine)
         self._loaded = Loaded(
-            weights_bytes=model.weights_bytes,
+            weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
             active_bytes=active_bytes,
             seconds=time.monotonic() - self._started,
             max_context=engine.max_context,
             device=device,
             architecture=model.architecture,
-            notes=[*environment.notes(os.environ), *model.notes, *self._context_note(model.max_context)],
+            notes=[*environment.notes(os.environ), *model.notes, *notes, *self._context_note(model.max_context)],
         )
         self._transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
@@ -176,14 +189,14 @@ class EngineProcess:
     def _patience(self) -> float | None:
         """Seconds to wait for an event, None for as long as it takes."""
         if self._stop_at is not None:
-            return 0.0
+            return max(0.0, self._stop_at - time.monotonic())
         if self._connected:
             return None
         return max(0.0, self._orphaned_at + self._spec.orphan_grace - time.monotonic())
 
     def _must_stop(self, engine: Engine) -> bool:
         now = time.monotonic()
-        if self._stop_at is not None and (not engine.busy or now >= self._stop_at):
+        if self._stop_at is not None and (not engine.rows or now >= self._stop_at):
             engine.fail_all("the engine is shutting down")
             logger.info("engine stopped", extra={"model": self._spec.model})
             return True
@@ -210,6 +223,8 @@ class EngineProcess:
                 engine.draining = True
                 stop_at = time.monotonic() + deadline
                 self._stop_at = stop_at if self._stop_at is None else min(stop_at, self._stop_at)
+            case Woken():
+                pass  # the next step sees to it
             case Connected(connection=connection):
                 self._connected = True
                 self._transport.answer(connection)

@@ -5,56 +5,61 @@ or leave. A step works on whole arrays, and computes only what some row asked fo
 logits whatever its neighbours do, and a seeded row gets the same tokens in any composition: its noise comes from its
 own key and the token's position alone.
 
-Order and meaning, as in mlx-lm: logit bias; repetition, presence and frequency penalty; log-probabilities are taken
-here; then top_p, min_p and top_k, all of them on the distribution before temperature; then temperature and a draw.
+Order and meaning, as in mlx-lm: what a grammar does not allow is left out; logit bias; repetition, presence and
+frequency penalty; log-probabilities are taken here; then top_p, min_p and top_k, all of them on the distribution before
+temperature; then temperature and a draw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 
-from runner.engine.penalties import Penalties
+from runner.engine.draw import Draw
+from runner.engine.grammar.masks import Mask
+from runner.engine.penalties import Histories, History, Penalties
 from runner.protocol import Sampling
-
-NONE: Final = -float("inf")
-_64_BITS: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
     """What the sampler needs to know of a row.
 
-    `generated` are the tokens of the model that the host knows. A row that has `started` is fed one more of them next,
-    still on the device; one that has not is fed the last of its `prompt`.
+    `generated` are the tokens of the model that the host knows. If one more is `unread`, still on the device, the row
+    is fed that next; otherwise the last of `prompt` and `generated`.
     """
 
     sampling: Sampling
     seed: int
     prompt: Sequence[int]
     generated: Sequence[int]
-    started: bool
+    unread: bool
 
     @property
     def position(self) -> int:
         """Index, among the model's own, of the token to be sampled next."""
-        return len(self.generated) + self.started
+        return len(self.generated) + self.unread
 
     def before(self, count: int) -> list[int]:
         """The last `count` tokens before the one that is fed next, or as many as there are."""
-        if not self.started:
+        if not self.unread and not self.generated:
             return list(self.prompt[max(0, len(self.prompt) - 1 - count) : -1])
-        known = list(self.generated[max(0, len(self.generated) - count) :])
+        known = self.generated_before()
+        known = known[max(0, len(known) - count) :]
         missing = count - len(known)
         return list(self.prompt[max(0, len(self.prompt) - missing) :] if missing else ()) + known
+
+    def generated_before(self) -> list[int]:
+        """The model's own tokens before the one that is fed next."""
+        return list(self.generated) if self.unread else list(self.generated[:-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural-log probabilities of the rows `rows`, as asked: [R] of the chosen, [R, K] of the most likely."""
+    """Natural-log probabilities of the rows `rows`, as asked: [R, T] of the chosen, [R, T, K] of the most likely."""
 
     rows: list[int]
     chosen: mx.array
@@ -66,6 +71,47 @@ class Logprobs:
         return [array for array in (self.chosen, self.top_tokens, self.top) if array is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What changes from step to step: `position` [B, 1] of the token chosen next, and what rows have said."""
+
+    position: mx.array | None
+    history: History | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """A sampler's view of T positions of each row.
+
+    `tokens` [B, T] are chosen; `logits` [B, T, V] are masked, biased and penalised.
+    """
+
+    tokens: mx.array
+    logits: mx.array
+    state: State
+    histories: Histories | None
+    draw: Draw | None
+    _weights: mx.array | None = None
+
+    @property
+    def weights(self) -> mx.array | None:
+        """[B, T, V]: the logarithms, up to a constant of the row, of what is drawn from; None where no row draws.
+
+        Made when it is first asked for: there are shorter ways to a token.
+        """
+        if self._weights is None and self.draw is not None:
+            self._weights = self.draw.weights(self.logits)
+        return self._weights
+
+    def after(self, last: mx.array | None = None) -> State:
+        """The state once the rows have taken the fed tokens up to index `last` [B], included; all of them for None."""
+        position = self.state.position
+        if position is not None:
+            steps = self.tokens.shape[1] if last is None else (last[:, None] + 1).astype(position.dtype)
+            position = position + steps
+        return State(position, None if self.histories is None else self.histories.after(last))
+
+
 class Sampler:
     """Chooses tokens for one composition of the batch."""
 
@@ -73,136 +119,112 @@ class Sampler:
         """`vocabulary` is the width of the logits."""
         settings = [row.sampling for row in rows]
         self._penalties = Penalties.of(rows, vocabulary)
-        self._bias = _dense_bias(settings, vocabulary)
+        self._bias = _Bias.of(settings)
         self._logprob_rows = [i for i, s in enumerate(settings) if s.logprobs is not None]
         self._logprob_tops = max((s.logprobs or 0 for s in settings), default=0)
-        self._draw: _Draw | None = None
+        self.draw: Draw | None = None
+        position = None
         if any(s.temperature > 0 for s in settings):
-            self._draw = _Draw(rows, vocabulary)
+            self.draw = Draw(rows, vocabulary)
+            position = mx.array([[row.position] for row in rows], dtype=mx.uint32)
+        self.state = State(position, None if self._penalties is None else self._penalties.start)
 
-    def __call__(self, logits: mx.array, fed: mx.array) -> tuple[mx.array, Logprobs | None]:
-        """Tokens [B] for logits [B, V], after the tokens `fed` [B]; and the log-probabilities that rows asked for."""
+    def __call__(self, logits: mx.array, fed: mx.array, mask: Mask | None = None) -> tuple[mx.array, Logprobs | None]:
+        """Tokens [B] for logits [B, V], after the tokens `fed` [B]; and the log-probabilities that rows asked for.
+
+        They are part of the rows from here on.
+        """
+        choice = self.choose(logits[:, None], fed[:, None], self.state, mask)
+        self.state = choice.after()
+        return choice.tokens[:, 0], self.logprobs(choice.logits, choice.tokens)
+
+    def choose(
+        self,
+        logits: mx.array,
+        fed: mx.array,
+        state: State,
+        mask: Mask | None = None,
+        *,
+        proposing: bool = False,
+        verifying: bool = False,
+    ) -> Choice:
+        """Tokens for logits [B, T, V], each after the tokens `fed` [B, T] up to its own, on top of `state`.
+
+        With `proposing`, rows that are not bound to their seed draw with noise that their own choice does not use. With
+        `verifying`, their tokens mean nothing: `weights` are what is wanted of them.
+        """
+        if mask is not None:
+            logits = mask.apply(logits)
         if self._bias is not None:
-            logits = logits + self._bias
-        if self._penalties is not None:
-            logits = self._penalties(logits, fed)
-        tokens = mx.argmax(logits, axis=-1)
-        if self._draw is not None:
-            tokens = self._draw(logits, tokens)
-        return tokens, self._logprobs(logits, tokens) if self._logprob_rows else None
+            logits = self._bias(logits)
+        histories = None
+        if self._penalties is not None and state.history is not None:
+            logits, histories = self._penalties(logits, fed, state.history)
+        choice = Choice(mx.argmax(logits, axis=-1), logits, state, histories, self.draw)
+        if self.draw is not None and state.position is not None and (self.draw.bound or not verifying):
+            choice.tokens = self.draw(choice, state.position, proposing=proposing)
+        return choice
 
-    def _logprobs(self, logits: mx.array, tokens: mx.array) -> Logprobs:
-        rows = mx.array(self._logprob_rows)
-        chosen_logits = logits[rows].astype(mx.float32)
-        logprobs = chosen_logits - mx.logsumexp(chosen_logits, axis=-1, keepdims=True)
-        chosen = mx.take_along_axis(logprobs, tokens[rows][:, None], axis=-1)[:, 0]
+    def logprobs(self, logits: mx.array, tokens: mx.array) -> Logprobs | None:
+        """Of `tokens` [B, T] and the most likely, by logits [B, T, V]; None when no row asked."""
+        if not self._logprob_rows:
+            return None
+        if len(self._logprob_rows) < logits.shape[0]:
+            rows = mx.array(self._logprob_rows)
+            logits, tokens = logits[rows], tokens[rows]
+        logits = logits.astype(mx.float32)
+        normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = (mx.take_along_axis(logits, tokens[..., None], axis=-1) - normaliser)[..., 0]
         if not self._logprob_tops:
             return Logprobs(self._logprob_rows, chosen, None, None)
-        best = most_likely(logprobs, self._logprob_tops)
-        return Logprobs(self._logprob_rows, chosen, best, mx.take_along_axis(logprobs, best, axis=-1))
+        best, values = most_likely(logits, self._logprob_tops)
+        return Logprobs(self._logprob_rows, chosen, best, values - normaliser)
 
 
-class _Draw:
-    """Draws for the rows with a temperature: Gumbel noise on the filtered, scaled logits, then argmax."""
+class _Bias:
+    """Every row's `logit_bias`: a few entries, written into the logits."""
 
-    def __init__(self, rows: Sequence[SamplingRow], vocabulary: int) -> None:
-        settings = [row.sampling for row in rows]
-        self._greedy = None
-        if any(s.temperature <= 0 for s in settings):
-            self._greedy = mx.array([s.temperature <= 0 for s in settings])
-        self._inverse = mx.array([[1 / s.temperature if s.temperature > 0 else 1.0] for s in settings])
-        self._filters = _Filters(settings, vocabulary)
-        keys = [key_of(row.seed) for row in rows]
-        self._key_high = mx.array([high for high, _ in keys], dtype=mx.uint32)
-        self._key_low = mx.array([low for _, low in keys], dtype=mx.uint32)
-        self._position = mx.array([row.position for row in rows], dtype=mx.uint32)
-        self._noise = mx.vmap(lambda key: mx.random.gumbel((vocabulary,), key=key))
+    def __init__(self, entries: Sequence[tuple[int, int, float]]) -> None:
+        """`entries` are (row, token, value)."""
+        rows, tokens, values = (mx.array(column) for column in zip(*entries, strict=True))
+        self._rows, self._tokens, self._values = rows[:, None], tokens[:, None], values[:, None]
 
-    def __call__(self, logits: mx.array, greedy: mx.array) -> mx.array:
-        keys = mx.stack([self._key_high, self._key_low + self._position], axis=-1)
-        self._position = self._position + 1
-        scaled = self._filters(logits.astype(mx.float32)) * self._inverse
-        drawn = mx.argmax(scaled + self._noise(keys), axis=-1)
-        return drawn if self._greedy is None else mx.where(self._greedy, greedy, drawn)
-
-
-class _Filters:
-    """top_p, min_p and top_k, each row with its own, neutral values included."""
-
-    def __init__(self, settings: Sequence[Sampling], vocabulary: int) -> None:
-        self._top_p = self._min_p = self._top_k = None
-        self._most = 0
-        if any(s.top_p < 1 for s in settings):
-            self._top_p = mx.array([[s.top_p] for s in settings])
-        if any(s.min_p > 0 for s in settings):
-            self._min_p = mx.log(mx.array([[s.min_p] for s in settings]))
-        limits = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in settings]
-        limited = [limit for limit in limits if limit < vocabulary]
-        if limited:
-            self._most = max(limited)
-            self._top_k = mx.array([[limit] for limit in limits])
+    @classmethod
+    def of(cls, settings: Sequence[Sampling]) -> _Bias | None:
+        """None when no row has one."""
+        entries = [(i, token, bias) for i, s in enumerate(settings) for token, bias in s.logit_bias.items()]
+        return cls(entries) if entries else None
 
     def __call__(self, logits: mx.array) -> mx.array:
-        kept = logits
-        if self._top_p is not None:
-            kept = mx.where(logits < top_p_threshold(logits, self._top_p), NONE, kept)
-        if self._min_p is not None:
-            # log p < log min_p + log p_max, in which the normaliser cancels
-            kept = mx.where(logits < mx.max(logits, axis=-1, keepdims=True) + self._min_p, NONE, kept)
-        if self._top_k is not None:
-            kept = mx.where(among_top_k(logits, self._top_k, self._most), kept, NONE)
-        return kept
+        """Logits [B, T, V], biased, in float32."""
+        target: Any = logits.astype(mx.float32)
+        biased: mx.array = target.at[self._rows, mx.arange(logits.shape[1])[None], self._tokens].add(self._values)
+        return biased
 
 
-def among_top_k(logits: mx.array, top_k: mx.array, most: int) -> mx.array:
-    """[B, V]: whether a logit is one of its row's `top_k` [B, 1] largest; all are where that is V or more.
+def most_likely(values: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Indices [..., count] of the largest of [..., V], largest first, and their values.
 
-    Exactly k of a row are, ties by position. `most` is the largest `top_k` below V.
+    The largest of all are among the groups with the largest maxima: of 128,000 values, a few thousand are sorted.
     """
-    chosen = mx.arange(most)[None] < top_k
-    mask = mx.broadcast_to(top_k >= logits.shape[-1], logits.shape)
-    return mx.put_along_axis(mask, most_likely(logits, most), chosen, axis=-1)
-
-
-def top_p_threshold(logits: mx.array, top_p: mx.array) -> mx.array:
-    """[B, 1]: the least logit of the smallest set of tokens whose probability reaches `top_p` [B, 1].
-
-    -inf for rows with top_p ≥ 1. Ties with the least stay in, as in mlx-lm.
-    """
-    ordered = -mx.sort(-logits, axis=-1)
-    probabilities = mx.softmax(ordered, axis=-1, precise=True)
-    before = mx.cumsum(probabilities, axis=-1, inclusive=False)
-    kept = mx.maximum((before < top_p).sum(axis=-1, keepdims=True), 1)
-    return mx.where(top_p >= 1, NONE, mx.take_along_axis(ordered, kept - 1, axis=-1))
-
-
-def most_likely(values: mx.array, count: int) -> mx.array:
-    """[B, count]: indices of the largest of [B, V], largest first."""
-    if count < values.shape[-1]:
-        found = mx.argpartition(-values, kth=count - 1, axis=-1)[:, :count]
+    size = values.shape[-1]
+    group = next((width for width in (64, 32, 16) if size % width == 0 and count * width * 4 <= size), 1)
+    if group > 1:
+        grouped = values.reshape(*values.shape[:-1], size // group, group)
+        groups = _largest(mx.max(grouped, axis=-1), count)
+        among = mx.take_along_axis(grouped, groups[..., None], axis=-2)
+        found = _largest(among.reshape(*values.shape[:-1], count * group), count)
+        found = mx.take_along_axis(groups, found // group, axis=-1) * group + found % group
     else:
-        found = mx.broadcast_to(mx.arange(values.shape[-1])[None], values.shape)
-    order = mx.argsort(-mx.take_along_axis(values, found, axis=-1), axis=-1)
-    return mx.take_along_axis(found, order, axis=-1)
+        found = _largest(values, min(count, size))
+    best = mx.take_along_axis(values, found, axis=-1)
+    order = mx.argsort(-best, axis=-1)
+    return mx.take_along_axis(found, order, axis=-1), mx.take_along_axis(best, order, axis=-1)
 
 
-def key_of(seed: int) -> tuple[int, int]:
-    """A counter-based generator's key: 64 well-mixed bits of the seed. The token's position is added to the second.
-
-    The mixing is SplitMix64's (Steele, Lea and Flood, OOPSLA 2014).
-    """
-    z = (seed + 0x9E3779B97F4A7C15) & _64_BITS
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _64_BITS
-    z ^= z >> 31
-    return z >> 32, z & 0xFFFFFFFF
-
-
-def _dense_bias(settings: Sequence[Sampling], vocabulary: int) -> mx.array | None:
-    entries = [(i, token, bias) for i, s in enumerate(settings) for token, bias in s.logit_bias.items()]
-    if not entries:
-        return None
-    rows, tokens, values = (mx.array(column) for column in zip(*entries, strict=True))
-    zeros: Any = mx.zeros((len(settings), vocabulary))
-    dense: mx.array = zeros.at[rows, tokens].add(values)
-    return dense
+def _largest(values: mx.array, count: int) -> mx.array:
+    """Indices of the `count` largest, in any order."""
+    size = values.shape[-1]
+    if count >= size:
+        return mx.broadcast_to(mx.arange(size, dtype=mx.uint32), values.shape)
+    return mx.argpartition(values, kth=size - count, axis=-1)[..., size - count :]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.engine.detokenizer import ByteDetokenizer, Detokenizer, PrefixDetokenizer, TokenBytes, token_bytes
+from runner.engine.detokenizer import (
+    ByteDetokenizer,
+    Detokenizer,
+    MarkingDetokenizer,
+    PrefixDetokenizer,
+    TokenBytes,
+    token_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,18 @@ class Tokenizer:
         """Ids of a rendered chat template, which has written every special token itself."""
         return self.encode_ids(text, False)
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one row."""
-        return PrefixDetokenizer(self.decode_ids) if self.bytes_of is None else ByteDetokenizer(self.bytes_of)
+    def detokenizer(self, markers: Mapping[int, str] | None = None) -> Detokenizer:
+        """A fresh one, for one row; it spells the special tokens in `markers`."""
+        plain = PrefixDetokenizer(self.decode_ids) if self.bytes_of is None else ByteDetokenizer(self.bytes_of)
+        return MarkingDetokenizer(plain, markers) if markers else plain
+
+    def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """Those of `texts` that are special tokens, by id."""
+        if self.backend is None:
+            return {}
+        added = self.backend.get_added_tokens_decoder()
+        ids = {text: self.backend.token_to_id(text) for text in texts}
+        return {token: text for text, token in ids.items() if token in added and added[token].special}
 
     def label(self, token: int) -> tuple[str, list[int]]:
         """How to show one token in a list of log-probabilities: its text and its bytes. Special tokens are spelled."""

@@ -43,7 +43,12 @@ class Disconnected:
     connection: int
 
 
-Event = Connected | Disconnected | ToEngine
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """The engine has something to do that came from none of the runners."""
+
+
+Event = Connected | Disconnected | Woken | ToEngine
 
 
 class Transport:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.engine.loader import LoadedModel, load
-from tests.engine.tiny import build_model
+from tests.engine.tiny import WIDE, build_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,13 +24,17 @@ ModelFolder = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """`model_folder(model_type, bits=0)`: a folder that tests share and do not write to."""
-    built: dict[tuple[str, int], Path] = {}
+    """`model_folder(model_type, bits=0, wide=False)`: a folder that tests share and do not write to. Wide heads have 64
+    values, which a quantised KV cache needs."""
+    built: dict[tuple[str, int, bool], Path] = {}
 
-    def get(model_type: str = "llama", bits: int = 0) -> Path:
-        key = (model_type, bits)
+    def get(model_type: str = "llama", bits: int = 0, *, wide: bool = False) -> Path:
+        key = (model_type, bits, wide)
         if key not in built:
-            built[key] = build_model(tmp_path_factory.mktemp(f"{model_type}-{bits}"), model_type, bits=bits)
+            folder = tmp_path_factory.mktemp(f"{model_type}-{bits}")
+            built[key] = build_model(
+                folder, model_type, bits=bits, config=WIDE.get(model_type, WIDE[""]) if wide else {}
+            )
         return built[key]
 
     return get

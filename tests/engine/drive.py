@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import mlx.core as mx
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel
 from runner.engine.loop import Engine
+from runner.engine.speculative.speculation import Speculation
 from runner.protocol import Delta, FromEngine, Generate, Rejected, Sampling, Step, TokenLogprob, Usage
 
 
@@ -42,10 +44,15 @@ class Answer:
 class Driver:
     """An engine and the answers so far, by request id."""
 
-    def __init__(self, loaded: LoadedModel, memory_limit: int = 0, **limits: Any) -> None:
+    def __init__(
+        self, loaded: LoadedModel, memory_limit: int = 0, speculation: Speculation | None = None, **limits: Any
+    ) -> None:
         self.frames: list[FromEngine] = []
         self.answers: dict[int, Answer] = {}
-        self.engine = Engine(loaded, Limits(**limits), self._receive, memory_limit)
+        self._woken: SimpleQueue[None] = SimpleQueue()
+        self.engine = Engine(
+            loaded, Limits(**limits), self._receive, memory_limit, lambda: self._woken.put(None), speculation
+        )
 
     def _receive(self, frame: FromEngine) -> None:
         self.frames.append(frame)
@@ -65,8 +72,10 @@ class Driver:
 
     def drain(self, steps: int = 100_000) -> dict[int, Answer]:
         """Step until nothing is left to do."""
-        while self.engine.busy:
+        while self.engine.busy or self.engine.rows:
             assert steps, "the engine does not come to an end"
+            if not self.engine.busy:
+                self._woken.get(timeout=30)  # a grammar is being compiled
             self.engine.step()
             steps -= 1
         return self.answers

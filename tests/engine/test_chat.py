@@ -109,3 +109,11 @@ def test_reasoning_is_found_under_every_name() -> None:
 
 def test_tools_reach_the_template() -> None:
     assert prompt("{{ tools[0].function.name }}", user("hi"), tools=[{"function": {"name": "f"}}]) == "f"
+
+
+def test_the_last_message_can_be_the_beginning_of_the_answer() -> None:
+    template = ChatTemplate(jinja_render("{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}", {}))
+    messages = [*user("Count"), {"role": "assistant", "content": "1, 2, "}]
+    assert template.prompt(messages, {}, continue_final=True) == "<user>Count<end><assistant>1, 2,"
+    with pytest.raises(InvalidRequest, match="no text to go on from"):
+        template.prompt([*user("Count"), {"role": "assistant", "content": " "}], {}, continue_final=True)

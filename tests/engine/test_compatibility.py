@@ -40,21 +40,32 @@ def test_one_that_does_not_is_served_one_row_at_a_time(model_folder: ModelFolder
 
 
 class Wrong:
-    """A model that lets rows see their neighbours' padding: it drops the mask whenever there are several."""
+    """A model that takes all rows for as long as the first, whenever there are several."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
         if tokens.shape[0] > 1:
-            for layer in cache:
-                layer.left_padding = mx.zeros_like(layer.left_padding)
+            cache = [SameOffset(layer) for layer in cache]
         return self._model(tokens, cache=cache)
 
 
+class SameOffset:
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    @property
+    def offset(self) -> int:
+        return int(mx.array(self._layer.offset).reshape(-1)[0].item())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
 def test_silently_wrong_is_found_out(llama: LoadedModel) -> None:
-    assert batches(llama.model, llama.new_cache, llama.vocabulary)
-    assert not batches(Wrong(llama.model), llama.new_cache, llama.vocabulary)
+    assert batches(llama.model, llama.layout, llama.vocabulary)
+    assert not batches(Wrong(llama.model), llama.layout, llama.vocabulary)
 
 
 def test_a_model_that_fails_even_alone_is_not_taken_for_one_that_does_not_batch(llama: LoadedModel) -> None:
@@ -62,4 +73,4 @@ def test_a_model_that_fails_even_alone_is_not_taken_for_one_that_does_not_batch(
         raise ValueError("no such kernel")
 
     with pytest.raises(ValueError, match="no such kernel"):
-        batches(broken, llama.new_cache, llama.vocabulary)
+        batches(broken, llama.layout, llama.vocabulary)

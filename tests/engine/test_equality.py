@@ -1,7 +1,7 @@
 """A batch of N rows gives each row the very tokens it gets alone.
 
 Whatever joins, leaves or is cancelled around it; whichever adapter it has; whether its prompt begins in the prefix
-cache; and, with a seed, whichever way it samples.
+cache; whatever grammar it has to match; whatever a draft model proposes; and, with a seed, whichever way it samples.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runner.engine.loader import load
-from runner.protocol import AdapterSource, Generate
+from runner.protocol import AdapterSource, Generate, Grammar
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Answer, Driver, generate
+from tests.engine.speculative.drafts import SLACK, Kind, draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main(): return 42") * 2
@@ -30,6 +31,15 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 8},
     {"repetition_penalty": 1.4, "repetition_context_size": 12},
     {"temperature": 0.7, "seed": 9, "presence_penalty": 0.5, "frequency_penalty": 0.4, "logit_bias": {40: 2.0}},
+)
+
+GRAMMARS: tuple[Grammar | None, ...] = (
+    None,
+    None,
+    None,
+    Grammar("regex", "[a-z ]{3,40}", "regex"),
+    Grammar("lark", 'start: ("(" start ")" | /[0-9]/)+', "lark"),
+    Grammar("json", '{"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "type": "object"}', "json"),
 )
 
 
@@ -43,38 +53,47 @@ class Planned:
     max_tokens: int
     adapter: str
     sampling: int
+    grammar: int
     cancelled_after: int | None
 
     def request(self, request_id: int) -> Generate:
         prompt = TEXT[self.start : self.start + self.length]
-        fields = SAMPLINGS[self.sampling]
+        fields = {**SAMPLINGS[self.sampling], "grammar": GRAMMARS[self.grammar]}
         return generate(request_id, prompt=prompt, adapter=self.adapter, max_tokens=self.max_tokens, **fields)
 
 
-def plans(adapters: tuple[str, ...]) -> st.SearchStrategy[list[Planned]]:
-    """Up to eight requests within a dozen steps. Few beginnings, so that prompts share them."""
+def plans(adapters: tuple[str, ...], most: int = 14) -> st.SearchStrategy[list[Planned]]:
+    """Up to eight requests within a dozen steps, of `most` tokens at most. Few beginnings, so that they are shared."""
     planned = st.builds(
         Planned,
         arrives=st.sampled_from([0, 0, 0, 1, 2, 4, 9]),
         start=st.sampled_from([0, 3, 11]),
         length=st.sampled_from([1, 2, 5, 13, 14, 31, 60]),
-        max_tokens=st.integers(1, 14),
+        max_tokens=st.integers(1, most),
         adapter=st.sampled_from(adapters),
         sampling=st.integers(0, len(SAMPLINGS) - 1),
+        grammar=st.integers(0, len(GRAMMARS) - 1),
         cancelled_after=st.none() | st.none() | st.integers(0, 10),
     )
     return st.lists(planned, min_size=2, max_size=8)
 
 
 class Pair:
-    """Two engines on the same weights: one for batches, one for each request alone, its answers remembered."""
+    """Two engines on the same weights: one for batches, one for each request alone, its answers remembered.
 
-    def __init__(self, folder: Path, adapters: dict[str, Path], **limits: Any) -> None:
-        self.batched = Driver(load(folder), **limits)
+    The one for batches may have a draft, whose rounds are of all lengths, with plain steps between them.
+    """
+
+    def __init__(self, folder: Path, adapters: dict[str, Path], draft: Path | None = None, **limits: Any) -> None:
+        target = load(folder, slack=SLACK if draft else 0)
+        speculation = None if draft is None else speculating(target, draft, erratic())
+        self.batched = Driver(target, speculation=speculation, num_draft_tokens=5, **limits)
         self._alone = Driver(load(folder), max_rows=1, prefill_step_size=4096)
         for driver in (self.batched, self._alone):
             for key, path in adapters.items():
                 driver.engine.load_adapter(AdapterSource(key, str(path)))
+            for grammar in GRAMMARS:
+                driver.one(prompt=TEXT[:1], max_tokens=1, grammar=grammar)
         self._known: dict[Planned, Answer] = {}
 
     def alone(self, planned: Planned) -> Answer:
@@ -109,11 +128,11 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """`pair(model_type, bits, adapters)`: engines with small chunks, few rows and a prefix cache."""
-    built: dict[tuple[str, int, bool], Pair] = {}
+    """`pair(model_type, bits, adapters, draft)`: engines with small chunks, few rows and a prefix cache."""
+    built: dict[tuple[str, int, bool, Kind | None], Pair] = {}
 
-    def get(model_type: str, bits: int = 0, *, adapters: bool = False) -> Pair:
-        key = (model_type, bits, adapters)
+    def get(model_type: str, bits: int = 0, *, adapters: bool = False, draft: Kind | None = None) -> Pair:
+        key = (model_type, bits, adapters, draft)
         if key not in built:
             folder = model_folder(model_type, bits)
             paths = {}
@@ -123,7 +142,8 @@ def pair(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) ->
                     path = tmp_path_factory.mktemp(name)
                     paths[name] = write_mlx(path, draw(shapes, rank, rank), keys=None, scale=1.0)
             limits = {"max_rows": 4, "prefill_step_size": 40, "prefix_cache_bytes": 200_000}
-            built[key] = Pair(folder, paths, **limits)
+            small = None if draft is None else draft_folder(folder, tmp_path_factory.mktemp("draft") / draft, draft)
+            built[key] = Pair(folder, paths, small, **limits)
         return built[key]
 
     return get
@@ -136,6 +156,32 @@ bounded = settings(deadline=None, derandomize=True, database=None, suppress_heal
 @settings(bounded, max_examples=30)
 def test_base_adapters_and_mixes(pair: Callable[..., Pair], schedule: list[Planned]) -> None:
     pair("llama", adapters=True).check(schedule)
+
+
+@pytest.mark.parametrize("draft", ["perturbed", "unrelated"])
+@given(schedule=plans(("", "", "a", "b")))
+@settings(bounded, max_examples=12)
+def test_with_a_draft(pair: Callable[..., Pair], draft: Kind, schedule: list[Planned]) -> None:
+    pair("llama", adapters=True, draft=draft).check(schedule)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("draft", ["self", "perturbed", "unrelated"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "qwen3_moe"])
+@given(schedule=plans(("", "", "a", "b"), most=60))
+@settings(bounded, max_examples=150)
+def test_with_a_draft_at_length(
+    pair: Callable[..., Pair], model_type: str, draft: Kind, schedule: list[Planned]
+) -> None:
+    pair(model_type, adapters=model_type != "qwen3_moe", draft=draft).check(schedule)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "qwen3_moe"])
+@given(schedule=plans(("",)))
+@settings(bounded, max_examples=6)
+def test_other_architectures_with_a_draft(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
+    pair(model_type, draft="perturbed").check(schedule)
 
 
 @given(schedule=plans(("", "a", "b")))

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from runner.engine.loader import eos_ids, load
 from runner.errors import EngineLoadError
 from tests.engine.conftest import ModelFolder
-from tests.engine.drive import Driver
+from tests.engine.drive import Driver, generate
 from tests.engine.tiny import build_model, build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -118,14 +118,27 @@ def test_weights_that_do_not_fit(tmp_path: Path, config: dict[str, Any], reason:
     assert error.value.message.startswith("broken cannot be loaded")
 
 
-def test_a_cache_that_holds_one_row_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_of_a_kind_that_is_not_known_serve_one_row_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_lm.models import llama
     from mlx_lm.models.cache import ChunkedKVCache
 
     folder = build_model(tmp_path / "chunked")
-    monkeypatch.setattr(llama.Model, "make_cache", lambda self: [ChunkedKVCache(8) for _ in self.layers])
-    with pytest.raises(EngineLoadError, match=r"chunked cannot be served.*ChunkedKVCache"):
-        load(folder)
+    expected = Driver(load(folder)).one(prompt=[9, 8, 7, 6], max_tokens=9).text
+    monkeypatch.setattr(llama.Model, "make_cache", lambda self: [ChunkedKVCache(64) for _ in self.layers])
+    loaded = load(folder)
+    assert loaded.layout.unknown == ["ChunkedKVCache"]
+    assert not loaded.layout.trimmable
+    assert not loaded.batches
+    assert "one at a time" in loaded.notes[0]
+    driver = Driver(loaded, prefix_cache_bytes=1 << 20, prefill_step_size=2)
+    answers = driver.run([generate(i, prompt=[9, 8, 7, 6], max_tokens=9) for i in range(2)])
+    assert [answers[i].text for i in range(2)] == [expected] * 2
+    following = driver.one(prompt=[9, 8, 7, 5], max_tokens=9)
+    assert following.usage is not None
+    assert following.usage.cached_tokens == 3
+    assert following.text == Driver(loaded).one(prompt=[9, 8, 7, 5], max_tokens=9).text
 
 
 def test_the_narrow_way_imports_no_transformers_and_lowers_no_limits(model_folder: ModelFolder) -> None:

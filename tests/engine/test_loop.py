@@ -10,9 +10,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel, load
+from runner.engine.loop import Engine
 from runner.errors import EngineDied
-from runner.protocol import AdapterSource, Configure, Step
+from runner.protocol import AdapterSource, Configure, Delta, FromEngine, Generate, Step, Usage
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, active_memory, generate
@@ -30,7 +32,7 @@ def test_counts_tokens_and_ends_by_length(llama: LoadedModel) -> None:
     answer = Driver(llama).one(prompt=PROMPT, max_tokens=7)
     assert (answer.tokens, answer.finish_reason, answer.ends) == (7, "length", 1)
     assert answer.usage is not None
-    assert tuple(getattr(answer.usage, f) for f in answer.usage.__struct_fields__) == (len(PROMPT), 7, 0)
+    assert answer.usage == Usage(prompt_tokens=len(PROMPT), completion_tokens=7)
 
 
 def test_the_context_ends_an_answer(llama: LoadedModel) -> None:
@@ -337,3 +339,21 @@ def test_a_trial_leaves_no_trace(llama: LoadedModel) -> None:
     assert driver.frames == []
     stats = driver.engine.stats()
     assert (stats.completion_tokens_total, stats.steps_total, stats.prefix_cache_bytes) == (0, 0, 0)
+
+
+def test_the_first_delta_and_the_last_have_usage(llama: LoadedModel) -> None:
+    frames: list[FromEngine] = []
+    engine = Engine(llama, Limits(), frames.append)
+    engine.submit(Generate(id=1, prompt=PROMPT, max_tokens=3))
+    while engine.busy:
+        engine.step()
+    deltas = [delta for frame in frames if isinstance(frame, Step) for delta in frame.deltas]
+    assert [delta.usage for delta in deltas] == [Usage(len(PROMPT), 1), None, Usage(len(PROMPT), 3)]
+
+
+def test_a_request_that_only_counts_is_answered_at_once(llama: LoadedModel) -> None:
+    frames: list[FromEngine] = []
+    engine = Engine(llama, Limits(), frames.append)
+    engine.submit(Generate(id=4, prompt=PROMPT, count_only=True))
+    assert not engine.busy
+    assert frames == [Step([Delta(4, "", 0, "stop", Usage(len(PROMPT), 0))])]

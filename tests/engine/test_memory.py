@@ -15,7 +15,7 @@ PROMPT = encode("the quick brown fox, hello world. def main")
 
 @pytest.fixture(scope="module")
 def token_bytes(llama: LoadedModel) -> float:
-    return cache_bytes_per_token(llama.model, llama.new_cache)
+    return cache_bytes_per_token(llama.model, llama.layout)
 
 
 def test_a_token_is_what_the_caches_hold_for_it(llama: LoadedModel, token_bytes: float) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_repetition_penalty
 
-from runner.engine.penalties import Penalties
+from runner.engine.penalties import History, Penalties
 from runner.engine.sampling import SamplingRow
 from runner.protocol import Sampling
 
@@ -50,6 +50,7 @@ def test_equal_the_definition(rows: list[Any], steps: list[list[int]], rebuilt: 
     prompts = [prompt for _, prompt in rows]
     generated: list[list[int]] = [[] for _ in rows]
     applied: Penalties | None = None
+    history: History | None = None
     fed = [prompt[-1] for prompt in prompts]
     for step, sampled in enumerate(steps):
         if step in (0, rebuilt):
@@ -58,8 +59,12 @@ def test_equal_the_definition(rows: list[Any], steps: list[list[int]], rebuilt: 
                 # The last of the model's own is fed in this step; the first step feeds the prompt's last.
                 state.append(SamplingRow(s, 0, prompt, own[:-1], bool(own)))
             applied = Penalties.of(state, VOCABULARY)
+            history = None if applied is None else applied.start
         logits = mx.random.normal((len(rows), VOCABULARY), key=mx.random.key(step))
-        got = logits if applied is None else applied(logits, mx.array(fed, dtype=mx.uint32))
+        got = logits
+        if applied is not None and history is not None:
+            penalised, histories = applied(logits[:, None], mx.array(fed, dtype=mx.uint32)[:, None], history)
+            got, history = penalised[:, 0], histories.after()
         for i, s in enumerate(settings_of):
             expected = reference(np.array(logits[i].tolist()), s, prompts[i], generated[i])
             np.testing.assert_allclose(np.array(got[i].tolist()), expected, atol=1e-5)
@@ -68,11 +73,52 @@ def test_equal_the_definition(rows: list[Any], steps: list[list[int]], rebuilt: 
             own.append(token)
 
 
+@given(
+    rows=st.lists(
+        st.tuples(penalties, st.lists(tokens, min_size=1, max_size=6), st.booleans()), min_size=1, max_size=4
+    ),
+    rounds=st.lists(
+        st.lists(st.tuples(st.lists(tokens, min_size=4, max_size=4), st.integers(0, 3)), min_size=4, max_size=4),
+        min_size=1,
+        max_size=3,
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_several_tokens_at_once_equal_one_by_one(rows: list[Any], rounds: list[Any]) -> None:
+    """Each round feeds every row four tokens, of which it keeps another number each time."""
+    settings_of = [Sampling(**fields) for fields, _, _ in rows]
+    prompts = [prompt for _, prompt, _ in rows]
+    started = [begun for _, _, begun in rows]
+    applied = Penalties.of([SamplingRow(Sampling(**s), 0, p, [], b) for s, p, b in rows], VOCABULARY)
+    if applied is None:
+        return
+    history = applied.start
+    said: list[list[int]] = [[] for _ in rows]
+    for number, round_ in enumerate(rounds):
+        fed = [tokens for tokens, _ in round_[: len(rows)]]
+        if number == 0:
+            fed = [t if b else [p[-1], *t[1:]] for t, p, b in zip(fed, prompts, started, strict=True)]
+        logits = mx.random.normal((len(rows), 4, VOCABULARY), key=mx.random.key(number))
+        got, histories = applied(logits, mx.array(fed, dtype=mx.uint32), history)
+        for i, s in enumerate(settings_of):
+            for j in range(4):
+                own = said[i] + fed[i][: j + 1]
+                if not started[i]:
+                    own = own[1:]
+                expected = reference(np.array(logits[i, j].tolist()), s, prompts[i], own)
+                np.testing.assert_allclose(np.array(got[i, j].tolist()), expected, atol=1e-5)
+        last = [kept for _, kept in round_[: len(rows)]]
+        history = histories.after(mx.array(last))
+        for own, tokens_fed, kept in zip(said, fed, last, strict=True):
+            own += tokens_fed[: kept + 1]
+
+
 def test_repetition_equals_upstream() -> None:
     context = [3, 1, 4, 1, 5, 9]
     logits = mx.random.normal((1, VOCABULARY))
     row = SamplingRow(Sampling(repetition_penalty=1.5, repetition_context_size=4), 0, context, [], False)
-    ours = Penalties([row], VOCABULARY)(logits, mx.array([context[-1]], dtype=mx.uint32))
+    applied = Penalties([row], VOCABULARY)
+    ours = applied(logits[:, None], mx.array([[context[-1]]], dtype=mx.uint32), applied.start)[0][:, 0]
     upstream = make_repetition_penalty(1.5, 4)(mx.array(context), logits + 0)
     assert mx.allclose(ours, upstream, atol=1e-6)
 

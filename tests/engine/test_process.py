@@ -26,6 +26,7 @@ from runner.protocol import (
     Cancel,
     Configure,
     DropAdapter,
+    Grammar,
     Hello,
     LoadAdapter,
     Loaded,
@@ -39,6 +40,7 @@ from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_
 from tests.engine.client import Client, EngineChild, engine_child
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
+from tests.engine.speculative.drafts import draft_folder
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 ENDLESS = 400
@@ -95,6 +97,66 @@ def test_greets_loads_and_streams(start: Callable[..., EngineChild], model_folde
     in_process = Driver(load(model_folder("llama")))
     assert answer.text == in_process.one(messages=MESSAGES, max_tokens=20).text
     assert client.wait(Stats, rows=0, completion_tokens_total=20).active_bytes > 0
+
+
+def test_a_draft_is_loaded_beside_the_model(
+    start: Callable[..., EngineChild], model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    draft = draft_folder(model_folder("llama"), tmp_path / "draft", "self")
+    client = start(draft=str(draft), num_draft_tokens=3).connect()
+    loaded = client.wait(Loaded)
+    alone = load(model_folder("llama"))
+    assert loaded.weights_bytes == 2 * alone.weights_bytes
+    client.send(generate(1, messages=MESSAGES, max_tokens=60))
+    answer = client.finish(1)
+    assert answer.text == Driver(alone).one(messages=MESSAGES, max_tokens=60).text
+    stats = client.wait(Stats, rows=0, completion_tokens_total=60)
+    assert answer.usage is not None
+    assert answer.usage.accepted_tokens <= stats.accepted_tokens_total <= stats.drafted_tokens_total
+
+
+def test_a_draft_with_other_tokens_is_refused(
+    start: Callable[..., EngineChild], model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    draft = draft_folder(model_folder("llama"), tmp_path / "draft", "self")
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    numbers = list(vocabulary.values())
+    tokenizer["model"]["vocab"] = dict(zip(vocabulary, numbers[1:] + numbers[:1], strict=True))
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    child = start(draft=str(draft), num_draft_tokens=3)
+    failed = child.connect().wait(LoadFailed)
+    assert failed.reason.startswith(f"draft {draft} has another tokenizer than the model: ")
+    assert "same family" in failed.hint
+    assert child.exit_code() == 1
+
+
+def test_a_draft_folder_that_is_no_model_is_named(start: Callable[..., EngineChild], tmp_path: Path) -> None:
+    failed = start(draft=str(tmp_path), num_draft_tokens=3).connect().wait(LoadFailed)
+    assert failed.reason == f"draft {tmp_path}: {tmp_path} is not a model folder: config.json is missing"
+
+
+def test_a_model_that_cannot_take_tokens_back_goes_without_its_draft(
+    start: Callable[..., EngineChild], model_folder: ModelFolder
+) -> None:
+    child = start(path=model_folder("lfm2"), draft=str(model_folder("llama")), num_draft_tokens=3)
+    client = child.connect()
+    loaded = client.wait(Loaded)
+    (note,) = [note for note in loaded.notes if "speculation" in note]
+    assert note == "no speculation: the model (lfm2ForCausalLM) keeps a state from which no token can be taken back"
+    client.send(generate(1, messages=MESSAGES, max_tokens=10))
+    assert client.finish(1).tokens == 10
+    assert client.wait(Stats, rows=0, completion_tokens_total=10).drafted_tokens_total == 0
+
+
+def test_keeps_keys_and_values_in_the_bits_of_its_spec(
+    start: Callable[..., EngineChild], model_folder: ModelFolder
+) -> None:
+    child = start(path=model_folder("gemma3_text", wide=True), kv_bits=8, kv_group_size=32)
+    assert "2 of 4 layers stay as they are" in child.connect().wait(Loaded).notes[-1]
+    narrow = start(kv_bits=8, kv_group_size=64).connect().wait(LoadFailed)
+    assert narrow.reason.startswith("kv_cache.bits: ")
+    assert "group_size" in narrow.hint
 
 
 def test_refuses_what_it_cannot_do(client: Client) -> None:
@@ -304,3 +366,14 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, spec: str | None) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "engine cannot start" in done.stderr
+
+
+def test_a_grammar_is_kept_and_a_bad_one_is_refused(client: Client) -> None:
+    """The first one is compiled while nothing else keeps the engine awake."""
+    grammar = Grammar("regex", "[a-f]{3}", "structured_outputs.regex")
+    client.send(generate(1, messages=MESSAGES, max_tokens=20, grammar=grammar))
+    answer = client.finish(1)
+    assert (len(answer.text), answer.finish_reason) == (3, "stop")
+    assert set(answer.text) <= set("abcdef")
+    client.send(generate(2, messages=MESSAGES, grammar=Grammar("regex", "(", "structured_outputs.regex")))
+    assert client.wait(Rejected).param == "structured_outputs.regex"

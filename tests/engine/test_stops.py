@@ -63,3 +63,11 @@ def test_what_was_held_comes_out_at_the_end() -> None:
     assert watcher.feed("text##") == ("text", False)
     assert watcher.flush() == "##"
     assert watcher.flush() == ""
+
+
+def test_says_which_stop_it_was() -> None:
+    watcher = StopStrings(["END", "STOP"])
+    assert watcher.matched == ""
+    watcher.feed("a ST")
+    watcher.feed("OP")
+    assert watcher.matched == "STOP"

@@ -115,6 +115,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+WIDE: dict[str, dict[str, Any]] = {
+    "": {"head_dim": 64},
+    "lfm2": {"num_attention_heads": 1, "num_key_value_heads": 1},
+}
+"""What gives a model type heads of 64 values; "" for those that are not named."""
+
+
 def build_model(
     folder: Path, model_type: str = "llama", *, seed: int = 0, bits: int = 0, config: Mapping[str, Any] | None = None
 ) -> Path:

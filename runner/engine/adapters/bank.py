@@ -19,19 +19,24 @@ from mlx.utils import tree_unflatten
 from runner.engine.adapters import mlx_format, peft_format
 from runner.engine.adapters.check import AdaptableModules, adaptable_modules, check
 from runner.engine.adapters.experts import AdaptedExperts, AdaptedSwitchLinear
-from runner.engine.adapters.formats import Adapter, AdapterRefusal, LowRank, require_folder
+from runner.engine.adapters.formats import Adapter, AdapterRefusal, require_folder
 from runner.engine.adapters.layers import AdaptedLinear, CurrentSlots, RowSlots
-from runner.engine.adapters.stack import Stack
+from runner.engine.adapters.sites import Site, Sites
+from runner.engine.adapters.stack import Change, Stack
 from runner.protocol import AdapterLoaded, AdapterSource
 
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """One adapter in memory. `rows` run with it; once `dropped`, it is freed when the last of them ends."""
+    """One adapter in memory. `rows` run with it; once `dropped`, it is freed when the last of them ends.
+
+    `rank` is the largest of a layer, `ranks` are those of the sites, `nbytes` what its own tensors take.
+    """
 
     key: str
     slot: int
     layers: frozenset[str]
+    ranks: dict[Site, int]
     rank: int
     nbytes: int
     rows: int = 0
@@ -48,7 +53,8 @@ class AdapterBank:
         self._model = model
         self._dtype = dtype
         self._modules: AdaptableModules = adaptable_modules(model)
-        self._wrapped: dict[str, AdaptedLinear | AdaptedSwitchLinear] = {}
+        self._sites = Sites(self._modules.layers)
+        self._wrapped: dict[Site, AdaptedLinear | AdaptedSwitchLinear] = {}
         self._blocks: dict[str, AdaptedExperts] = {}
         self._residents: list[Resident] = []
 
@@ -111,47 +117,49 @@ class AdapterBank:
 
     def _add(self, key: str, adapter: Adapter) -> Resident:
         layers = check(adapter, self._modules)
-        stacks = {path: self._stack_with(path, layers.get(path)) for path in self._wrapped.keys() | layers.keys()}
+        changes = self._sites.changes(layers, self._dtype)
+        stacks = {site: self._stack_with(site, changes.get(site)) for site in self._wrapped.keys() | changes.keys()}
         mx.eval([stack.arrays for stack in stacks.values() if stack is not None])
-        itemsize = self._dtype.size
         resident = Resident(
             key=key,
             slot=len(self._residents) + 1,
             layers=frozenset(layers),
+            ranks={site: change.rank for site, change in changes.items()},
             rank=max(change.rank for change in layers.values()),
-            nbytes=sum((change.a.size + change.b.size) * itemsize for change in layers.values()),
+            nbytes=sum((change.a.size + change.b.size) * self._dtype.size for change in layers.values()),
         )
-        for path, stack in stacks.items():
-            if path not in self._wrapped:
-                self._wrap(path)
-            self._wrapped[path].stack = stack
+        for site, stack in stacks.items():
+            if site not in self._wrapped:
+                self._wrapped[site] = self._wrap(site)
+            self._wrapped[site].stack = stack
         self._residents.append(resident)
         return resident
 
-    def _stack_with(self, path: str, change: LowRank | None) -> Stack | None:
-        """The layer's stack with one more slot, for `change` or, where it is None, for no change."""
-        old = self._wrapped[path].stack if path in self._wrapped else None
+    def _stack_with(self, site: Site, change: Change | None) -> Stack | None:
+        """The site's stack with one more slot, for `change` or, where it is None, for no change."""
+        old = self._wrapped[site].stack if site in self._wrapped else None
         if change is None:
             return None if old is None else old.appended_nothing()
-        a, b = change.a.astype(self._dtype), change.b.astype(self._dtype)
-        factor = None
-        if change.magnitude is not None:
-            factor = (change.magnitude / _adapted_norms(self._modules.layers[path], change)).astype(self._dtype)
-        return (old or Stack.empty(len(self._residents) + 1, a, b)).appended(a, b, factor)
+        return (old or Stack.empty(len(self._residents) + 1, change)).appended(change)
 
-    def _wrap(self, path: str) -> None:
+    def _wrap(self, site: Site) -> AdaptedLinear | AdaptedSwitchLinear:
+        if site.joined is not None:
+            site.joined.layer = wrapped = AdaptedLinear(site.joined.layer, self._current)
+            return wrapped
+        (path,) = site.paths
         base = self._modules.layers[path]
         if isinstance(base, nn.Linear | nn.QuantizedLinear):
-            self._wrapped[path] = AdaptedLinear(base, self._current)
-            self._replace(path, self._wrapped[path])
-            return
+            linear = AdaptedLinear(base, self._current)
+            self._replace(path, linear)
+            return linear
         block_path, _, name = path.rpartition(".")
         block = self._blocks.get(block_path)
         if block is None:
             block = self._blocks[block_path] = AdaptedExperts(self._modules.blocks[block_path], self._current)
             self._replace(block_path, block)
-        self._wrapped[path] = AdaptedSwitchLinear(base, block.routed)
-        setattr(block.base, name, self._wrapped[path])
+        experts = AdaptedSwitchLinear(base, block.routed)
+        setattr(block.base, name, experts)
+        return experts
 
     def _replace(self, path: str, module: nn.Module) -> None:
         self._model.update_modules(tree_unflatten([(path, module)]))
@@ -160,9 +168,9 @@ class AdapterBank:
         if not resident.dropped or resident.rows or resident not in self._residents:
             return
         self._residents.remove(resident)
-        for path, layer in self._wrapped.items():
+        for site, layer in self._wrapped.items():
             if layer.stack is not None:
-                ranks = [r.rank for r in self._residents if path in r.layers]
+                ranks = [r.ranks[site] for r in self._residents if site in r.ranks]
                 layer.stack = layer.stack.without(resident.slot, max(ranks)) if ranks else None
         for other in self._residents:
             other.slot -= other.slot > resident.slot
@@ -181,14 +189,3 @@ def read_adapter(folder: Path, scale: float | None) -> Adapter:
         raise AdapterRefusal(f"{folder / 'adapter_config.json'} is not an object")
     read = peft_format.read if "peft_type" in config else mlx_format.read
     return read(folder, config, scale)
-
-
-def _adapted_norms(base: Any, change: LowRank) -> mx.array:
-    """[out]: norms of the adapted weight's rows, which DoRA divides by (Liu et al., arXiv:2402.09353)."""
-    weight = base.weight
-    if isinstance(base, nn.QuantizedLinear):
-        weight = mx.dequantize(
-            weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode
-        )
-    adapted = weight.astype(mx.float32) + (change.a @ change.b).T
-    return mx.linalg.norm(adapted, axis=1)

@@ -80,7 +80,7 @@ class AdaptedSwitchLinear(nn.Module):  # type: ignore[misc]
         y: mx.array = self.base(x, indices, sorted_indices=sorted_indices)
         if self.stack is None or (slots := self._routed.get(by_expert=sorted_indices)) is None:
             return y
-        pairs = slots * self.stack.a.shape[1] + indices
+        pairs = slots * self.stack.b.shape[1] + indices
         change = mx.gather_mm(x, self.stack.a.flatten(0, 1), rhs_indices=pairs)
         change = mx.gather_mm(change, self.stack.b.flatten(0, 1), rhs_indices=pairs)
         return y + change.astype(y.dtype)

@@ -1,8 +1,9 @@
 """Linear layers that add each row's own low-rank change.
 
 One `gather_mm` picks every row's matrices by its slot, so a batch with any mix of adapters costs two products a layer.
-Where all rows have the same adapter they are plain products, and the last of them also adds. While no row of the batch
-has an adapter, a wrapped layer is its base and nothing else.
+Where all rows have the same adapter they are plain products, and the last of them also adds. On CUDA a decode step may
+have a kernel of its own (`kernel.py`). While no row of the batch has an adapter, a wrapped layer is its base and
+nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from runner.engine.adapters import kernel
 from runner.engine.adapters.stack import Stack
 
 
@@ -48,6 +50,8 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
         y: mx.array = self.base(x)
         if self.stack is None or (rows := self._current.rows) is None:
             return y
+        if kernel.applies(x, self.stack):
+            return kernel.add_changes(x, y, self.stack, rows.slots)
         if rows.only is not None:
             a, b, factor = self.stack.slot(rows.only)
             return self._scaled(mx.addmm(y, x @ a, b), factor)

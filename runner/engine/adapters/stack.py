@@ -6,55 +6,95 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+Span = tuple[int, int, int]
+"""Where a part of the outputs ends, and the ranks [low, high) that reach it."""
+
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """`a` is [slots, in, r] and `b` [slots, r, out], with an axis of experts after the slots for a layer of experts.
+class Change:
+    """One adapter's change to a layer, or to several that are computed as one.
 
-    `magnitude` [slots, out] is the DoRA factor of each output, ones for other adapters, None while no resident adapter
-    is DoRA. Slot 0 changes nothing.
+    `a` is [in, r] and `b` [r, out] (both with an axis of experts in front for a layer of experts), `factor` [out] is
+    DoRA's, None where there is none. `spans` has an entry for each part of the outputs.
     """
 
     a: mx.array
     b: mx.array
+    factor: mx.array | None
+    spans: tuple[Span, ...]
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.a.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """`down` is [slots, r, in] and `b` [slots, r, out], with an axis of experts after the slots for a layer of experts.
+
+    `magnitude` [slots, out] is the DoRA factor of each output, ones for other adapters, None while no resident adapter
+    is DoRA. `spans` are those of the slots. Slot 0 changes nothing.
+    """
+
+    down: mx.array
+    b: mx.array
     magnitude: mx.array | None
+    spans: tuple[tuple[Span, ...], ...]
     _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = field(default_factory=dict)
+    _spans: list[mx.array] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, slots: int, a: mx.array, b: mx.array) -> Stack:
-        """`slots` slots that change nothing, each of the shapes of `a` and `b`."""
-        return cls(mx.zeros((slots, *a.shape), a.dtype), mx.zeros((slots, *b.shape), b.dtype), None)
+    def empty(cls, slots: int, like: Change) -> Stack:
+        """`slots` slots that change nothing, of the shapes of a change."""
+        down = mx.zeros((slots, *like.a.swapaxes(-1, -2).shape), like.a.dtype)
+        b = mx.zeros((slots, *like.b.shape), like.b.dtype)
+        return cls(down, b, None, (_no_spans(like.spans),) * slots)
+
+    @property
+    def a(self) -> mx.array:
+        """[slots, in, r]: the first product."""
+        return self.down.swapaxes(-1, -2)
 
     @property
     def arrays(self) -> list[mx.array]:
         """To be evaluated."""
-        return [array for array in (self.a, self.b, self.magnitude) if array is not None]
+        return [array for array in (self.down, self.b, self.magnitude) if array is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots together."""
         return sum(array.nbytes for array in self.arrays)
 
+    @property
+    def span_array(self) -> mx.array:
+        """[slots, parts, 3] int32. Made once."""
+        if not self._spans:
+            self._spans.append(mx.array(self.spans, dtype=mx.int32))
+        return self._spans[0]
+
     def slot(self, index: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """`a`, `b` and `magnitude` of one slot. They are views, and cut once."""
         if index not in self._slices:
             factor = None if self.magnitude is None else self.magnitude[index]
-            self._slices[index] = self.a[index], self.b[index], factor
+            self._slices[index] = self.down[index].swapaxes(-1, -2), self.b[index], factor
         return self._slices[index]
 
-    def appended(self, a: mx.array, b: mx.array, factor: mx.array | None) -> Stack:
+    def appended(self, change: Change) -> Stack:
         """With one more slot; the smaller rank is padded with zeros."""
-        rank = max(self.a.shape[-1], a.shape[-1])
+        down = change.a.swapaxes(-1, -2)
+        rank = max(self.down.shape[-2], down.shape[-2])
         return Stack(
-            mx.concatenate([_padded(self.a, -1, rank), _padded(a, -1, rank)[None]]),
-            mx.concatenate([_padded(self.b, -2, rank), _padded(b, -2, rank)[None]]),
-            self._magnitude_with(factor),
+            mx.concatenate([_padded(self.down, rank), _padded(down, rank)[None]]),
+            mx.concatenate([_padded(self.b, rank), _padded(change.b, rank)[None]]),
+            self._magnitude_with(change.factor),
+            (*self.spans, change.spans),
         )
 
     def appended_nothing(self) -> Stack:
         """With one more slot that changes nothing."""
-        zeros = mx.zeros_like(self.a[0]), mx.zeros_like(self.b[0])
-        return self.appended(*zeros, None)
+        zeros = mx.zeros_like(self.down[0]).swapaxes(-1, -2), mx.zeros_like(self.b[0])
+        return self.appended(Change(*zeros, None, _no_spans(self.spans[0])))
 
     def without(self, slot: int, rank: int) -> Stack:
         """One slot less, and no rank above `rank`."""
@@ -63,7 +103,8 @@ class Stack:
             return mx.concatenate([array[:slot], array[slot + 1 :]])
 
         magnitude = None if self.magnitude is None else cut(self.magnitude)
-        return Stack(cut(self.a)[..., :rank], cut(self.b)[..., :rank, :], magnitude)
+        spans = self.spans[:slot] + self.spans[slot + 1 :]
+        return Stack(cut(self.down)[..., :rank, :], cut(self.b)[..., :rank, :], magnitude, spans)
 
     def _magnitude_with(self, factor: mx.array | None) -> mx.array | None:
         if factor is None and self.magnitude is None:
@@ -74,10 +115,15 @@ class Stack:
         return mx.concatenate([before, new[None]])
 
 
-def _padded(array: mx.array, axis: int, size: int) -> mx.array:
-    missing = size - array.shape[axis]
+def _no_spans(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    return tuple((end, 0, 0) for end, _, _ in spans)
+
+
+def _padded(array: mx.array, rank: int) -> mx.array:
+    """With zeros on its last axis but one, up to `rank`."""
+    missing = rank - array.shape[-2]
     if not missing:
         return array
     widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
+    widths[-2] = (0, missing)
     return mx.pad(array, widths)

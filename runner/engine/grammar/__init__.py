@@ -1,0 +1,1 @@
+"""Structured output: rows whose text has to match a JSON Schema, a regular expression or a grammar."""

@@ -1,0 +1,243 @@
+"""The caches of all layers, for the rows of one batch.
+
+Rows come from `Layout.new` (empty), from beginnings that were kept of other rows, and by joining other caches; they
+leave in any order. A row's cost to join or leave is its own keys and values, not the batch's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+
+from runner.engine.kv.kept import Beginning, Piece, State
+from runner.engine.kv.layers import Layer, Recurrent, Straight, Window
+from runner.engine.kv.positions import Positions
+from runner.engine.kv.quantised import Quantisation, Quantised
+
+
+class Layout:
+    """How a model caches what it has seen, read off the empty caches that upstream makes for it."""
+
+    def __init__(
+        self, model: Any, slack: int = 0, quantisation: Quantisation | None = None, understood: bool = True
+    ) -> None:
+        """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
+
+        With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
+        caches in ways of its own.
+        """
+        self.quantisation = quantisation
+        self._model = model
+        self._slack = slack
+        self._templates = self.upstream()
+        leaves = _leaves(self._templates)
+        self.unknown = sorted({type(leaf).__name__ for leaf in leaves if not (understood and _known(leaf))})
+        """Classes of upstream that are not understood here; rows are then served one at a time in them."""
+        self.recurrent = any(type(leaf) is ArraysCache for leaf in leaves)
+        """Whether a layer keeps a state from which no token can be taken back."""
+        self.straight = sum(type(leaf) is KVCache for leaf in leaves)
+        """Layers that cache all tokens."""
+        self.leaves = len(leaves)
+        """Layers that cache something."""
+        self.windows = sorted({leaf.max_size for leaf in leaves if type(leaf) is RotatingKVCache})
+        """Sliding windows, in tokens."""
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether tokens can be cut off rows' ends (`slack` of them, where there are windows)."""
+        return not self.unknown and not self.recurrent and (not self.windows or self._slack > 0)
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a row may begin anywhere within what another one had."""
+        return not self.unknown and not self.recurrent and not self.windows
+
+    def upstream(self) -> list[Any]:
+        """Upstream's own caches, empty, for one row."""
+        caches: list[Any] = make_prompt_cache(self._model)
+        return caches
+
+    def new(self, rows: int = 1) -> Caches:
+        """Caches of rows that have no tokens yet."""
+        if self.unknown:
+            return Foreign(self.upstream())
+        positions = Positions(rows)
+        layers = [self._layer(template, positions) for template in self._templates]
+        return Caches(positions, layers)
+
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0) -> Caches:
+        """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens."""
+        caches = self.new(len(beginnings))
+        caches.restore(beginnings, reserve)
+        return caches
+
+    def _layer(self, template: Any, positions: Positions) -> Any:
+        if type(template) is CacheList:
+            return CacheList(*(self._layer(part, positions) for part in template.caches))
+        if type(template) is RotatingKVCache:
+            return Window(positions, template.max_size, self._slack)
+        if type(template) is ArraysCache:
+            return Recurrent(positions, len(template.cache))
+        return Straight(positions) if self.quantisation is None else Quantised(positions, self.quantisation)
+
+
+class Caches:
+    """Rows 0 to `rows` - 1, and what each layer has cached of them. `layers` is what upstream's models take."""
+
+    def __init__(self, positions: Positions, layers: list[Any]) -> None:
+        self.layers = layers
+        self._positions = positions
+        self._leaves: list[Layer] = _leaves(layers)
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self._positions.rows
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that is on the device, to be evaluated."""
+        return [array for leaf in self._leaves for array in leaf.arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, room for tokens to come included."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for `tokens` tokens a row from the next call on, where it is known that they will come."""
+        self._positions.reserve(tokens)
+
+    def call(self, model: Any, tokens: mx.array, lengths: Sequence[int] | None = None) -> mx.array:
+        """The model's answer [rows, count, …] to `tokens` [rows, count], which follow on what the rows have.
+
+        Of row i, only the first `lengths[i]` tokens count; its answers to the others mean nothing.
+        """
+        self._positions.begin(tokens.shape[1], lengths)
+        for leaf in self._leaves:
+            leaf.begin()
+        answer: mx.array = model(tokens, cache=self.layers)
+        self._positions.end()
+        return answer
+
+    def join(self, other: Caches) -> None:
+        """Rows of `other` come after these. `other` is not used any more."""
+        first = self.rows
+        self._positions.extend(other._positions)
+        for mine, new in zip(self._leaves, other._leaves, strict=True):
+            mine.extend(first, new)
+
+    def remove(self, rows: Sequence[int]) -> list[int]:
+        """Let go of rows. Returns the others in their new order: the last ones have moved into the holes."""
+        gone = set(rows)
+        left = self.rows - len(gone)
+        holes = sorted(row for row in gone if row < left)
+        last = [row for row in range(left, self.rows) if row not in gone]
+        order = list(range(left))
+        for hole, row in zip(holes, last, strict=True):
+            order[hole] = row
+        self._positions.take(order)
+        self._positions.fit()
+        for leaf in self._leaves:
+            leaf.take(order, (last, holes))
+        return order
+
+    def trim(self, counts: mx.array) -> None:
+        """Cut the last `counts` [rows] tokens off the rows: no copy, and no wait for the counts to be computed.
+
+        Only if the layout is `trimmable`. `settle` has to follow, with the same numbers.
+        """
+        self._positions.trim(counts)
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """The counts of the oldest `trim` that is not settled yet, for the rows as they are now (0 for later ones)."""
+        self._positions.settle(counts)
+
+    def length(self, row: int) -> int:
+        """Tokens that a row has. Trims must be settled."""
+        assert self._positions.exact
+        return self._positions.most[row]
+
+    def piece(self, row: int, start: int, stop: int) -> Piece:
+        """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet."""
+        assert stop <= self.length(row)
+        span, written = slice(start, stop), self._positions.written[row]
+        return Piece(start, stop, tuple(leaf.piece(row, span, written) for leaf in self._leaves))
+
+    def state(self, row: int) -> State | None:
+        """What pieces do not say of a row as it is now, as a copy that is not computed yet; None if they say all."""
+        assert self._positions.exact
+        written = self._positions.written[row]
+        layers = tuple(leaf.state(row, written) for leaf in self._leaves)
+        return None if all(layer is None for layer in layers) else State(written, layers)
+
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int) -> None:
+        """See Layout.restore; nothing may have been called yet."""
+        lengths = [0 if begun is None else begun.length for begun in beginnings]
+        self._positions.restart(lengths, [0 if begun is None else begun.written for begun in beginnings])
+        self._positions.reserve(max(reserve, *self._positions.written))
+        for row, begun in enumerate(beginnings):
+            if begun is not None:
+                self._put(row, begun)
+
+    def _put(self, row: int, begun: Beginning) -> None:
+        for piece in begun.pieces:
+            used = min(piece.stop, begun.length) - piece.start
+            for leaf, arrays in zip(self._leaves, piece.layers, strict=True):
+                if arrays is not None:
+                    leaf.put_piece(row, piece.start, [array[:, :, :used] for array in arrays])
+        if begun.state is not None:
+            for leaf, arrays in zip(self._leaves, begun.state.layers, strict=True):
+                if arrays is not None:
+                    leaf.put_state(row, arrays)
+
+
+class Foreign(Caches):
+    """One row in upstream's own caches, of classes that are not understood here."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(Positions(1), [])
+        self.layers = layers
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for layer in self.layers for array in _flat(layer.state)]
+
+    def join(self, other: Caches) -> None:
+        raise AssertionError("a row in these caches is alone")
+
+    def piece(self, row: int, start: int, stop: int) -> Piece:
+        # One layer without a part: nothing can be cut.
+        return Piece(start, stop, (None,))
+
+    def state(self, row: int) -> State | None:
+        # Copying an array shares its memory until one side is written.
+        kept = copy.deepcopy(self.layers)
+        return State(self._positions.most[0], tuple(_flat(layer.state) for layer in kept), kept)
+
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int) -> None:
+        (begun,) = beginnings
+        if begun is not None:
+            assert begun.state is not None
+            self._positions.restart([begun.length], [begun.length])
+            self.layers = copy.deepcopy(begun.state.foreign or [])
+
+
+def _known(leaf: Any) -> bool:
+    if type(leaf) is RotatingKVCache:
+        return not leaf.keep
+    return type(leaf) in (KVCache, ArraysCache)
+
+
+def _leaves(caches: Sequence[Any]) -> list[Any]:
+    return [leaf for c in caches for leaf in (_leaves(c.caches) if isinstance(c, CacheList) else [c])]
+
+
+def _flat(tree: Any) -> list[mx.array]:
+    if isinstance(tree, mx.array):
+        return [tree]
+    return [array for part in tree for array in _flat(part)] if isinstance(tree, (list, tuple)) else []

@@ -1,0 +1,265 @@
+"""What upstream's models find in the place of their caches: one object a layer.
+
+They ask it for `offset`, `make_mask` and `update_and_fetch` (mlx_lm.models.base and cache are the reference), or, if
+the layer is a recurrent one, for the arrays of its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from runner.engine.kv import masks
+from runner.engine.kv.planes import Planes
+from runner.engine.kv.positions import Positions
+
+
+class Layer(Protocol):
+    """What a layer's cache is to the room."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that it holds on the device."""
+        ...
+
+    def begin(self) -> None:
+        """A model call starts; the positions say which."""
+        ...
+
+    def extend(self, first: int, other: Any) -> None:
+        """Rows of `other` come after the `first` ones here. `other` is not used any more."""
+        ...
+
+    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
+        """Rows `order` stay, as it lists them: slots `moves[0]` are copied to `moves[1]`."""
+        ...
+
+    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        """A copy of a span of a row's positions; None if they cannot be had apart. It had up to `written` tokens."""
+        ...
+
+    def state(self, row: int, written: int) -> list[mx.array] | None:
+        """A copy of what a row has that had up to `written` tokens; None if pieces say as much."""
+        ...
+
+    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+        """Have what `piece` returned from position `start` on, in a row that nothing was written to yet."""
+        ...
+
+    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
+        """Have what `state` returned, in a row that nothing was written to yet."""
+        ...
+
+
+class Straight:
+    """Keys and values of all tokens. [slots, heads, capacity, width]"""
+
+    def __init__(self, positions: Positions) -> None:
+        self._positions = positions
+        self._planes = Planes()
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self._positions.offset
+
+    @property
+    def keys(self) -> mx.array:
+        """Some models tie other computations to it."""
+        return self._planes.arrays[0]
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._planes.arrays[0] = keys
+
+    def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
+        made = lambda: masks.straight(self._positions, window_size, return_array)  # noqa: E731
+        return self._positions.once(("straight", window_size, return_array), made)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        positions = self._positions
+        self._planes.reserve(positions.slots, positions.capacity, (keys, values))
+        self._planes.write(positions, (keys, values))
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """[rows, heads, tokens, width], the call's own included."""
+        keys, values = self._planes.view(self._positions.rows, self._positions.reach)
+        return keys, values
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return self._planes.arrays
+
+    def begin(self) -> None:
+        pass
+
+    def extend(self, first: int, other: Straight) -> None:
+        new = other._planes.arrays
+        if new or self._planes.arrays:
+            self._planes.reserve(self._positions.slots, self._room(), new)
+            if new:
+                self._planes.paste(first, other._positions.rows, new)
+            self._planes.clear(first, other._positions.rows, new[0].shape[2] if new else 0)
+
+    def _room(self) -> int:
+        return self._positions.capacity
+
+    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
+        if moves[0] and self._planes.arrays:
+            self._planes.move(*moves)
+        self._planes.shrink(self._positions.slots, self._room())
+
+    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
+
+    def state(self, row: int, written: int) -> list[mx.array] | None:
+        return None
+
+    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+        self._planes.reserve(self._positions.slots, self._room(), arrays)
+        self._planes.paste(row, 1, arrays, start)
+
+    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
+        raise AssertionError("its pieces say all")
+
+
+class Window(Straight):
+    """Keys and values of each row's last tokens, in a ring: position p lies at place p % size.
+
+    The ring has `slack` places beyond the `window` that a query sees, so up to as many tokens can be cut off a row's
+    end, and slack + 1 can be written in one call before they are seen. Wider calls see the ring and what they bring.
+    """
+
+    def __init__(self, positions: Positions, window: int, slack: int) -> None:
+        super().__init__(positions)
+        self._window = window
+        self._size = window + slack
+        self._slack = slack
+
+    def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
+        positions, window = self._positions, window_size or self._window
+        if positions.reach <= self._size:
+            made = lambda: masks.straight(positions, window, return_array)  # noqa: E731
+        elif count <= self._slack + 1:
+            made = lambda: masks.ring(positions, self._size, window)  # noqa: E731
+        else:
+            made = lambda: masks.before_and_new(positions, self._planes.capacity, self._size, window)  # noqa: E731
+        return positions.once(("window", self._size, window, return_array), made)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        positions = self._positions
+        if positions.reach > self._size and positions.count > self._slack + 1:
+            return self._wide(keys, values)
+        self._planes.reserve(positions.slots, self._room(), (keys, values))
+        self._planes.write(positions, (keys, values), self._size)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        positions = self._positions
+        keys, values = self._planes.view(positions.rows, min(positions.reach, self._size))
+        return keys, values
+
+    def _room(self) -> int:
+        return min(self._positions.capacity, self._size)
+
+    def _wide(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """What was in the ring, and what is new: both are seen before the new takes the places of the old."""
+        positions, places = self._positions, self._planes.capacity
+        seen = [keys, values]
+        if places:
+            old = self._planes.view(positions.rows, places)
+            seen = [mx.concatenate([before, new], axis=2) for before, new in zip(old, seen, strict=True)]
+        source = positions.once(("wide", self._size), lambda: self._after_wide(places))
+        kept = [mx.take_along_axis(both, source, axis=2) for both in seen]
+        if positions.slots == positions.rows:
+            self._planes.arrays = kept
+        else:
+            self._planes.reserve(positions.slots, self._size, kept)
+            self._planes.paste(0, positions.rows, kept)
+        return seen[0], seen[1]
+
+    def _after_wide(self, places: int) -> mx.array:
+        """[rows, 1, size, 1]: where each place's next content is among `places` old ones and the call's own."""
+        positions = self._positions
+        first = positions.starts[:, None]
+        added = positions.count if positions.lengths is None else mx.array(positions.lengths, dtype=mx.int32)[:, None]
+        held = masks.held(first + (added - 1), self._size, self._size)
+        old = mx.minimum(mx.arange(self._size), max(0, places - 1))
+        return mx.where(held >= first, places + held - first, old)[:, None, :, None]
+
+    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        return super().piece(row, span, written) if written <= self._size else None
+
+    def state(self, row: int, written: int) -> list[mx.array] | None:
+        return None if written <= self._size else super().piece(row, slice(0, self._size), written)
+
+    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+        # What goes on beyond the ring is of a row that has a state, which says more.
+        if start + arrays[0].shape[2] <= self._size:
+            super().put_piece(row, start, arrays)
+
+    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
+        super().put_piece(row, 0, arrays)
+
+
+class Recurrent(ArraysCache):  # type: ignore[misc]
+    """The state of a recurrent layer: a few arrays [rows, …], which upstream's layers read and replace."""
+
+    cache: list[mx.array | None]
+
+    def __init__(self, positions: Positions, size: int) -> None:
+        super().__init__(size)
+        self._positions = positions
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self._positions.offset
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for array in self.cache if array is not None]
+
+    def begin(self) -> None:
+        lengths = self._positions.lengths
+        self.lengths = None if lengths is None else mx.array(lengths)
+
+    def extend(self, first: int, other: Recurrent) -> None:
+        self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
+
+    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
+        self.filter(mx.array(order, dtype=mx.int32))
+
+    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        return None
+
+    def state(self, row: int, written: int) -> list[mx.array] | None:
+        return [mx.zeros((0,)) if a is None else mx.contiguous(a[row : row + 1]) for a in self.cache]
+
+    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+        raise AssertionError("it has no pieces")
+
+    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
+        self.cache = [
+            _put(array, self._positions.rows, row, part) for array, part in zip(self.cache, arrays, strict=True)
+        ]
+
+
+def _joined(a: mx.array | None, rows: int, b: mx.array | None, more: int) -> mx.array | None:
+    """One after the other; a row that has not started yet has zeros."""
+    like = b if a is None else a
+    if like is None:
+        return None
+    a = mx.zeros((rows, *like.shape[1:]), dtype=like.dtype) if a is None else a
+    b = mx.zeros((more, *like.shape[1:]), dtype=like.dtype) if b is None else b
+    return mx.concatenate([a, b])
+
+
+def _put(array: mx.array | None, rows: int, row: int, part: mx.array) -> mx.array | None:
+    """`array` [rows, …], zeros if None, with `part` [1, …] as one row; a part without size says nothing."""
+    if part.size:
+        array = mx.zeros((rows, *part.shape[1:]), dtype=part.dtype) if array is None else array
+        array[row : row + 1] = part
+    return array

@@ -1,0 +1,122 @@
+"""The arrays of one layer: [slots, heads, capacity, width], several of them side by side.
+
+MLX arrays are values, but an operation whose input nobody else holds writes into it. So a write costs what is written,
+as long as the arrays are reached through here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from runner.engine.arrays import start
+from runner.engine.kv.positions import Positions
+
+
+class Planes:
+    """Keys and values of the rows of one layer, or what they are encoded as."""
+
+    def __init__(self) -> None:
+        self.arrays: list[mx.array] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, room for tokens to come included."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a slot has room for."""
+        return self.arrays[0].shape[2] if self.arrays else 0
+
+    def reserve(self, slots: int, capacity: int, like: Sequence[mx.array]) -> None:
+        """Have at least that much room, for arrays [rows, heads, tokens, width] `like` these."""
+        if not self.arrays:
+            self.arrays = [mx.zeros((slots, a.shape[1], capacity, a.shape[3]), dtype=a.dtype) for a in like]
+            return
+        have, places = self.arrays[0].shape[0], self.capacity
+        if have < slots or places < capacity:
+            room = [(0, max(0, slots - have)), (0, 0), (0, max(0, capacity - places)), (0, 0)]
+            self.arrays = [mx.pad(array, room) for array in self.arrays]
+
+    def shrink(self, slots: int, capacity: int) -> None:
+        """Let go of room beyond that much."""
+        if self.arrays and (self.arrays[0].shape[0] > slots or self.capacity > capacity):
+            self.arrays = [mx.contiguous(array[:slots, :, :capacity]) for array in self.arrays]
+
+    def write(self, positions: Positions, new: Sequence[mx.array], size: int | None = None) -> None:
+        """Put `new` [rows, heads, count, width] after each row's tokens; at their positions modulo `size`."""
+        same, rows, count = positions.same, positions.rows, positions.count
+        if same is not None:
+            start = same if size is None else same % size
+            if size is None or start + count <= size:
+                for array, part in zip(self.arrays, new, strict=True):
+                    array[:rows, :, start : start + count] = part
+                return
+        self.arrays = [
+            _scattered(array, part, self._places(positions, array.shape, size))
+            for array, part in zip(self.arrays, new, strict=True)
+        ]
+
+    def _places(self, positions: Positions, shape: tuple[int, ...], size: int | None) -> mx.array:
+        """[rows · heads · count, width]: which line of an array of that shape, seen as [·, width], is written."""
+
+        def lines() -> mx.array:
+            _, heads, capacity, _ = shape
+            at = positions.starts[:, None, None] + mx.arange(positions.count)
+            if size is not None:
+                at = mx.remainder(at, size)
+            kind = mx.int64 if shape[0] * heads * capacity > 1 << 31 else mx.int32
+            first = mx.arange(0, positions.rows * heads * capacity, capacity, dtype=kind)
+            return (first.reshape(positions.rows, heads, 1) + at).reshape(-1, 1)
+
+        line = positions.once(("lines", shape[:3], size), lines)
+        wide = (line.shape[0], shape[3])
+        return positions.once(("lines", shape, size), lambda: mx.broadcast_to(line, wide))
+
+    def view(self, rows: int, tokens: int) -> list[mx.array]:
+        """The first `tokens` places of the first `rows` slots."""
+        slots, _, capacity, _ = self.arrays[0].shape
+        if (slots, capacity) == (rows, tokens):
+            return self.arrays
+        return [array[:rows, :, :tokens] for array in self.arrays]
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy whole slots."""
+        # Computed ahead of the writes: what still reads an array keeps it from being written in place.
+        if len(source) == 1:
+            (a,) = source
+            rows = [mx.contiguous(array[a : a + 1]) for array in self.arrays]
+        else:
+            taken = mx.array(source)
+            rows = [array[taken] for array in self.arrays]
+        start(rows)
+        for array, moved in zip(self.arrays, rows, strict=True):
+            if len(target) == 1:
+                (b,) = target
+                array[b : b + 1] = moved
+            else:
+                array[mx.array(target)] = moved
+
+    def paste(self, first: int, rows: int, other: Sequence[mx.array], start: int = 0) -> None:
+        """Put arrays [≥ rows, heads, tokens, width] into `rows` slots from `first` on, at places from `start` on."""
+        for array, part in zip(self.arrays, other, strict=True):
+            array[first : first + rows, :, start : start + part.shape[2]] = part[:rows]
+
+    def clear(self, first: int, rows: int, tokens: int) -> None:
+        """Make zeros of what lies behind `tokens` tokens in `rows` slots from `first` on.
+
+        What earlier rows have left there might be no numbers, and those spread from where they are masked.
+        """
+        if tokens < self.capacity:
+            for array in self.arrays:
+                array[first : first + rows, :, tokens:] = 0
+
+
+def _scattered(array: mx.array, new: mx.array, places: mx.array) -> mx.array:
+    width = array.shape[3]
+    if not width:
+        return array
+    lines = mx.put_along_axis(array.reshape(-1, width), places, new.reshape(-1, width), axis=0)
+    return lines.reshape(array.shape)

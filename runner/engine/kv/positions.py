@@ -1,0 +1,178 @@
+"""Where each row of a batch stands. One object serves the caches of all layers.
+
+A row's tokens lie at positions 0 to length - 1 of its slot: nothing is padded, so nothing moves when rows of other
+lengths join, and cutting a row's end off is a smaller number. What a model call needs beside the keys and values
+(offsets for the rotary embedding, masks, the places to write to) depends on the positions alone, so it is made once a
+call, not once a layer.
+
+Lengths are known in two places. The host has an upper bound for each row, which is exact unless a trim is outstanding
+whose counts the device is still computing; the device has the true ones whenever they differ between rows. While all
+rows have one length and the host knows it, a call needs no arrays at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import mlx.core as mx
+
+T = TypeVar("T")
+
+_STEP: Final = 256
+"""Tokens that room grows by at least. MLX's CUDA backend takes cuDNN only for multiples of it."""
+
+
+class Positions:
+    """Lengths of `rows` rows, and the model call under way.
+
+    `slots` rows and `capacity` tokens each have room in the layers' arrays. During a call, `count` is its width in
+    tokens, and `lengths` says how many of them each row really has (the rest is padding on the right), None for all.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.slots = rows
+        self.capacity = 0
+        self.count = 0
+        self.lengths: list[int] | None = None
+        self._most = [0] * rows
+        self._written = [0] * rows
+        self._outstanding = 0
+        self._offsets: mx.array | None = None
+        self._made: dict[Any, Any] = {}
+        self.same: int | None = 0
+        """The length that all rows have, if the host knows it."""
+
+    # ------------------------------------------------------------- lengths
+
+    @property
+    def exact(self) -> bool:
+        """Whether the host knows all lengths."""
+        return not self._outstanding
+
+    @property
+    def most(self) -> list[int]:
+        """Tokens that each row has, at most."""
+        return self._most
+
+    @property
+    def written(self) -> list[int]:
+        """Tokens that each row ever had, at most: what was cut off has left its traces in the places it took."""
+        return self._written
+
+    @property
+    def least(self) -> int:
+        """Tokens that every row has at least."""
+        return min(self._most) if self.exact else 0
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the longest row has after this call, at most, its padding included."""
+        return max(self._most) + self.count
+
+    @property
+    def offset(self) -> int | mx.array:
+        """What upstream's models ask a cache for: tokens before this call, one number or [rows] int32."""
+        return self.starts if self.same is None else self.same
+
+    @property
+    def starts(self) -> mx.array:
+        """[rows] int32: tokens of each row before this call."""
+        if self._offsets is None:
+            assert self.exact
+            self._offsets = mx.array(self._most, dtype=mx.int32)
+        return self._offsets
+
+    # ------------------------------------------------------------- calls
+
+    def begin(self, count: int, lengths: Sequence[int] | None) -> None:
+        """A model call with `count` tokens a row starts, of which row i really has `lengths[i]`."""
+        self.count = count
+        self.lengths = None if lengths is None or min(lengths) == count else list(lengths)
+        self._made.clear()
+        self.reserve(self.reach)
+
+    def end(self) -> None:
+        """The call is built: rows are as much longer."""
+        added = self.lengths or [self.count] * self.rows
+        self._most = [length + more for length, more in zip(self._most, added, strict=True)]
+        self._written = list(map(max, self._most, self._written))
+        if self._offsets is not None:
+            self._offsets = self._offsets + (self.count if self.lengths is None else mx.array(added, dtype=mx.int32))
+        self.count, self.lengths = 0, None
+        self._changed()
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """`make()`, made for the first layer that asks in a call, and shared by the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens a row when the layers are written next."""
+        if tokens > self.capacity:
+            wanted = max(tokens, self.capacity + self.capacity // 8) if self.capacity else tokens
+            self.capacity = -(-wanted // _STEP) * _STEP
+
+    # ------------------------------------------------------------- rows
+
+    def restart(self, lengths: list[int], written: list[int]) -> None:
+        """Rows that have `lengths` tokens and had `written`, in the place of all."""
+        self.rows = self.slots = len(lengths)
+        self._most, self._offsets, self._outstanding = lengths, None, 0
+        self._written = written
+        self._changed()
+
+    def extend(self, other: Positions) -> None:
+        """Rows of `other` come after these."""
+        if self._offsets is not None or other._offsets is not None or not (self.exact and other.exact):
+            self._offsets = mx.concatenate([self.starts, other.starts])
+        self._most += other._most
+        self._written += other._written
+        self._outstanding += other._outstanding
+        self.rows += other.rows
+        self.capacity = max(self.capacity, other.capacity)
+        self.slots = grown(self.slots, self.rows)
+        self._changed()
+
+    def take(self, order: list[int]) -> None:
+        """Only the rows `order` stay, as it lists them."""
+        self._most = [self._most[i] for i in order]
+        self._written = [self._written[i] for i in order]
+        if self._offsets is not None:
+            self._offsets = self._offsets[mx.array(order, dtype=mx.int32)]
+        self.rows = len(order)
+        self._changed()
+
+    def fit(self) -> None:
+        """Ask for less room where rows need much less: half of it, and what they take within the next steps."""
+        if self.slots > 2 * self.rows + 2:
+            self.slots = self.rows
+        if 2 * (longest := max(self._most, default=0) + _STEP) < self.capacity:
+            self.capacity = -(-longest // _STEP) * _STEP
+
+    def trim(self, counts: mx.array) -> None:
+        """Cut `counts` [rows] int32 tokens off the rows' ends. They may not be computed yet: see `settle`."""
+        self._offsets = self.starts - counts
+        self._outstanding += 1
+        self._changed()
+
+    def settle(self, counts: Sequence[int]) -> None:
+        """The host has read the counts of the oldest trim that is outstanding; row by row as they are now."""
+        self._most = [length - cut for length, cut in zip(self._most, counts, strict=True)]
+        self._outstanding -= 1
+        self._changed()
+
+    def _changed(self) -> None:
+        self._made.clear()
+        first = self._most[0] if self._most else 0
+        self.same = first if self.exact and all(length == first for length in self._most) else None
+        if self.same is not None:
+            self._offsets = None
+
+
+def grown(slots: int, rows: int) -> int:
+    """Slots to have when `rows` rows need one: a third more than there were, so that joining seldom copies a batch."""
+    return slots if rows <= slots else max(rows, slots + slots // 3)

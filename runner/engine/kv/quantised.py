@@ -1,0 +1,105 @@
+"""Keys and values in few bits: affine, in groups of a row's width, as `mx.quantize` packs them.
+
+A few new tokens a row are multiplied with the packed arrays as they are: all of a slot's room, so that nothing is
+copied to be contiguous, with the places that hold no tokens masked. Many (a chunk of a prompt) are worth unpacking the
+keys and values for, once a layer. Either way a query sees packed keys only, its own included, so it does not matter in
+which chunks a prompt is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from runner.engine.kv import masks
+from runner.engine.kv.layers import Straight
+from runner.engine.kv.masks import FEW
+from runner.engine.kv.positions import Positions
+
+Packed = tuple[mx.array, mx.array, mx.array]
+"""Values, scales and biases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """`bits` a value, and a scale and a bias for each `group_size` of them."""
+
+    bits: int
+    group_size: int
+
+    def pack(self, values: mx.array) -> Packed:
+        """[…, width] of any float type."""
+        packed, scales, biases = mx.quantize(values, self.group_size, self.bits)
+        return packed, scales, biases
+
+    def unpack(self, packed: Packed) -> mx.array:
+        """[…, width]"""
+        return mx.dequantize(*packed, group_size=self.group_size, bits=self.bits)
+
+    def product(self, x: mx.array, packed: Packed, transpose: bool) -> mx.array:
+        """x times the values, or their transpose."""
+        return mx.quantized_matmul(x, *packed, transpose=transpose, group_size=self.group_size, bits=self.bits)
+
+
+class Quantised(Straight):
+    """All tokens' keys and values, packed. [slots, heads, capacity, …] three times each."""
+
+    def __init__(self, positions: Positions, quantisation: Quantisation) -> None:
+        super().__init__(positions)
+        self.quantisation = quantisation
+
+    @property
+    def bits(self) -> int:
+        """By its presence, upstream's attention knows what `update_and_fetch` returns."""
+        return self.quantisation.bits
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale."""
+        return self.quantisation.group_size
+
+    def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
+        if self._positions.count > FEW:
+            return super().make_mask(count, return_array, window_size)
+        made = lambda: masks.roomy(self._positions, window_size)  # noqa: E731
+        return self._positions.once(("roomy", window_size), made)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        positions = self._positions
+        new = (*self.quantisation.pack(keys), *self.quantisation.pack(values))
+        self._planes.reserve(positions.slots, positions.capacity, new)
+        self._planes.write(positions, new)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> Any:
+        """Keys and values, packed; of all of a slot's room where a call's width is small."""
+        positions = self._positions
+        tokens = self._planes.capacity if positions.count <= FEW else positions.reach
+        planes = self._planes.view(positions.rows, tokens)
+        return tuple(planes[:3]), tuple(planes[3:])
+
+
+def attend(
+    queries: mx.array,
+    keys: Packed,
+    values: Packed,
+    quantisation: Quantisation,
+    scale: float,
+    mask: masks.Mask,
+    sinks: mx.array | None,
+) -> mx.array:
+    """[rows, heads, tokens, width] of queries of that shape; keys and values are packed from [rows, groups, …]."""
+    rows, heads, tokens, width = queries.shape
+    if tokens > FEW or sinks is not None or not (mask is None or isinstance(mask, mx.array)):
+        full = [quantisation.unpack(packed) for packed in (keys, values)]
+        return mx.fast.scaled_dot_product_attention(queries, *full, scale=scale, mask=mask, sinks=sinks)
+    groups = keys[0].shape[1]
+    shared = heads // groups
+    grouped = (queries * scale).reshape(rows, groups, shared * tokens, width)
+    scores = quantisation.product(grouped, keys, transpose=True)
+    if mask is not None:
+        scores = masks.masked(scores, mask, (rows, groups, shared, tokens))
+    attended = quantisation.product(mx.softmax(scores, axis=-1, precise=True), values, transpose=False)
+    return attended.reshape(rows, heads, tokens, -1)

@@ -1,0 +1,159 @@
+"""The draft model beside a batch: it reads along, and proposes tokens for every row at once.
+
+What the draft has seen decides how good its proposals are, and nothing else. So it never reads more than the last
+tokens of a row that it does not know, and none of them again when it has fallen behind a little. Its caches hold each
+row's tokens but for the last two: a round feeds it those, so that a round whose proposals were all kept leaves no gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import mlx.core as mx
+
+from runner.engine.arrays import start
+from runner.engine.filters import NONE
+from runner.engine.kv.caches import Caches, Layout
+from runner.engine.row import Row
+from runner.engine.sampling import Sampler
+from runner.engine.speculative.verify import Proposal
+
+_READS: Final = 1024
+"""Tokens of a row that the draft reads at most, before it proposes the first."""
+
+_READS_TOGETHER: Final = 4096
+"""Tokens of all rows, likewise: everybody waits meanwhile."""
+
+_CALL: Final = 2048
+"""Tokens in one call while it reads."""
+
+
+class Proposer:
+    """The draft's caches for the rows of a batch."""
+
+    def __init__(self, model: Any, layout: Layout, own: int, vocabulary: int) -> None:
+        """`own` is the width of the draft's logits, `vocabulary` that of the target's."""
+        self._model = model
+        self._layout = layout
+        self._own = own
+        self._vocabulary = vocabulary
+        self._caches: Caches | None = None
+        self._rows: list[Row] = []
+        # How many tokens of each row it has come to; those before may have been left out.
+        self._at: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches."""
+        return 0 if self._caches is None else self._caches.nbytes
+
+    def missed(self, rows: Sequence[Row]) -> int:
+        """Tokens to be read before it can propose for `rows`."""
+        known = len(self._rows) if self._knows(rows) else 0
+        behind = sum(_due(row) - at for row, at in zip(rows[:known], self._at, strict=True))
+        return behind + sum(min(_due(row), _reads(rows)) for row in rows[known:])
+
+    def ready(self, rows: Sequence[Row]) -> bool:
+        """Whether it can propose for `rows`, with nothing to be read."""
+        return len(self._rows) == len(rows) and all(
+            mine is row and at >= _due(row) for mine, row, at in zip(self._rows, rows, self._at, strict=True)
+        )
+
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Read what was missed of `rows`, whose tokens the host knows, but for the one that a plain step is making."""
+        if not self._knows(rows):
+            self.clear()
+        if self._caches is not None:
+            behind = zip(self._rows, self._at, strict=True)
+            self._read(self._caches, [_tokens(row)[at : _due(row)] for row, at in behind])
+        if new := list(rows[len(self._rows) :]):
+            caches = self._layout.new(len(new))
+            self._read(caches, [_tokens(row)[: _due(row)][-_reads(rows) :] for row in new])
+            if self._caches is None:
+                self._caches = caches
+            else:
+                self._caches.join(caches)
+        self._rows = list(rows)
+        self._at = [_due(row) for row in rows]
+
+    def propose(self, previous: mx.array, fed: mx.array, count: int, sampler: Sampler) -> Proposal:
+        """`count` tokens for each row, to follow `previous` [B, 1] and `fed` [B, 1], its last two."""
+        assert self._caches is not None
+        feeding, new, state = mx.concatenate([previous, fed], axis=1), fed, sampler.state
+        tokens, weights = [], []
+        for _ in range(count):
+            logits = self._caches.call(self._model, self._readable(feeding))[:, -1:]
+            choice = sampler.choose(self._fitted(logits), new, state, proposing=True)
+            state = choice.after()
+            feeding = new = choice.tokens
+            tokens.append(choice.tokens)
+            if choice.weights is not None:
+                weights.append(choice.weights)
+        return Proposal(mx.concatenate(tokens, axis=1), mx.concatenate(weights, axis=1) if weights else None)
+
+    def trim(self, refused: mx.array) -> None:
+        """Forget the last `refused` [B] tokens of the rows; `settle` follows."""
+        assert self._caches is not None
+        self._caches.trim(refused)
+
+    def settle(self, refused: Sequence[int], said: Sequence[int]) -> None:
+        """The host has read the oldest trim's counts; row i said `said[i]` tokens."""
+        assert self._caches is not None
+        self._caches.settle(refused)
+        self._at = [at + more for at, more in zip(self._at, said, strict=True)]
+
+    def remove(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        """Let go of rows of a batch; `rows` are those that are left, in the batch's new order."""
+        if self._caches is None or len(self._rows) != len(indices) + len(rows):
+            self.clear()
+            return
+        order = self._caches.remove(indices)
+        self._rows, self._at = [self._rows[i] for i in order], [self._at[i] for i in order]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._caches, self._rows, self._at = None, [], []
+
+    def _knows(self, rows: Sequence[Row]) -> bool:
+        """Whether its rows are the first of these, and it has not missed too much of them."""
+        known = len(self._rows)
+        if known > len(rows) or any(mine is not row for mine, row in zip(self._rows, rows, strict=False)):
+            return False
+        return all(_due(row) - at <= _reads(rows) for row, at in zip(self._rows, self._at, strict=True))
+
+    def _read(self, caches: Caches, texts: Sequence[list[int]]) -> None:
+        longest = max(map(len, texts))
+        width = max(1, _CALL // len(texts))
+        for begin in range(0, longest, width):
+            parts = [text[begin : begin + width] for text in texts]
+            lengths = [len(part) for part in parts]
+            padded = [part + [0] * (max(lengths) - len(part)) for part in parts]
+            caches.call(self._model, self._readable(mx.array(padded, dtype=mx.uint32)), lengths)
+            start(caches.arrays)
+
+    def _readable(self, tokens: mx.array) -> mx.array:
+        """Tokens of the target; those that the draft has no entry for become its last one."""
+        return tokens if self._own >= self._vocabulary else mx.minimum(tokens, self._own - 1)
+
+    def _fitted(self, logits: mx.array) -> mx.array:
+        """The draft's logits, as wide as the target's. Models of one tokenizer may round its size up differently."""
+        if self._own > self._vocabulary:
+            return logits[..., : self._vocabulary]
+        if self._own < self._vocabulary:
+            missing = mx.full((*logits.shape[:-1], self._vocabulary - self._own), NONE, dtype=logits.dtype)
+            return mx.concatenate([logits, missing], axis=-1)
+        return logits
+
+
+def _reads(rows: Sequence[Row]) -> int:
+    return min(_READS, _READS_TOGETHER // len(rows))
+
+
+def _tokens(row: Row) -> list[int]:
+    return row.prompt + row.generated
+
+
+def _due(row: Row) -> int:
+    """How many of a row's tokens the draft should have seen: all but the last two."""
+    return max(0, len(row.prompt) + len(row.generated) + row.unread - 2)

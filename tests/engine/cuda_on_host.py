@@ -1,0 +1,81 @@
+"""Kernels of `mx.fast.cuda_kernel` compiled for the host, where there is a C++ compiler: one block at a time, with one
+thread or several. What only a GPU does (scheduling, caches) is not shown by it; what is computed is."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+_PRELUDE = """
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+using std::max;
+using std::min;
+#define __device__
+#define __shared__ static
+static std::barrier<>* everybody;
+static uint32_t passed[1024];
+struct Index { int x; };
+static thread_local Index threadIdx;
+static Index blockIdx;
+static void __syncthreads() { everybody->arrive_and_wait(); }
+template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
+    std::memcpy(&passed[threadIdx.x], &value, 4);
+    __syncthreads();
+    V other;
+    std::memcpy(&other, &passed[threadIdx.x ^ width], 4);
+    __syncthreads();
+    return other;
+}
+static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const { uint32_t wide = uint32_t(bits) << 16; float x; std::memcpy(&x, &wide, 4); return x; }
+};
+"""
+
+Run = Callable[..., None]
+
+
+def compiled(folder: Path, header: str, source: str, arguments: Mapping[str, str], constants: str) -> Run:
+    """`run(blocks, threads, *pointers, *ints)`: the kernel over so many blocks.
+
+    `arguments` are names and C types of the kernel's parameters. Skips the test without a compiler.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    declared = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
+    passed = ", ".join(arguments)
+    code = f"""{_PRELUDE}
+{header}
+static void kernel({declared}) {{
+{constants}
+{source}
+}}
+extern "C" void run(int blocks, int threads, {declared}) {{
+    std::barrier<> barrier(threads);
+    everybody = &barrier;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
+        std::vector<std::thread> running;
+        for (int i = 0; i < threads; ++i) running.emplace_back([&, i] {{ threadIdx.x = i; kernel({passed}); }});
+        for (auto& one : running) one.join();
+    }}
+}}
+"""
+    (folder / "kernel.cpp").write_text(code)
+    library = folder / "kernel.so"
+    command = [compiler, "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-o", str(library)]
+    subprocess.run([*command, str(folder / "kernel.cpp")], check=True, timeout=60)
+    run: Run = ctypes.CDLL(str(library)).run
+    return run
