@@ -11,17 +11,31 @@ from typing import Any, Final
 import falcon
 from falcon.asgi import App, Request, Response
 
-from runner.gateway import system
+from runner.gateway import docs, system
+from runner.gateway.anthropic import resources as anthropic
 from runner.gateway.backend import Directory
+from runner.gateway.dialects import in_dialect
 from runner.gateway.errors import describe, error_body, error_kind, report
 from runner.gateway.exchange import exchange_of
+from runner.gateway.ollama import resources as ollama
 from runner.gateway.openai import resources as openai
+from runner.gateway.responses import resources as responses
 from runner.plan.spec import ListenerSpec
 from runner.telemetry import GatewayMetrics
 
 AddRoutes = Callable[[App[Any, Any], str, Directory, GatewayMetrics], None]
 
-APIS: Final[dict[str, AddRoutes]] = {"openai": openai.add_routes}
+
+def _add_openai(app: App[Any, Any], listener: str, directory: Directory, metrics: GatewayMetrics) -> None:
+    openai.add_routes(app, listener, directory, metrics)
+    responses.add_routes(app, listener, directory, metrics)
+
+
+APIS: Final[dict[str, AddRoutes]] = {
+    "openai": _add_openai,
+    "anthropic": anthropic.add_routes,
+    "ollama": ollama.add_routes,
+}
 """The APIs that a `servers` entry may name."""
 
 
@@ -31,6 +45,7 @@ def build_app(spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics)
     app.add_error_handler(Exception, _on_error)
     app.add_error_handler(falcon.HTTPError, _on_http_error)
     system.add_routes(app, spec.name, directory, metrics)
+    docs.add_routes(app, spec)
     for api in spec.apis:
         APIS[api](app, spec.name, directory, metrics)
     return app
@@ -44,19 +59,19 @@ async def _on_http_error(request: Request, response: Response, error: falcon.HTT
         message = f"no such path: {request.method} {request.path}"
     elif status == 405:
         message = f"{request.method} is not allowed on {request.path}"
-    _respond(response, status, dict(error.headers or {}), error_body(message, error_kind(status)))
+    _respond(request, response, status, dict(error.headers or {}), error_body(message, error_kind(status)))
 
 
 async def _on_error(request: Request, response: Response, error: Exception, params: object) -> None:
     exchange = exchange_of(request)
     report(error, {"request_id": exchange.request_id, "route": exchange.route})
-    _respond(response, *describe(error))
+    _respond(request, response, *describe(error))
 
 
-def _respond(response: Response, status: int, headers: Mapping[str, str], body: bytes) -> None:
+def _respond(request: Request, response: Response, status: int, headers: Mapping[str, str], body: bytes) -> None:
     response.status = status
     response.set_headers(dict(headers))
     response.content_type = falcon.MEDIA_JSON
     response.stream = None
     response.text = None
-    response.data = body
+    response.data = in_dialect(request.path, body, status)

@@ -56,13 +56,21 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """One line of `GET /v1/models`: a deployment, an alias, or `model:adapter`."""
+    """One line of `GET /v1/models`: a deployment, an alias, or `model:adapter`.
+
+    `size` is the weights' bytes, `max_context` in tokens, 0 where the manifest does not limit it.
+    """
 
     id: str
     created: int
     model: str
     adapter: str | None = None
     ready: bool = False
+    source: str = ""
+    size: int = 0
+    digest: str = ""
+    max_context: int = 0
+    architecture: str = ""
 
 
 class Directory(Protocol):

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from runner.errors import InvalidRequest, RequestError, TooLarge
+from runner.gateway.dialects import in_dialect
 from runner.gateway.errors import describe, error_body, error_kind
 from runner.gateway.exchange import CUT_MESSAGE, Exchange
 from runner.gateway.policy import Policy, Refusal
@@ -106,6 +107,8 @@ class Call:
     async def answer(self, answer: Answer) -> None:
         """A whole answer, without the application."""
         status, headers, body = answer
+        if status >= 400 and body:
+            body = in_dialect(self.exchange.path, body, status)
         if body:
             headers = [*headers, (b"content-length", str(len(body)).encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import falcon
 import msgspec
@@ -24,16 +24,18 @@ Names = Mapping[str, Collection[str]]
 """Field names to suggest from: those of the body under "", those of what a field holds under that field's name."""
 
 
-async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: Names) -> T:
+async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: Names, *, any_type: bool = False) -> T:
     """The body as the decoder's type.
 
     A body that does not say that it is JSON is refused (415): a page on the web may send any other kind to a local
-    server without asking its browser's leave first.
+    server without asking its browser's leave first. With `any_type`, for an API whose own examples leave the type to
+    curl, that holds for requests that a page sends (they carry `Origin`), and not for the others.
 
     Raises InvalidRequest, TooLarge, and falcon.HTTPUnsupportedMediaType.
     """
     kind = (request.content_type or "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+    trusted = any_type and request.get_header("origin") is None
+    if not trusted and kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise falcon.HTTPUnsupportedMediaType(description="send the body with `Content-Type: application/json`")
     body = await request.stream.read()
     try:
@@ -47,6 +49,20 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: N
         raise InvalidRequest("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+
+
+def convert(value: Any, kind: Any, place: str, names: Names) -> Any:
+    """A decoded value as a type, for parts of a body that cannot be decoded in one pass. `place` is where it stands.
+
+    Raises InvalidRequest.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        found = _invalid(str(error), names)
+        param = f"{place}.{found.param}" if found.param else place
+        message = found.message.replace("the body: ", f"`{place}`: ", 1)
+        raise InvalidRequest(message, param=param, code=found.code) from None
 
 
 def _invalid(text: str, names: Names) -> InvalidRequest:

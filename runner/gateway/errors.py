@@ -18,6 +18,14 @@ from runner.errors import EngineFailed, MlxRunError, RequestError, Unavailable
 logger = logging.getLogger(__name__)
 
 _encoder = msgspec.json.Encoder()
+_ANTHROPIC_KINDS: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _KINDS: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -29,6 +37,11 @@ def error_body(message: str, kind: str, *, param: str | None = None, code: str |
 def error_kind(status: int) -> str:
     """OpenAI's `type` for an HTTP status."""
     return _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def anthropic_kind(status: int) -> str:
+    """Anthropic's `type` for an HTTP status."""
+    return _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
 def describe(error: Exception) -> tuple[int, dict[str, str], bytes]:

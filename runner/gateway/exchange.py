@@ -25,10 +25,22 @@ class Exchange:
     `cut_event` is what a stream of events ends with when the listener closes before it is complete.
     """
 
-    __slots__ = ("_closers", "adapter", "cut_event", "model", "request_id", "route", "started", "status", "tokens")
+    __slots__ = (
+        "_closers",
+        "adapter",
+        "cut_event",
+        "model",
+        "path",
+        "request_id",
+        "route",
+        "started",
+        "status",
+        "tokens",
+    )
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, path: str = "") -> None:
         self.request_id = request_id
+        self.path = path
         self.started = time.perf_counter()
         self.route = "other"
         self.model = ""

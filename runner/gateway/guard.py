@@ -64,7 +64,7 @@ class Guard:
         # ASGI promises no more than an iterable of iterables.
         scope["headers"] = [(name, value) for name, value in scope["headers"]]
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        exchange = scope[SCOPE_KEY] = Exchange(_request_id(headers))
+        exchange = scope[SCOPE_KEY] = Exchange(_request_id(headers), scope["path"])
         policy = self.policy
         call = Call(exchange, policy, headers, receive, send)
         self._begin(call)

@@ -12,7 +12,7 @@ from runner.gateway.call import Application, Receive, Scope, Send
 from runner.gateway.embedded import EmbeddedServer
 from runner.gateway.guard import Guard
 from runner.gateway.policy import Policy
-from runner.gateway.sockets import bind, sever
+from runner.gateway.sockets import Connection, bind, connections, ends, is_free, sever
 from runner.plan.spec import ListenerSpec
 from runner.telemetry import GatewayMetrics
 
@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 _SETTLE: Final = 0.3
 """Seconds for connections to close once their requests have ended."""
+
+_LOOK: Final = 0.001
+"""Seconds between two looks at a port that is about to be free."""
+
+_LOOKS: Final = 2000
+"""Looks until it is for whoever binds the port to find that it is not free."""
 
 _THREADS_END: Final = 0.005
 """Seconds that Granian's threads need for their last references to Python objects."""
@@ -43,6 +49,7 @@ class Listener:
         self._server: EmbeddedServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._port = spec.port
+        self._released: frozenset[Connection] | None = None
         self._closed = False
 
     @property
@@ -79,6 +86,18 @@ class Listener:
         self._guard.policy = Policy(spec)
         self.spec = spec
 
+    async def release(self) -> None:
+        """Gives the port back, so that another listener can have it at once; running requests go on until `close`."""
+        if self._server is None or self._released is not None:
+            return
+        # Known by now, since the next listener of this port will have connections of its own.
+        self._released = frozenset(map(ends, connections(self._port)))
+        self._server.stop()
+        for _ in range(_LOOKS):
+            if is_free(self.spec.host, self._port):
+                return
+            await asyncio.sleep(_LOOK)
+
     async def close(self, deadline: float) -> int:
         """Refuses new connections at once, gives running requests `deadline` seconds, then cuts them.
 
@@ -95,7 +114,7 @@ class Listener:
         await self._guard.wait_idle()
         await asyncio.wait({self._serving}, timeout=_SETTLE)
         if not self._serving.done():  # Granian waits for requests that have come in part
-            sever(self._port)
+            sever(self._port, self._released)
             await asyncio.wait({self._serving}, timeout=_SETTLE)
         # Its threads say that they have ended a moment before they have, and abort the process when the interpreter
         # ends in between (1 of 60 exits on a busy machine; none of 360 with this).

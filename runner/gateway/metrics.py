@@ -27,6 +27,8 @@ _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens, cached ones included.",
     "cached_tokens_total": "Prompt tokens that came from the prefix cache.",
     "completion_tokens_total": "Generated tokens.",
+    "drafted_tokens_total": "Tokens that the draft model proposed.",
+    "accepted_tokens_total": "Proposed tokens that the model accepted.",
     "steps_total": "Steps of the engine loop.",
     "cancelled_total": "Requests cancelled.",
     "failed_total": "Requests failed.",

@@ -19,7 +19,7 @@ from runner.plan.spec import ListenerSpec
 MAX_HEADER_BYTES: Final = 32 * 1024
 """Names and values together. Granian itself refuses more than 100 headers, and 64 KiB before its parser is done."""
 
-_OPEN_PATHS: Final = frozenset({"/health"})
+_OPEN_PATHS: Final = frozenset({"/health", "/openapi.json", "/docs"})
 _EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, x-mlx-run-adapter")
 
 

@@ -9,12 +9,16 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from runner.errors import ListenerError
 
 BACKLOG: Final = 1024
+
+
+Connection = tuple[Any, Any]
+"""Both ends' addresses."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -24,13 +28,11 @@ def bind(host: str, port: int) -> socket.socket:
     *:8080 and take its clients. When only the remains of old connections are in the way, the second try has it.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, address = _resolve(host, port)
     except OSError as error:
         raise ListenerError(
             f"cannot listen on {host}:{port}: {error.strerror}", hint="set `host` to an address of this machine"
         ) from None
-    # "localhost" is both; clients that were told 127.0.0.1 are the more common.
-    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
     try:
         return _listen(family, kind, protocol, address, reuse=False)
     except OSError as error:
@@ -42,6 +44,26 @@ def bind(host: str, port: int) -> socket.socket:
         raise _listener_error(host, port, error) from None
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens on this address any more; connections that are still open do not count."""
+    family, kind, protocol, address = _resolve(host, port)
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
+def _resolve(host: str, port: int) -> tuple[int, int, int, Any]:
+    """Family, kind, protocol and address of a socket for it. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # "localhost" is both; clients that were told 127.0.0.1 are the more common.
+    family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    return family, kind, protocol, address
+
+
 def _listen(family: int, kind: int, protocol: int, address: Any, *, reuse: bool) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
@@ -50,6 +72,9 @@ def _listen(family: int, kind: int, protocol: int, address: Any, *, reuse: bool)
         sock.bind(address)
         # Its connections inherit this, and must have it for the port to be bound again while they are in TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Inherited too. Without it an answer's second piece waits for the client to acknowledge the first, and clients
+        # put that off for 40 ms: on a connection that was kept, the first token came that much late.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         sock.listen(BACKLOG)
     except OSError:
@@ -100,11 +125,17 @@ def connections(port: int) -> Iterator[socket.socket]:
                 yield sock
 
 
-def sever(port: int) -> None:
-    """Ends the connections to a port, as if their clients had left."""
+def ends(connection: socket.socket) -> Connection:
+    """What tells a connection from others."""
+    return (connection.getsockname(), connection.getpeername())
+
+
+def sever(port: int, only: Collection[Connection] | None = None) -> None:
+    """Ends the connections to a port, or `only` these of them, as if their clients had left."""
     for sock in connections(port):
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+            if only is None or ends(sock) in only:
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _has_peer(sock: socket.socket) -> bool:

@@ -23,6 +23,15 @@ def test_bind_to_ipv6() -> None:
         assert sock.family == socket.AF_INET6
 
 
+def test_connections_send_small_pieces_at_once() -> None:
+    with bind("127.0.0.1", 0) as listening:
+        listening.setblocking(True)
+        with socket.create_connection(listening.getsockname()):
+            accepted, _ = listening.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_connections_are_those_of_clients_to_the_port() -> None:
     with bind("127.0.0.1", 0) as listening, bind("127.0.0.1", 0) as other:
         listening.setblocking(True)

@@ -27,6 +27,8 @@ STATS = Stats(
     steps_total=60,
     cancelled_total=5,
     failed_total=6,
+    drafted_tokens_total=50,
+    accepted_tokens_total=30,
 )
 
 
@@ -89,6 +91,8 @@ async def test_metrics_have_the_engines_own_counters(client: Client, deployment:
         ("steps_total", 60),
         ("cancelled_total", 5),
         ("failed_total", 6),
+        ("drafted_tokens_total", 50),
+        ("accepted_tokens_total", 30),
     ):
         assert found[f"mlx_run_engine_{name}", model] == value
 

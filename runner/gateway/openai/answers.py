@@ -7,12 +7,13 @@ costs the encoding of its text and the joining of three pieces.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Final
+from typing import Any, Final
 
 from runner.gateway.errors import as_event, describe, report
 from runner.gateway.exchange import Exchange
 from runner.gateway.generation import Batch, Generation
 from runner.gateway.openai.shapes import Choice, Head, encode_json, encode_line, usage_of
+from runner.gateway.openai.tools import written_call
 from runner.protocol import Delta, TokenLogprob, Usage
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -32,7 +33,7 @@ async def whole(generation: Generation, head: Head) -> bytes:
     written = [
         {
             "index": index,
-            **shape.choice("".join(choice.texts)),
+            **shape.choice(choice),
             "logprobs": shape.logprobs(choice.logprobs, 0) if head.with_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
@@ -94,6 +95,7 @@ class Chunks:
         self._first = None if first is None else encode_json(first)[1:-1] + _MORE
         self._begun = [False] * count
         self._offsets = [0] * count
+        self._calls = [0] * count
         self._usages: list[Usage | None] = [None] * count
         self._running = count
 
@@ -103,6 +105,8 @@ class Chunks:
         delta = deltas[-1]
         if len(deltas) == 1 and self._begun[index] and delta.finish_reason is None and delta.logprobs is None:
             text = delta.text
+            if delta.reasoning or delta.calls:
+                return self._encode_any(index, deltas)
             return self._openings[index] + encode_line(text) + self._closing if text else b""
         return self._encode_any(index, deltas)
 
@@ -112,17 +116,29 @@ class Chunks:
             self._begun[index] = True
             if self._first is not None:
                 pieces += (self._starts[index], self._first)
+        for delta in deltas:
+            if delta.reasoning:
+                pieces += self._delta(index, {"reasoning_content": delta.reasoning})
         text = "".join([delta.text for delta in deltas])
         logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
         if text or logprobs:
             pieces += (self._openings[index], encode_line(text), self._after, b',"logprobs":')
             pieces += (self._logprobs(index, logprobs), b',"finish_reason":null', _END)
+        for delta in deltas:
+            for call in delta.calls or ():
+                written = {"index": self._calls[index], **written_call(call)}
+                self._calls[index] += 1
+                pieces += self._delta(index, {"tool_calls": [written]})
         reason = deltas[-1].finish_reason
         if reason is not None:
             pieces += (self._starts[index], encode_json(self._head.shape.last())[1:-1])
             pieces += (b',"logprobs":null,"finish_reason":', encode_json(reason), _END)
             pieces += self._ended(index, deltas[-1].usage)
         return b"".join(pieces)
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> tuple[bytes, ...]:
+        """A chunk of a chat with something other than content."""
+        return (self._starts[index], b'"delta":', encode_line(delta), _MORE)
 
     def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> bytes:
         if not self._head.with_logprobs or not logprobs:

@@ -8,7 +8,8 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from runner.protocol import Delta, TokenLogprob, Usage
+from runner.gateway.openai.tools import written_call
+from runner.protocol import Delta, TokenLogprob, ToolCall, Usage
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -32,6 +33,8 @@ class Choice:
     """One completion, as far as it has come."""
 
     texts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -40,6 +43,10 @@ class Choice:
         """What came next."""
         for delta in deltas:
             self.texts.append(delta.text)
+            if delta.reasoning:
+                self.reasoning.append(delta.reasoning)
+            if delta.calls:
+                self.calls += delta.calls
             if delta.logprobs:
                 self.logprobs += delta.logprobs
         self.finish_reason = deltas[-1].finish_reason
@@ -64,8 +71,8 @@ class Shape(Protocol):
         """`object` of a chunk of a stream."""
         ...
 
-    def choice(self, text: str) -> dict[str, Any]:
-        """The part of a choice that holds its text."""
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """The part of a choice that holds what was generated."""
         ...
 
     def first(self) -> dict[str, Any] | None:
@@ -92,8 +99,15 @@ class ChatShape:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.texts)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+        if choice.reasoning:
+            message["reasoning_content"] = "".join(choice.reasoning)
+        if choice.calls:
+            message["content"] = text or None
+            message["tool_calls"] = [written_call(call) for call in choice.calls]
+        return {"message": message}
 
     def first(self) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}}
@@ -126,8 +140,8 @@ class CompletionShape:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {"text": "".join(choice.texts)}
 
     def first(self) -> dict[str, Any] | None:
         return None
@@ -166,13 +180,25 @@ class Head:
 
 
 def usage_of(usages: Sequence[Usage | None], per_prompt: int) -> dict[str, Any]:
-    """OpenAI's `usage` of all choices: each prompt once, every completion."""
+    """OpenAI's `usage` of all choices: each prompt once, every completion, and a draft model's proposals if it made
+    any."""
     prompts = [usage for usage in usages[::per_prompt] if usage is not None]
+    completions = [usage for usage in usages if usage is not None]
     prompt = sum(usage.prompt_tokens for usage in prompts)
-    completion = sum(usage.completion_tokens for usage in usages if usage is not None)
-    return {
+    completion = sum(usage.completion_tokens for usage in completions)
+    accepted = sum(usage.accepted_tokens for usage in completions)
+    rejected = sum(usage.rejected_tokens for usage in completions)
+    answer: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
     }
+    details: dict[str, int] = {}
+    if accepted or rejected:
+        details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+    if reasoning := sum(usage.reasoning_tokens for usage in completions):
+        details["reasoning_tokens"] = reasoning
+    if details:
+        answer["completion_tokens_details"] = details
+    return answer

@@ -9,6 +9,8 @@ import msgspec
 
 from runner.errors import InvalidRequest
 from runner.gateway.backend import Route
+from runner.gateway.openai.structured import grammar_of
+from runner.gateway.openai.tools import must_call, past_calls, shown_tools
 from runner.gateway.openai.wire import (
     MAX_CHOICES,
     UNSUPPORTED_CHAT,
@@ -23,6 +25,12 @@ from runner.protocol import Generate, Sampling
 
 COMPLETION_MAX_TOKENS: Final = 16
 """OpenAI's own default for `/v1/completions`; a chat without `max_tokens` has the context's room."""
+
+_EFFORT: Final[Mapping[str, dict[str, Any]]] = {
+    "none": {"enable_thinking": False},
+    **{effort: {"reasoning_effort": effort} for effort in ("minimal", "low", "medium", "high", "xhigh")},
+}
+"""As chat templates read it: some take the effort, most only whether to think at all."""
 
 _SAMPLING: Final = (
     "temperature",
@@ -55,7 +63,11 @@ def chat_generates(request: ChatRequest, route: Route) -> list[Generate]:
         max_tokens=request.max_completion_tokens or request.max_tokens or route.generation.get("max_tokens", 0),
         stop=_stop(request, route.generation),
         sampling=_sampling(request, route.generation, (request.top_logprobs or 0) if request.logprobs else None),
+        grammar=grammar_of(request),
         chat_template_kwargs=_template_kwargs(request, route.generation),
+        tools=shown_tools(request.tools, request.tool_choice),
+        must_call=must_call(request.tools, request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls is not False,
     )
     return _choices(generate, request.n or 1)
 
@@ -79,6 +91,7 @@ def completion_generates(request: CompletionRequest, route: Route) -> list[Gener
             max_tokens=request.max_tokens or route.generation.get("max_tokens", COMPLETION_MAX_TOKENS),
             stop=_stop(request, route.generation),
             sampling=_sampling(request, route.generation, request.logprobs),
+            grammar=grammar_of(request),
         )
         generates += _choices(generate, n)
     return generates
@@ -111,8 +124,14 @@ def _stop(request: CommonFields, defaults: Mapping[str, Any]) -> list[str]:
     return [stop] if isinstance(stop, str) else list(stop)
 
 
+def template_effort(effort: str | None) -> dict[str, Any]:
+    """How much to think, as chat templates read it."""
+    return {} if effort is None else _EFFORT[effort]
+
+
 def _template_kwargs(request: ChatRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**defaults.get("chat_template_kwargs", {}), **(request.chat_template_kwargs or {})}
+    effort = template_effort(request.reasoning_effort)
+    merged = {**defaults.get("chat_template_kwargs", {}), **effort, **(request.chat_template_kwargs or {})}
     if merged:
         try:
             msgspec.msgpack.encode(merged)
@@ -131,15 +150,23 @@ def _message(index: int, message: Message) -> dict[str, Any]:
     if content is None:
         if message.role != "assistant":
             raise InvalidRequest(f"`{place}.content` is missing", param=f"{place}.content", code="missing_field")
-        content = ""
+        content = message.refusal or ""
     elif not isinstance(content, str):
         content = "".join([part.text for part in content])
-    rendered = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.name is not None:
         rendered["name"] = message.name
     if message.tool_call_id is not None:
         rendered["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        rendered["tool_calls"] = past_calls(message.tool_calls)
+    if reasoning := _reasoning(message):
+        rendered["reasoning_content"] = reasoning
     return rendered
+
+
+def _reasoning(message: Message) -> str | None:
+    return message.reasoning_content or message.reasoning
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:

@@ -1,7 +1,8 @@
 """OpenAI's request bodies as types: decoded and validated in one pass, unknown fields refused.
 
 Beside OpenAI's own fields they take what other local runners take under these names: `adapter_name`, `top_k`, `min_p`,
-`repetition_penalty`, `repetition_context_size` and `chat_template_kwargs`. A field given as null is a field not given.
+`repetition_penalty`, `repetition_context_size`, `chat_template_kwargs` and `structured_outputs`. A field given as null
+is a field not given.
 
 Two kinds of fields are typed `Any`: those that change nothing about the answer and are accepted as they are (HARMLESS),
 and those that this version cannot honour: they are refused unless they say what is done anyway (UNSUPPORTED_CHAT,
@@ -15,15 +16,18 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from runner.gateway.openai.tools import Function, PastCall, Tool, ToolChoice
+
 MAX_CHOICES: Final = 128
 MAX_STOPS: Final = 16
 MAX_LOGPROBS: Final = 20
+MAX_TOOLS: Final = 256
 
 HARMLESS: Final = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
@@ -37,12 +41,9 @@ UNSUPPORTED_CHAT: Final[dict[str, tuple[Any, ...]]] = {
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -53,10 +54,6 @@ UNSUPPORTED_MESSAGE: Final[dict[str, tuple[Any, ...]]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_calls": ([],),
 }
 """Clients send back the assistant's messages as they received them, with these fields null."""
 
@@ -81,13 +78,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[PastCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
+    parsed: Any = None
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +93,46 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     include_usage: bool | None = None
     include_obfuscation: Any = None
+
+
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`response_format.json_schema`. The schema holds whether `strict` or not; `name` and `description` are labels."""
+
+    schema: msgspec.Raw
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """`response_format` that asks for nothing."""
+
+
+class JsonObjectFormat(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"
+):
+    """`response_format` that asks for any JSON object."""
+
+
+class JsonSchemaFormat(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"
+):
+    """`response_format` that asks for what a JSON Schema describes."""
+
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the answer has to match; exactly one is given. The names are vLLM's.
+
+    `json` is a JSON Schema (or one as a string), `regex` is matched by the whole answer, `choice` lists the possible
+    answers, `grammar` is in llguidance's Lark dialect.
+    """
+
+    json: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
 
 
 class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,9 +155,11 @@ class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     frequency_penalty: Penalty | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     metadata: Any = None
-    parallel_tool_calls: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
@@ -134,16 +174,17 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     audio: Any = None
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
+    moderation: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
     store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -165,8 +206,11 @@ class CompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_
 
 
 _NESTED: Final = {
-    "messages": (*Message.__struct_fields__, "type", "text"),
+    "messages": (*Message.__struct_fields__, "type", "text", "function", "arguments"),
+    "tools": ("type", "function", *Function.__struct_fields__),
+    "response_format": ("type", "json_schema", *JsonSchema.__struct_fields__),
     "stream_options": StreamOptions.__struct_fields__,
+    "structured_outputs": StructuredOutputs.__struct_fields__,
 }
 CHAT_NAMES: Final = {"": ChatRequest.__struct_fields__, **_NESTED}
 COMPLETION_NAMES: Final = {"": CompletionRequest.__struct_fields__, **_NESTED}

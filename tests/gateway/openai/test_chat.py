@@ -22,7 +22,7 @@ async def test_whole_answer(client: Client, deployment: FakeDeployment) -> None:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "Hello", "refusal": None},
+                "message": {"role": "assistant", "content": "Hello", "refusal": None, "annotations": []},
                 "logprobs": None,
                 "finish_reason": "stop",
             }

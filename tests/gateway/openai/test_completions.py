@@ -28,6 +28,18 @@ async def test_whole_answer(client: Client, deployment: FakeDeployment) -> None:
     assert deployment.requests == [Generate(id=0, prompt="once", max_tokens=16)]
 
 
+async def test_usage_tells_what_a_draft_model_proposed(client: Client, deployment: FakeDeployment) -> None:
+    deployment.scripts = [
+        text_script("Hello", usage=Usage(7, 6, 3, 4, 2)),
+        text_script("you", usage=Usage(7, 3, 3, 1, 0)),
+    ]
+    answer = (await client.complete(prompt=["a", "b"])).json
+    assert answer["usage"]["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 5,
+        "rejected_prediction_tokens": 2,
+    }
+
+
 async def test_stream(client: Client) -> None:
     *chunks, done = events_of((await client.complete(stream=True)).text)
     assert done == "[DONE]"
