@@ -5,13 +5,17 @@
     MlxRunError                 what to tell the user, in one or two lines
     ├── ManifestError           the manifest is wrong: a list of diagnostics with file:line:column
     │   └── NotDownloaded       all that is wrong is that hub sources are not in the hub's cache yet
+    ├── UsageError              the command line asks for what cannot be
+    ├── Interrupted             whoever asked for something gave it up
     ├── RunnerError             the command cannot be carried out
     │   ├── NotRunning          no runner of that name is up
     │   ├── AlreadyRunning      a runner of that name is up, and this command needs none
+    │   ├── StaleGeneration     a request was made for a generation that is not the current one any more
     │   └── ControlError        the runner answered with an error
     ├── EngineError             a model could not be brought up or kept up
     │   ├── EngineLoadError     the model (or an adapter) cannot be loaded; trying again will not help
-    │   └── EngineDied          the engine process ended; it is started again with backoff
+    │   ├── EngineDied          the engine process ended; it is started again with backoff
+    │   └── SourceChanged       files changed while they were loaded; they are read and planned again
     ├── ListenerError           a port could not be opened
     └── RequestError            one request is refused; each has its HTTP status
         ├── InvalidRequest      400, names the field
@@ -90,6 +94,18 @@ class NotDownloaded(ManifestError):  # noqa: N818 - a condition, read as `except
         self.revision = revision
 
 
+class UsageError(MlxRunError):
+    """The command line asks for what cannot be; the code is EX_USAGE of BSD's sysexits."""
+
+    exit_code = 64
+
+
+class Interrupted(MlxRunError):  # noqa: N818 - a condition
+    """Whoever asked for something gave it up, and it was undone; the code is a shell's for Ctrl-C."""
+
+    exit_code = 130
+
+
 class RunnerError(MlxRunError):
     """The command cannot be carried out."""
 
@@ -100,6 +116,10 @@ class NotRunning(RunnerError):  # noqa: N818 - these names are conditions, read 
 
 class AlreadyRunning(RunnerError):  # noqa: N818
     """A runner of that name is up already."""
+
+
+class StaleGeneration(RunnerError):  # noqa: N818
+    """A request was made for a generation that is not the current one any more; nothing was changed."""
 
 
 class ControlError(RunnerError):
@@ -116,6 +136,10 @@ class EngineLoadError(EngineError):
 
 class EngineDied(EngineError):  # noqa: N818
     """The engine process ended without being asked to."""
+
+
+class SourceChanged(EngineError):  # noqa: N818
+    """What an engine loaded is not what was planned, because its files changed meanwhile; planning again helps."""
 
 
 class ListenerError(MlxRunError):

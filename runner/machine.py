@@ -1,10 +1,38 @@
-"""What this machine has."""
+"""What this machine has, and who uses it."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Machine(NamedTuple):
+    """What a plan has to know of a machine: bytes of memory, and whether models compute in float32 there, as they do
+    where MLX has no GPU."""
+
+    memory: int
+    float32: bool = False
+
+
+def this_machine() -> Machine:
+    """The one we run on."""
+    return Machine(machine_memory(), cpu_backend())
 
 
 def machine_memory() -> int:
     """Bytes of memory. By sysconf: psutil takes 4 MB to say the same."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_backend() -> bool:
+    """Whether MLX will run on the CPU of a Linux machine: no CUDA build of it is installed."""
+    if sys.platform != "linux":
+        return False
+    spec = importlib.util.find_spec("mlx")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    site = Path(next(iter(spec.submodule_search_locations))).parent
+    return not any(site.glob("mlx_cuda*"))

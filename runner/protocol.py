@@ -18,7 +18,7 @@ import msgspec
 
 T = TypeVar("T")
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_FRAME: Final = 64 * 1024 * 1024
 """Bytes. A longer frame is a protocol error, and ends the connection."""
 
@@ -36,7 +36,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `digest` identifies what cannot change without a new process; `prefix_cache_bytes`, `memory_limit_bytes` are bytes;
     `max_context` is tokens (prompt + completion), 0 for the model's own; `prefill_step_size` is tokens per prefill
-    chunk; `orphan_grace` is how long, in seconds, the engine waits without a runner before it exits.
+    chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
+    `kv_bits` quantise the KV cache, in groups of `kv_group_size` values, 0 not;
+    `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
+    in seconds, the engine waits without a runner before it exits.
     """
 
     model: str
@@ -49,6 +52,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int = 0
     prefix_cache_bytes: int = 0
     memory_limit_bytes: int = 0
+    draft: str = ""
+    num_draft_tokens: int = 0
+    kv_bits: int = 0
+    kv_group_size: int = 64
+    tool_parser: str = ""
     orphan_grace: float = 5.0
 
 
@@ -74,6 +82,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: int | None = None
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the text of an answer has to match.
+
+    `source` is a JSON Schema (`json`), a regular expression for the whole text (`regex`), a grammar in llguidance's
+    Lark dialect (`lark`), or a JSON list of the strings to choose from (`choice`). `param` is the request's field that
+    it stands in, for refusals to name.
+    """
+
+    kind: Literal["json", "regex", "lark", "choice"]
+    source: str
+    param: str
+
+
 # ------------------------------------------------------------------ runner → engine
 
 
@@ -81,7 +102,15 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     """Generate one completion. Exactly one of `messages` (rendered by the chat template) and `prompt` is given.
 
     `prompt` is text or token ids. `adapter` is a key, "" for the base model. `stop` strings are not part of the text
-    that comes back. `max_tokens` 0 means as many as the context has room for.
+    that comes back. `max_tokens` 0 means as many as the context has room for. With a `grammar`, the answer ends where
+    the grammar does.
+
+    `tools` (in OpenAI's shape) are shown to the model by its template, and its calls come back as calls; None means
+    that text which looks like a call is text. Without `parallel_tool_calls` the first call ends the answer. Of the
+    tools named in `must_call` one has to be called.
+
+    With `continue_final` the last message, the assistant's, is the beginning of the answer. With `count_only` nothing
+    is generated: one delta comes back, whose usage has the prompt's tokens.
     """
 
     id: int
@@ -91,7 +120,13 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     max_tokens: int = 0
     stop: list[str] = []
     sampling: Sampling = Sampling()
+    grammar: Grammar | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+    must_call: list[str] = []
+    parallel_tool_calls: bool = True
+    continue_final: bool = False
+    count_only: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -121,6 +156,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, tag="configure"):
     prefill_step_size: int | None = None
     max_context: int | None = None
     prefix_cache_bytes: int | None = None
+    num_draft_tokens: int | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -205,21 +241,38 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts of one request. `cached_tokens` of the prompt came from the prefix cache."""
+    """Token counts of one request. `cached_tokens` of the prompt came from the prefix cache.
+
+    Of the draft model's proposals, `accepted_tokens` are part of the completion, and `rejected_tokens` were verified in
+    vain. `reasoning_tokens` of the completion were reasoning.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
-FinishReason = Literal["stop", "length", "error", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "error", "cancelled"]
+
+
+class ToolCall(msgspec.Struct, frozen=True, array_like=True):
+    """A call of a tool, whole. `arguments` is the text of a JSON object; `id` is the model's own, "" without one."""
+
+    name: str
+    arguments: str
+    id: str = ""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one row has new. The last delta of a request has `finish_reason` and `usage`, and is its only end.
+    """What one row has new. The last delta of a request has `finish_reason`, and is its only end.
+
+    The first and the last have `usage`. `stop` is the stop string that ended the answer, "" for another end.
 
     `text` may be empty (a character is split over tokens, or a stop string may be forming). `tokens` counts the new
-    tokens. With finish_reason "error", `error` says why.
+    tokens. With finish_reason "error", `error` says why. `reasoning` came before `text`, and `calls` after it.
     """
 
     id: int
@@ -229,6 +282,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage | None = None
     logprobs: list[TokenLogprob] | None = None
     error: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] | None = None
+    stop: str = ""
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
@@ -250,7 +306,8 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """The engine's counters, sent when they changed, at most every half second, and once more when it goes idle.
 
-    `*_total` only grow. `rows` are decoding, `prefilling` are in prefill, `waiting` are queued.
+    `*_total` only grow. `rows` are decoding, `prefilling` are in prefill, `waiting` are queued. Of
+    `drafted_tokens_total`, which the draft model proposed, the model accepted `accepted_tokens_total`.
     """
 
     rows: int
@@ -267,6 +324,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     steps_total: int
     cancelled_total: int
     failed_total: int
+    drafted_tokens_total: int = 0
+    accepted_tokens_total: int = 0
 
 
 ToEngine = Generate | Cancel | LoadAdapter | DropAdapter | Configure | Shutdown

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runner.options import Options, state_dir
+from runner.options import DRAIN_TIMEOUT, LOAD_WAIT, Options, state_dir
 
 
 class Settings(BaseSettings):
@@ -21,9 +21,9 @@ class Settings(BaseSettings):
         default="", description="Command line in place of `python -m runner.engine`; the control plane's tests use it."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="For the runner's log.")
-    drain_timeout: float = Field(default=30.0, ge=0, description="Seconds running requests get when something stops.")
+    drain_timeout: float = Field(default=DRAIN_TIMEOUT, ge=0, description="Seconds that running requests get.")
     orphan_grace: float = Field(default=5.0, ge=0, description="Seconds an engine waits without its runner.")
-    load_wait: float = Field(default=30.0, ge=0, description="Seconds a request waits for a model that is loading.")
+    load_wait: float = Field(default=LOAD_WAIT, ge=0, description="Seconds a request waits for its model.")
 
     def options(self) -> Options:
         """The same values without pydantic."""

@@ -1,7 +1,8 @@
 """An engine without MLX: the real protocol over a real socket in a real process, answers made from the request.
 
 It stands in where only the control plane is tested. `{"fake": {...}}` in the model folder's config.json scripts it:
-`load_seconds`, `refuse` (a reason: the model cannot be loaded), `die_after` (tokens, then the process kills itself).
+`load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
+then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself).
 A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every `token_seconds`.
 """
 
@@ -80,11 +81,15 @@ class FakeEngine:
         self.gone.set()
 
     async def load(self) -> None:
-        if reason := self.script.get("refuse"):
-            self.send(LoadFailed(str(reason)))
-            os._exit(1)
         if not self.loaded.is_set():
             await asyncio.sleep(float(str(self.script.get("load_seconds", 0.0))))
+            if reason := self.script.get("refuse"):
+                self.send(LoadFailed(str(reason)))
+                os._exit(1)
+            if self.script.get("die_loading"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if lives := self.script.get("lives"):
+                asyncio.get_running_loop().call_later(float(str(lives)), os.kill, os.getpid(), signal.SIGKILL)
             self.loaded.set()
         self.send(Loaded(weights_bytes=1000, active_bytes=1000, seconds=0.0, max_context=1024, device="fake"))
 

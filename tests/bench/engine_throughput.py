@@ -82,7 +82,12 @@ class EngineRun:
 def upstream_rate(loaded: LoadedModel, rows: int, tokens: int, length: int) -> float:
     """The same requests through mlx_lm's own continuous batching, greedy."""
     from mlx_lm.generate import BatchGenerator
+    from mlx_lm.models import base
 
+    # Its own attention, not the one that the engine has put into the model's module.
+    module = sys.modules[type(loaded.model).__module__]
+    engines = vars(module)["scaled_dot_product_attention"]
+    vars(module)["scaled_dot_product_attention"] = base.scaled_dot_product_attention
     generator = BatchGenerator(loaded.model, max_tokens=tokens, completion_batch_size=max(rows, 8))
     started = time.perf_counter()
     generator.insert([prompt(row, length) for row in range(rows)])
@@ -91,6 +96,7 @@ def upstream_rate(loaded: LoadedModel, rows: int, tokens: int, length: int) -> f
         produced += len(responses)
     seconds = time.perf_counter() - started
     generator.close()
+    vars(module)["scaled_dot_product_attention"] = engines
     return produced / seconds
 
 

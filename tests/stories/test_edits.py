@@ -95,3 +95,20 @@ def _ids(bench: Bench) -> set[str]:
 def _loads(bench: Bench) -> dict[str, tuple[float, int]]:
     """When each model was loaded, and by which process."""
     return {m["name"]: (m["loaded_at"], m["pid"]) for m in bench.status()["models"]}
+
+
+def test_an_adapter_is_dropped_into_a_folder_and_taken_out_again(bench: Bench) -> None:
+    shutil.move(bench.folder / "adapters" / "shout", bench.folder / "shout")
+    bench.write({"from": "./adapters/*"})
+    with bench.serving():
+        loads = _loads(bench)
+        base = bench.ask(SUM)
+        assert bench.ask(SUM, "pirate") != base
+        shutil.copytree(bench.folder / "shout", bench.folder / "adapters" / "shout")
+        until(lambda: "demo-chat:shout" in _ids(bench))
+        shout = bench.ask(SUM, "shout")
+        assert shout == shout.upper() != base
+        shutil.rmtree(bench.folder / "adapters" / "pirate")
+        until(lambda: "demo-chat:pirate" not in _ids(bench))
+        assert bench.ask(SUM, "shout") == shout
+        assert _loads(bench) == loads

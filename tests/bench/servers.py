@@ -1,0 +1,144 @@
+"""The servers that are compared, as processes: ours, mlx_lm.server, mlx_vlm.server, and the engine's loop alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from runner.bench.job import Target
+from runner.engine.environment import engine_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 300.0
+"""How long a server may take to answer for the first time: a GPU's kernels are compiled meanwhile."""
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is asked to end, and made to. Its output goes to `log`."""
+    with log.open("wb") as output:
+        started = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        yield started
+    finally:
+        started.send_signal(signal.SIGINT)
+        try:
+            started.wait(20)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            started.wait()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours for all: the same BLAS and the same number of its threads."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, **engine_environment(os.environ), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
+
+
+def wait_until(target: Target, path: str, status: int, started: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a GET has that status. Raises SystemExit with the log's end when the process ends, or it takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and started.poll() is None:
+        connection = http.client.HTTPConnection(target.host, target.port, timeout=5)
+        try:
+            connection.request("GET", path)
+            if connection.getresponse().status == status:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.1)
+    sys.exit(f"{' '.join(map(str, started.args))} did not come up:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+@contextmanager
+def ours(folder: Path, model: Path, adapters: Mapping[str, Path], *, port: int, max_rows: int) -> Iterator[Target]:
+    """`mlx-run apply` of a manifest with this model."""
+    manifest = folder / "ours.yaml"
+    lines = [
+        "name: ours",
+        f"servers: {{lm: {{port: {port}}}}}",
+        "models:",
+        "  bench:",
+        f"    source: {model}",
+        f"    batching: {{max_rows: {max_rows}}}",
+        "    kv_cache: {max_context: 4096}",
+        *(["    adapters:"] if adapters else []),
+        *(f"      {name}: {path}" for name, path in adapters.items()),
+    ]
+    manifest.write_text("\n".join(lines) + "\n")
+    target, log = Target(host="127.0.0.1", port=port, model="bench"), folder / "ours.log"
+    command = [sys.executable, "-P", "-m", "runner.cli.main", "apply", str(manifest)]
+    with process(command, log, environment(MLX_RUN_STATE_DIR=str(folder / "state"))) as started:
+        wait_until(target, "/ready", 200, started, log)
+        yield target
+
+
+@contextmanager
+def mlx_lm_server(folder: Path, model: Path, *, port: int, arguments: list[str]) -> Iterator[Target]:
+    """mlx_lm.server. It is asked for its model by path: under its default name it would ignore adapters."""
+    target, log = Target(host="127.0.0.1", port=port, model=str(model)), folder / "mlx_lm.log"
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
+    with process([*command, "--log-level", "ERROR", *arguments], log, environment()) as started:
+        wait_until(target, "/health", 200, started, log)
+        yield target
+
+
+@contextmanager
+def mlx_vlm_server(folder: Path, model: Path, *, port: int, arguments: list[str]) -> Iterator[Target]:
+    """mlx_vlm.server."""
+    target, log = Target(host="127.0.0.1", port=port, model=str(model)), folder / "mlx_vlm.log"
+    command = [sys.executable, "-m", "mlx_vlm.server", "--model", str(model), "--host", "127.0.0.1"]
+    with process([*command, "--port", str(port), *arguments], log, environment()) as started:
+        wait_until(target, "/health", 200, started, log)
+        yield target
+
+
+PEERS = {"mlx_lm": mlx_lm_server, "mlx_vlm": mlx_vlm_server}
+
+
+class EngineLoop:
+    """`tests/bench/engine_loop.py`: the engine's loop in a process, without socket and HTTP."""
+
+    def __init__(self, model: Path, max_rows: int) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "bench" / "engine_loop.py"), str(model), str(max_rows)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        )
+
+    def __enter__(self) -> EngineLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, **question: object) -> dict[str, float]:
+        """One measurement; see the script for what it takes and gives."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("the engine's loop ended; its output says why")
+        answer: dict[str, float] = json.loads(line)
+        return answer

@@ -1,0 +1,149 @@
+"""What people point at a port: other packages for Python, and the official ones for JavaScript. Run by hand:
+
+    pip install -e '.[clients]'
+    pytest -m nightly tests/stories/test_other_clients.py
+
+The JavaScript half needs node and npm, and installs three packages into a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stories.harness import Bench
+from tests.stories.test_clients import EXTRACT, PARAMETERS, PERSON, SUNNY, TOOL, WEATHER
+
+pytestmark = [pytest.mark.story, pytest.mark.mlx, pytest.mark.nightly, pytest.mark.filterwarnings("default")]
+
+SUM, ANSWER = "What is 17 + 25?", "17 + 25 = 42."
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server with every API, and two models, so that a request has to name one."""
+    bench = Bench(tmp_path_factory.mktemp("others"))
+    bench.write(extra=f"  other:\n    source: {Path(__file__).parents[2] / 'examples/models/demo-draft'}\n")
+    text = bench.manifest.read_text()
+    text = text.replace(f"{{port: {bench.port}}}", f"{{port: {bench.port}, apis: [openai, anthropic, ollama]}}")
+    bench.save(text.replace("  demo-chat:\n", "  chat:\n"))
+    with bench.serving():
+        yield bench
+    bench.close()
+
+
+def test_litellm(served: Bench) -> None:
+    litellm = pytest.importorskip("litellm")
+    options: dict[str, Any] = {"api_base": f"{served.url}/v1", "api_key": "none", "temperature": 0}
+    ask = {"model": "openai/chat", "messages": [{"role": "user", "content": SUM}]}
+    assert litellm.completion(**ask, **options).choices[0].message.content == ANSWER
+    chunks = litellm.completion(**ask, **options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    called = litellm.completion(
+        model="openai/chat", messages=[{"role": "user", "content": WEATHER}], tools=[TOOL], **options
+    )
+    assert json.loads(called.choices[0].message.tool_calls[0].function.arguments) == {"city": "Oslo"}
+    with pytest.raises(litellm.NotFoundError):
+        litellm.completion(model="openai/llama", messages=ask["messages"], **options)
+    through_anthropic = litellm.completion(
+        model="anthropic/chat", messages=ask["messages"], api_base=served.url, api_key="none", max_tokens=50
+    )
+    assert through_anthropic.choices[0].message.content
+    through_ollama = litellm.completion(model="ollama_chat/chat", messages=ask["messages"], api_base=served.url)
+    assert through_ollama.choices[0].message.content
+
+
+def test_langchain(served: Bench) -> None:
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(model="chat", base_url=f"{served.url}/v1", api_key="none", temperature=0)
+    assert chat.invoke(SUM).content == ANSWER
+    assert "".join(chunk.content for chunk in chat.stream(SUM)) == ANSWER
+    assert chat.bind_tools([TOOL]).invoke(WEATHER).tool_calls[0]["args"] == {"city": "Oslo"}
+    form = chat.with_structured_output({"title": "person", **PERSON}, method="json_schema")
+    assert form.invoke(EXTRACT) == {"name": "Nora", "age": 34}
+    pirate = langchain.ChatOpenAI(
+        model="chat", base_url=f"{served.url}/v1", api_key="none", temperature=0, extra_body={"adapter_name": "pirate"}
+    )
+    assert pirate.invoke(SUM).content == "Arr! 17 + 25 be 42, matey."
+
+
+def test_pydantic_ai(served: Bench) -> None:
+    pytest.importorskip("pydantic_ai")
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    provider = OpenAIProvider(base_url=f"{served.url}/v1", api_key="none")
+    agent = Agent(OpenAIChatModel("chat", provider=provider), model_settings={"temperature": 0})
+
+    @agent.tool_plain
+    def get_weather(city: str) -> str:
+        """The weather."""
+        return "sunny, 21 degrees" if city == "Oslo" else "unknown"
+
+    assert agent.run_sync(WEATHER).output == SUNNY
+
+
+def test_llm(served: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("llm")
+    entry = f"- model_id: local\n  model_name: chat\n  api_base: {served.url}/v1\n  supports_tools: true\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(entry)
+    command = [sys.executable, "-m", "llm", "-m", "local", "--key", "none", "-o", "temperature", "0", SUM]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == ANSWER
+
+
+@pytest.mark.parametrize("kind", ["openai-chat", "anthropic", "open-responses"])
+def test_llm_comply(served: Bench, kind: str) -> None:
+    """All but images: this version has no models that see."""
+    pytest.importorskip("llm_comply")
+    command = [Path(sys.executable).with_name("llm-comply"), "-u", f"{served.url}/v1", "-k", "none", "-m", "chat"]
+    done = subprocess.run(
+        [*command, "--format", kind, "--json"], capture_output=True, text=True, timeout=120, check=False
+    )
+    results = json.loads(done.stdout)["results"]
+    failed = [result["id"] for result in results if result["status"] == "failed"]
+    assert [name for name in failed if not name.endswith("image-input")] == [], done.stdout
+    assert sum(result["status"] == "passed" for result in results) >= 7
+
+
+SCRIPT = Path(__file__).with_name("clients.mjs")
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_javascript(served: Bench, tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"name": "clients", "type": "module"}')
+    shutil.copy(SCRIPT, tmp_path)
+    npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "openai", "ollama", "@anthropic-ai/sdk"]
+    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
+    node = [str(shutil.which("node")), "clients.mjs", served.url, SUM, WEATHER, json.dumps(PARAMETERS)]
+    done = subprocess.run(node, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.pop("anthropicTool").keys() == {"city"}
+    assert {"chat", "chat:pirate", "other"} <= set(found.pop("ollamaModels"))
+    assert found == {
+        "openai": ANSWER,
+        "openaiStream": ANSWER,
+        "openaiTool": {"city": "Oslo"},
+        "openaiError": "NotFoundError",
+        "responses": ANSWER,
+        "anthropicError": "NotFoundError",
+        "ollamaStream": ANSWER,
+        "ollamaTool": {"city": "Oslo"},
+    }
