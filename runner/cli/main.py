@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
+    "pull": "Download what a manifest needs, or one repository",
     "validate": "Check a manifest",
     "explain": "Explain the code of a message",
     "status": "Show what is running",

@@ -51,7 +51,7 @@ def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache) ->
         loaded = load_manifest(paths, os.environ, inputs)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), **known)
-    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models)}
+    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models), "hub_token": loaded.hub_token}
     try:
         _check_name(loaded, name)
         for folder in _local_sources(loaded):

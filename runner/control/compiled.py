@@ -23,7 +23,8 @@ class Compiled:
     far as reading came. `name` and the names of the `models` are known once the manifest itself is sound. `warnings`
     keep nothing from running. `missing` is a hub repository and revision to download first; with it, `provisional` is
     the desired state with stand-ins for what is not there yet. `digests` is what was read of models' folders, sealed:
-    the runner has no use for it but to hand it to the next process.
+    the runner has no use for it but to hand it to the next process. `hub_token` is what private repositories are read
+    with, empty for what the hub's library finds by itself.
     """
 
     paths: tuple[Path, ...]
@@ -37,6 +38,7 @@ class Compiled:
     provisional: Desired | None = None
     options: Options | None = None
     digests: bytes | None = None
+    hub_token: str = field(default="", repr=False)
 
     def error(self) -> ManifestError | None:
         """What is wrong, None when nothing is."""

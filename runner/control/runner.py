@@ -19,7 +19,6 @@ from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.control_socket import ControlSocket, error_json
-from runner.control.download import download
 from runner.control.events import Event, EventLog
 from runner.control.ledger import Cause, Via
 from runner.control.live import Live
@@ -57,7 +56,7 @@ class Runner:
         self._events = EventLog(on_event)
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
-        self._reconciler = Reconciler(compiled, self._live, self._events, compiler, self._download)
+        self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
         self._scope = scope
         self._first = Attempt(timeout)
@@ -160,9 +159,6 @@ class Runner:
         await self._live.shut_down(self._drain_timeout)
         await asyncio.to_thread(self._compiler.stop)
         self._events.emit("stopped")
-
-    async def _download(self, repo: str, revision: str) -> None:
-        await download(repo, revision, self._folder.log)
 
     # ------------------------------------------------------------- control requests
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import Diagnostic, ManifestError
 from runner.manifest.adapter_folders import find_adapters
@@ -22,6 +22,9 @@ from runner.manifest.source import read_source
 from runner.manifest.tree import KeyPath, Problem, Tree
 from runner.manifest.walk import read_tree
 
+_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - its name
+"""The variable with which private repositories are read, as the hub's own tools have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -29,7 +32,8 @@ class Loaded:
 
     `paths` are those of the manifest and its overlays, absolute; `inputs` are all files whose content matters. `digest`
     is of their contents and of the variables that were filled in; it covers secrets, so keep it in memory. `warnings`
-    are what merging and reading found; `runner.manifest.advice` has more.
+    are what merging and reading found; `runner.manifest.advice` has more. `hub_token` is HF_TOKEN, as the environment
+    or an env file has it.
     """
 
     manifest: Manifest
@@ -37,6 +41,7 @@ class Loaded:
     inputs: Inputs
     digest: str
     tree: Tree = field(repr=False, compare=False)
+    hub_token: str = field(default="", repr=False)
 
     @property
     def path(self) -> Path:
@@ -80,7 +85,7 @@ def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: 
     models exist is for `runner.plan.resolve`.
     """
     inputs = Inputs() if inputs is None else inputs
-    tree = _read(paths, env, inputs)
+    tree, env = _read(paths, env, inputs)
     find_adapters(tree, inputs)
     manifest, problems = validate(tree)
     unfilled = [p for p in tree.problems if _is_in(tree.data, p.path)]
@@ -95,7 +100,9 @@ def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: 
         problems = [p for p in problems if p.code != "E501"]
     if manifest is None or problems or tree.wrong:
         raise ManifestError(tree.in_order([*tree.wrong, *map(tree.diagnostic, problems)]))
-    return Loaded(manifest, tuple(s.path for s in tree.sources), inputs, _digest(tree, inputs), tree)
+    return Loaded(
+        manifest, tuple(s.path for s in tree.sources), inputs, _digest(tree, inputs), tree, env.get(_TOKEN, "")
+    )
 
 
 def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
@@ -103,15 +110,15 @@ def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
 
     Raises ManifestError where the files cannot be read, or name none.
     """
-    tree = _read(paths, env, Inputs())
+    tree, _ = _read(paths, env, Inputs())
     name = tree.data.get("name") if isinstance(tree.data, dict) else None
     if isinstance(name, str) and ("name",) not in {p.path for p in tree.problems}:
         return name
     raise ManifestError([tree.diagnostic(Problem("E202", ("name",), "gives the runner no name", "write name: dev"))])
 
 
-def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> Tree:
-    """The merged document, with variables filled in."""
+def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> tuple[Tree, Mapping[str, str]]:
+    """The merged document, with variables filled in, and all of these."""
     trees, wrong = [], []
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
@@ -121,8 +128,9 @@ def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) 
     if wrong:
         raise ManifestError(wrong)
     tree = merge(trees)
-    fill(tree, with_env_files(tree, env, inputs), inputs)
-    return tree
+    env = with_env_files(tree, env, inputs)
+    fill(tree, env, inputs)
+    return tree, env
 
 
 def _check(tree: Tree, manifest: Manifest | None, problems: list[Problem]) -> list[Problem]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from runner.hub.cache import snapshot, snapshots
 from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import BadFolder, DigestCache
 from runner.inspect.memory import ModelMemory
 from runner.inspect.model import ModelFacts, read_model
 from runner.plan.digests import model_digest
-from runner.plan.hub import snapshot, snapshots
 
 CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048)
 ROWS: Final = (32, 16, 8, 4, 2, 1)

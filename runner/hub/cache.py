@@ -7,7 +7,9 @@ Layout (huggingface_hub's guide "Understand caching"): `models--org--name/refs/<
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -33,7 +35,7 @@ def snapshot(cache: Path, repo: str, revision: str) -> Path | None:
 
 def snapshot_folder(cache: Path, repo: str, revision: str) -> Path:
     """Where a repository at a revision lies, or would: while nothing says which commit a name means, under the name."""
-    folder = _folder(cache, repo)
+    folder = repository(cache, repo)
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
@@ -75,10 +77,65 @@ def _size(path: Path) -> int:
         return 0
 
 
-def is_partial(cache: Path, repo: str) -> bool:
-    """Whether a download of the repository was begun and not finished."""
-    return any((_folder(cache, repo) / "blobs").glob("*.incomplete"))
+def listing_file(folder: Path) -> Path:
+    """Where the hub's library keeps what a snapshot's commit holds, if it fetched of it (since its version 2)."""
+    return folder.parents[1] / "trees" / f"{folder.name}.json"
 
 
-def _folder(cache: Path, repo: str) -> Path:
+def listed_files(path: Path) -> tuple[str, ...]:
+    """The names in such a file; none where it says nothing that is understood."""
+    try:
+        return tuple(json.loads(path.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def link_snapshot(folder: Path, commit: str, revision: str, files: Mapping[str, str]) -> None:
+    """Show a commit in a repository's folder: `files` by name with the blobs that they are, all of them there. Raises
+    OSError.
+
+    A commit that is not there yet appears as a whole; of one that is, what belongs to other tools stays.
+    """
+    shown = folder / "snapshots" / commit
+    beside = shown.with_name(f"{commit}.{os.getpid()}.incomplete")
+    if shown.is_dir():
+        _link(shown, files)
+    else:
+        beside.mkdir(parents=True, exist_ok=True)
+        try:
+            _link(beside, files)
+            beside.rename(shown)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            if not shown.is_dir():
+                raise
+            _link(shown, files)  # somebody else was faster
+    if not _COMMIT.fullmatch(revision):
+        ref = folder / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        new = ref.with_name(f".{ref.name}.{os.getpid()}")
+        new.write_text(commit, encoding="ascii")
+        new.replace(ref)
+
+
+def _link(folder: Path, files: Mapping[str, str]) -> None:
+    """Weights last: what looks whole is whole."""
+    for name, blob in sorted(files.items(), key=lambda item: item[0].endswith(".safetensors")):
+        target = Path("../../blobs") / blob
+        path = folder / name
+        if path.is_symlink() and path.readlink() == target:
+            continue
+        new = folder / f".{name}.{os.getpid()}"
+        new.symlink_to(target)
+        new.replace(path)
+
+
+def is_offline(env: Mapping[str, str]) -> bool:
+    """Whether the environment says that the hub is not to be asked."""
+    said = (env.get("HF_HUB_OFFLINE") or env.get("TRANSFORMERS_OFFLINE") or "").upper()
+    return said in ("1", "ON", "YES", "TRUE")
+
+
+def repository(cache: Path, repo: str) -> Path:
+    """The folder of a repository (`org/name`) in the cache."""
     return cache / f"models--{repo.replace('/', '--')}"

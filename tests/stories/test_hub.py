@@ -1,0 +1,91 @@
+"""From a name on the hub to an answer: what a user does with a model that is not here yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub.fake_hub import FakeHub, fake_hub
+from tests.stories.harness import MODELS, Bench, until
+
+
+@pytest.fixture
+def hub(bench: Bench) -> Iterator[FakeHub]:
+    """A hub with demo-chat and the adapter pirate, which only members see, for this bench's commands."""
+    with fake_hub() as made:
+        made.repo("org/demo-chat", MODELS / "demo-chat")
+        made.repo("org/pirate", MODELS / "adapters" / "pirate", token="hf_member")
+        for name in ("HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+            bench.environment.pop(name, None)
+        bench.environment |= {"HF_ENDPOINT": made.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(bench.folder / "hf")}
+        yield made
+
+
+def _manifest(bench: Bench, extra: str = "") -> None:
+    bench.save(
+        f"name: dev\n{extra}servers: {{lm: {{port: {bench.port}}}}}\nmodels:\n"
+        "  demo-chat: {source: org/demo-chat, adapters: {pirate: org/pirate}}\n"
+    )
+
+
+def test_apply_downloads_and_answers(bench: Bench, hub: FakeHub) -> None:
+    _manifest(bench)
+    refused = bench.run("apply", "-d", "dev.yaml")
+    assert refused.returncode == 1
+    assert "org/pirate (main) could not be downloaded" in refused.stderr
+    assert "set HF_TOKEN, in the environment or an env_file of the manifest" in refused.stderr
+    assert hub.fetched("model.safetensors") == [], "all or nothing"
+    (bench.folder / "hub.env").write_text("HF_TOKEN=hf_member\n")
+    _manifest(bench, "env_file: hub.env\n")
+    hub.fault("model.safetensors", cut_after=100_000)
+    hub.fault("adapters.safetensors", status=503)
+    started = bench.run("apply", "-d", "dev.yaml")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert "org/demo-chat: downloading main into the hub's cache" in started.stdout
+        assert f"are here, commit {hub.repos['org/demo-chat'].branches['main'][:12]}" in started.stdout
+        assert bench.ask("What is 17 + 25?") == "17 + 25 = 42."
+        assert bench.ask("What is 17 + 25?", "pirate").startswith("Arr!")
+        assert hub.fetched("model.safetensors")[-1].range == "bytes=100000-"
+        happened = bench.run("events").stdout
+        assert "downloaded org/pirate at main" in happened
+        kept = [path.read_bytes() for path in (bench.folder / "state").rglob("*") if path.is_file()]
+        assert not any(b"hf_member" in content for content in kept), "a token is written nowhere"
+    finally:
+        bench.run("down")
+
+
+def test_an_edit_that_needs_a_download_goes_live_once_the_hub_is_back(bench: Bench, hub: FakeHub) -> None:
+    bench.write({})
+    hub.fault("/api/models/org/demo-chat", times=2, status=429, headers={"Retry-After": "3600"})
+    with bench.serving():
+        bench.write({}, model_extra="  second: {source: org/demo-chat}\n")
+        until(lambda: "429" in bench.run("status").stdout)
+        assert bench.ask("What is 17 + 25?") == "17 + 25 = 42.", "what ran goes on"
+        until(lambda: len(bench.status()["models"]) == 2 and bench.status()["in_sync"])
+        assert bench.run("wait", "--for", "ready", "second").returncode == 0
+
+
+def test_pull(bench: Bench, hub: FakeHub, tmp_path: Path) -> None:
+    (bench.folder / "hub.env").write_text("HF_TOKEN=hf_member\n")
+    _manifest(bench, "env_file: hub.env\n")
+    pulled = bench.run("pull", "dev.yaml")
+    assert pulled.returncode == 0, pulled.stderr
+    commit = hub.repos["org/pirate"].branches["main"]
+    assert f"org/pirate (main): here, commit {commit}" in pulled.stdout
+    fetched = len(hub.asked)
+    assert bench.run("pull", "--verify", "dev.yaml").returncode == 0
+    assert not [a for a in hub.asked[fetched:] if "resolve" in a.path]
+    again = bench.run("pull", "--json", "org/demo-chat")
+    *_, done, result = map(json.loads, again.stdout.splitlines())
+    assert (done["event"], result["ok"]) == ("downloaded", True)
+    none = bench.run("pull", "--json", "org/none")
+    assert none.returncode == 1
+    assert json.loads(none.stdout.splitlines()[-1])["diagnostics"][0]["code"] == "E803"
+    assert "[E803]" in none.stderr
+    assert bench.run("pull", "--revision", "v2", "dev.yaml").returncode == 64
+    bench.write()
+    assert "every source of this manifest is a folder" in bench.run("pull", "dev.yaml").stdout
