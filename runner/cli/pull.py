@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read what is here, and fetch again what is damaged")
     parser.add_argument("--json", action="store_true", help="print what happens as lines of JSON")
     parser.epilog = (
-        "FILE is a manifest, or a repository as org/name (a folder of that name is none). Branches are asked for anew:\n"
+        "FILE is a manifest, or a repository as org/name. Branches are asked for anew:\n"
         "what a branch means by now is fetched, and counts from then on for every manifest that names it without a\n"
         "lock. Safetensors and the small files that belong to them are fetched, each checked against the digest that\n"
         "the hub lists; what was cut is gone on from. Private repositories take HF_TOKEN, from the environment or the\n"

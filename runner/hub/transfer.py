@@ -145,10 +145,13 @@ def _request(client: Client, url: str, file: File, got: _Got) -> None:
         check(response)
         if got.size and response.status_code != 206:
             got.again(hasher(file))
-        for chunk in response.iter_bytes():
-            if got.size + len(chunk) > file.size:
-                raise _Changed
-            got.add(chunk)
+        try:
+            for chunk in response.iter_bytes():
+                if got.size + len(chunk) > file.size:
+                    raise _Changed
+                got.add(chunk)
+        finally:
+            got.stream.flush()
     if got.size < file.size:
         raise NETWORK_ERRORS[0](f"{file.name} ended {file.size - got.size} bytes early")
 

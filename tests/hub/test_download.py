@@ -115,10 +115,18 @@ async def test_a_killed_download_leaves_nothing_visible_and_is_gone_on_from(
     hub.fault("model.safetensors", hold=threading.Event())
     asked = lines("runner.hub.fetch", request([CHAT], "", QUICK))
     partial = cache / "models--org--chat" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}{PARTIAL}"
-    async for _ in asked:
-        if partial.exists() and partial.stat().st_size == 2_000_000 and len(hub.fetched("model.safetensors")) == 2:
-            break
-    await asked.aclose()  # kills the process
+
+    async def read() -> None:
+        async for _ in asked:
+            pass
+
+    reading = asyncio.create_task(read())
+    while not (partial.exists() and partial.stat().st_size == 2_000_000 and len(hub.fetched("model.safetensors")) == 2):
+        await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await asked.aclose()  # the process was killed
     assert nothing_to_see(cache)
     assert partial.stat().st_size == 2_000_000
     hub.faults.clear()
