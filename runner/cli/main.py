@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
     "pull": "Download what a manifest needs, or one repository",
+    "lock": "Pin each source to a commit and its files' digests",
     "validate": "Check a manifest",
     "explain": "Explain the code of a message",
     "status": "Show what is running",

@@ -10,9 +10,9 @@ from runner.manifest.inputs import Inputs
 from runner.options import Options
 from runner.plan.spec import Desired
 
-Request = tuple[tuple[Path, ...], str | None, bytes | None]
-"""The manifest's files, merged left to right, the only name that it may have (None: any), and what was read before: the
-process keeps nothing between two lives."""
+Request = tuple[tuple[Path, ...], str | None, bytes | None, bool]
+"""The manifest's files, merged left to right, the only name that it may have (None: any), what was read before (the
+process keeps nothing between two lives), and whether its lock has to be there and to hold."""
 
 
 @dataclass(frozen=True, slots=True)

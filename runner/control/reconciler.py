@@ -72,6 +72,7 @@ class Reconciler:
         self.last: Pass | None = None
         self.inputs = compiled.inputs
         self.watching = True
+        self.frozen = False
         self.warnings: tuple[Diagnostic, ...] = ()
         self._live = live
         self._ledger = Ledger(live.folder)
@@ -121,36 +122,46 @@ class Reconciler:
         *,
         watch: bool = True,
         scope: Scope = WHOLE,
+        frozen: bool = False,
         attempt: Attempt | None = None,
     ) -> Pass:
-        """A pass over `paths`, which are the manifest from now on unless they cannot be used; followed if `watch`.
+        """A pass over `paths`, which are the manifest from now on unless they cannot be used; followed if `watch`, and
+        held to their lock if `frozen`.
 
         Only what is within `scope` is touched, now and by later edits, until an apply without one. Raises
         StaleGeneration, and Interrupted or RunnerError where it is given up before it has begun.
         """
         attempt = attempt or Attempt()
-        return await attempt.run(self._apply(paths, cause, watch, Portion(scope), attempt))
+        return await attempt.run(self._apply(paths, cause, Portion(scope), attempt, watch=watch, frozen=frozen))
 
     async def _apply(
-        self, paths: tuple[Path, ...], cause: Cause, watch: bool, portion: Portion, attempt: Attempt
+        self,
+        paths: tuple[Path, ...],
+        cause: Cause,
+        portion: Portion,
+        attempt: Attempt,
+        *,
+        watch: bool,
+        frozen: bool,
     ) -> Pass:
         async with self._lock:
             self._ledger.require(cause.generation)
             before = (self.paths, self.inputs, self._seen)
             held, self._portion = self._portion, portion
+            was_frozen, self.frozen = self.frozen, frozen
             self.paths = paths
             result = await self._reconcile(None, cause, attempt)
             if result.error is None:
                 self.watching = watch
             else:
-                self._portion = held
+                self._portion, self.frozen = held, was_frozen
                 if paths != before[0]:
                     self.paths, self.inputs, self._seen = before
             return result
 
-    async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE) -> Plan:
+    async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE, *, frozen: bool = False) -> Plan:
         """The plan that `apply` would execute now; provisional where it would download first. Raises MlxRunError."""
-        compiled = await self._compile(paths)
+        compiled = await self._compile(paths, frozen=frozen)
         self._let_rest()
         desired = compiled.desired or compiled.provisional
         if desired is None:
@@ -338,8 +349,9 @@ class Reconciler:
             against=Against("runner", self.generation),
         )
 
-    async def _compile(self, paths: tuple[Path, ...]) -> Compiled:
-        return await asyncio.to_thread(self._compiler.compile, paths, self._name)
+    async def _compile(self, paths: tuple[Path, ...], *, frozen: bool | None = None) -> Compiled:
+        frozen = self.frozen if frozen is None else frozen
+        return await asyncio.to_thread(self._compiler.compile, paths, self._name, frozen=frozen)
 
     def _let_rest(self) -> None:
         if self._rest is not None:

@@ -50,6 +50,7 @@ class Runner:
         watch: bool = True,
         scope: Scope = WHOLE,
         timeout: float | None = None,
+        frozen: bool = False,
     ) -> None:
         self._compiled = compiled
         self._folder = StateFolder(options.state_dir, compiled.name)
@@ -58,6 +59,7 @@ class Runner:
         self._compiler = compiler
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
+        self._reconciler.frozen = frozen
         self._scope = scope
         self._first = Attempt(timeout)
         self._given_up: Interrupted | None = None
@@ -166,7 +168,7 @@ class Runner:
         yield {"done": True, **self.status()}
 
     async def _plan(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        made = await self._reconciler.preview(_manifests(request), _scope(request))
+        made = await self._reconciler.preview(_manifests(request), _scope(request), frozen=bool(request.get("frozen")))
         yield {"done": True, "plan": plan_json(made), "generation": self._reconciler.generation}
 
     async def _apply(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -177,6 +179,7 @@ class Runner:
             _cause("apply", request),
             watch=bool(request.get("watch", True)),
             scope=_scope(request),
+            frozen=bool(request.get("frozen")),
             attempt=attempt,
         )
         try:
@@ -325,6 +328,7 @@ def run(
     watch: bool = True,
     scope: Scope = WHOLE,
     timeout: float | None = None,
+    frozen: bool = False,
 ) -> Pass:
     """Run a runner in this process until it is told to stop; the first pass may take `timeout` seconds.
 
@@ -332,7 +336,7 @@ def run(
     """
 
     async def main() -> Pass:
-        runner = Runner(compiled, options, compiler, on_event, watch=watch, scope=scope, timeout=timeout)
+        runner = Runner(compiled, options, compiler, on_event, watch=watch, scope=scope, timeout=timeout, frozen=frozen)
         return await runner.run()
 
     return asyncio.run(main())

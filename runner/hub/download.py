@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.hub.cache import is_offline
-from runner.hub.jobs import Failure, Job, Patience, request
+from runner.hub.jobs import Failure, File, Job, Listing, Patience, request
 from runner.processes import python_module
 
 
@@ -62,6 +62,26 @@ async def download(
             told(Progress(here["repo"], here["revision"], here["done"], here["total"]))
     if failures:
         raise Refused(failures)
+
+
+async def listings(
+    jobs: Sequence[Job], *, token: str = "", patience: Patience | None = None
+) -> dict[tuple[str, str], Listing]:
+    """What repositories hold now, by repository and revision; nothing is fetched. Raises Refused."""
+    if is_offline(os.environ):
+        raise Refused([_offline(job) for job in jobs])
+    found: dict[tuple[str, str], Listing] = {}
+    failures: list[Failure] = []
+    async for line in lines("runner.hub.ask", request(list(jobs), token, patience or Patience())):
+        if "failed" in line:
+            failures.append(Failure(**line["failed"]))
+        else:
+            held = line["listing"]
+            files = [File(*file) for file in held["files"]]
+            found[held["repo"], held["revision"]] = Listing(held["commit"], tuple(held["kinds"]), files)
+    if failures:
+        raise Refused(failures)
+    return found
 
 
 async def lines(module: str, asked: dict[str, Any], log: Path | None = None) -> AsyncIterator[dict[str, Any]]:

@@ -21,8 +21,8 @@ from huggingface_hub import logging
 
 from runner.hub.cache import hub_cache, link_snapshot, repository
 from runner.hub.client import Client, Failed
-from runner.hub.jobs import Failure, File, Job, read_request
-from runner.hub.listing import Listing, listing
+from runner.hub.jobs import Failure, File, Job, Listing, read_request
+from runner.hub.listing import listing
 from runner.hub.transfer import PARTIAL, disk_failure, fetch_blob, matches
 
 _AT_ONCE: Final = 6

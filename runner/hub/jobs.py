@@ -68,6 +68,14 @@ class File(NamedTuple):
         return self.digest.partition(":")[2]
 
 
+class Listing(NamedTuple):
+    """The commit that a revision means, what the repository is to serve as, and the files that this takes."""
+
+    commit: str
+    kinds: tuple[Kind, ...]
+    files: list[File]
+
+
 def request(jobs: list[Job], token: str, patience: Patience) -> dict[str, Any]:
     """As the process gets it."""
     return {"jobs": [job._asdict() for job in jobs], "token": token, "patience": patience._asdict()}

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from huggingface_hub.errors import HFValidationError
 
 from runner.hub.client import Client, Failed
-from runner.hub.jobs import Failure, File, Job, Kind
+from runner.hub.jobs import Failure, File, Job, Listing
 from runner.hub.needs import kinds_of, lacking, needed
-
-
-class Listing(NamedTuple):
-    """The commit that a revision means now, what the repository is to serve as, and the files that this takes."""
-
-    commit: str
-    kinds: tuple[Kind, ...]
-    files: list[File]
 
 
 def listing(client: Client, job: Job) -> Listing:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,10 +18,11 @@ from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, Generation, KVCache, Model, Server
-from runner.manifest.tree import KeyPath
+from runner.manifest.tree import KeyPath, Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.examine import examine
 from runner.plan.memory import memory_budget
+from runner.plan.pinned import check_files, check_locked
 from runner.plan.sources import Source, download, entries, source_at
 from runner.plan.spec import (
     AdapterSpec,
@@ -139,7 +140,7 @@ class _Resolution:
         _, model, _, name = map(str, source.path)
         entry = self._loaded.manifest.models[model].adapters[name]
         if source.found:
-            found = self._found_adapter(source.path, source.folder or Path(source.text))
+            found = self._found_adapter(source, source.folder or Path(source.text))
         else:
             found = self._digest(source, adapter_digest)
         if found is None:
@@ -147,8 +148,9 @@ class _Resolution:
         folder, files = found
         return AdapterSpec(name=name, path=folder, digest=files.digest, scale=entry.scale)
 
-    def _found_adapter(self, path: KeyPath, folder: Path) -> tuple[Path, FolderDigest] | None:
+    def _found_adapter(self, source: Source, folder: Path) -> tuple[Path, FolderDigest] | None:
         """An adapter that nobody listed: where it is not whole it is left out, or stays what it was."""
+        path = source.path
         self.found_folders.add(folder)
         try:
             digest = adapter_digest(folder, self._cache)
@@ -164,12 +166,15 @@ class _Resolution:
                 self._loaded.warn(path, f"is left out: {error.message}", error.hint, code="W612")
             return None
         self._cache.whole[folder] = digest
+        self._compare(check_locked(self._loaded, source))
+        self._compare(check_files(self._loaded, source, folder, self._cache))
         return folder, digest
 
     def _digest(
         self, source: Source, digest: Callable[[Path, DigestCache], FolderDigest]
     ) -> tuple[Path, FolderDigest] | None:
         """The folder of a source and its digest, or None with a diagnostic."""
+        self._compare(check_locked(self._loaded, source))
         folder = snapshot(self._hub, source.text, source.branch) if source.is_repository else source.folder
         if folder is None:
             if source.is_repository:
@@ -182,12 +187,22 @@ class _Resolution:
             found = digest(folder, self._cache)
             if source.is_repository and (gone := _not_fetched(folder, source.kind, self._cache)):
                 return self._not_downloaded(source, f"is in the hub's cache without {gone}")
+            self._compare(check_files(self._loaded, source, folder, self._cache))
             return folder, found
         except BadFolder as error:
             if source.is_repository and error.incomplete:
                 return self._not_downloaded(source, f"is not whole in the hub's cache: {error.message}")
             self.wrong.append(self._loaded.at(source.at, error.message, error.hint, code=error.code))
             return None
+
+    def _compare(self, problems: Iterable[Problem]) -> None:
+        """Note what the lock has against a source; where there is no lock, that is said once."""
+        for problem in problems:
+            found = self._loaded.at(problem.path, problem.message, problem.hint, code=problem.code)
+            if problem.code.startswith("W"):
+                self._loaded.tree.warnings.append(found._replace(severity="warning"))
+            elif found not in self.wrong:
+                self.wrong.append(found)
 
     def _not_downloaded(self, source: Source, why: str) -> tuple[Path, FolderDigest]:
         """A stand-in: what it will be is not known, only that it is none of what there is."""

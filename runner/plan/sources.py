@@ -10,6 +10,7 @@ from typing import NamedTuple
 from runner.hub.jobs import Kind
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
+from runner.manifest.lock import LockedSource
 from runner.manifest.models import Adapter, Draft, Model
 from runner.manifest.tree import KeyPath, dotted
 from runner.plan.spec import Download
@@ -19,7 +20,8 @@ class Source(NamedTuple):
     """One source: the path of its entry, such as `("models", "chat", "draft")`, and what the manifest says of it.
 
     `at` is where its text is. It is a repository of the hub, or a `folder`, None where there is none of a bare name.
-    `found`: a pattern of folders found it.
+    `found`: a pattern of folders found it; then `text` is its path from the manifest's folder. `locked` is what the
+    lock says of it.
     """
 
     path: KeyPath
@@ -29,11 +31,12 @@ class Source(NamedTuple):
     is_repository: bool
     folder: Path | None
     found: bool
+    locked: LockedSource | None
 
     @property
     def branch(self) -> str:
-        """The branch, tag or commit of a repository."""
-        return self.revision or "main"
+        """The branch, tag or commit of a repository: the one that it is locked to, if it is."""
+        return (self.locked.commit if self.locked is not None else "") or self.revision or "main"
 
     @property
     def kind(self) -> Kind:
@@ -90,7 +93,9 @@ def source_at(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> 
     known = not found and entry.revision is not None and not is_path(entry.source)
     folder = None if known else _folder(loaded, at, entry.source)
     is_repository = known or (folder is None and not is_path(entry.source))
-    return Source(path, at, entry.source, entry.revision, is_repository, folder, found)
+    text = f"./{os.path.relpath(entry.source, loaded.folder(at))}" if found else entry.source
+    locked = loaded.pin(path, text, entry.revision)
+    return Source(path, at, text, entry.revision, is_repository, folder, found, locked)
 
 
 def _folder(loaded: Loaded, at: KeyPath, source: str) -> Path | None:

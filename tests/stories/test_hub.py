@@ -69,6 +69,41 @@ def test_an_edit_that_needs_a_download_goes_live_once_the_hub_is_back(bench: Ben
         assert bench.run("wait", "--for", "ready", "second").returncode == 0
 
 
+def test_a_lock_holds_while_the_branch_moves_and_its_upgrade_goes_live(bench: Bench, hub: FakeHub) -> None:
+    bench.save(
+        f"name: dev\nservers: {{lm: {{port: {bench.port}}}}}\nmodels: {{demo-chat: {{source: org/demo-chat}}}}\n"
+    )
+    frozen = bench.run("apply", "-d", "--frozen", "dev.yaml")
+    assert frozen.returncode == 1
+    assert "there is no dev.lock.yaml" in frozen.stderr
+    assert hub.asked == []
+    assert bench.run("lock", "dev.yaml").returncode == 0
+    repo = hub.repos["org/demo-chat"]
+    first = repo.branches["main"]
+    started = bench.run("apply", "-d", "--frozen", "dev.yaml")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert f"downloading {first}" in started.stdout
+        second = repo.push({**repo.commits[first], "generation_config.json": b'{"temperature": 0.7}'})
+        assert bench.run("pull", "org/demo-chat").returncode == 0
+        pid = bench.model()["pid"]
+        assert "nothing to do" in bench.run("plan", "--frozen", "dev.yaml").stdout
+        alone = bench.manifest.read_text()
+        bench.save(alone.replace("org/demo-chat}}", "org/demo-chat}, more: {source: org/demo-chat}}"))
+        until(lambda: "E812" in bench.run("status").stdout)
+        assert bench.model()["pid"] == pid, "frozen holds for edits, too"
+        bench.save(alone)
+        until(lambda: bench.status()["in_sync"])
+        assert bench.model()["pid"] == pid
+        upgraded = bench.run("lock", "--upgrade", "dev.yaml")
+        assert f"org/demo-chat@{first[:12]} → org/demo-chat@{second[:12]}" in upgraded.stdout
+        until(lambda: bench.status()["in_sync"] and bench.model()["pid"] not in (pid, None))
+        assert bench.ask("What is 17 + 25?") == "17 + 25 = 42."
+        assert bench.run("lock", "--check", "dev.yaml").returncode == 0
+    finally:
+        bench.run("down")
+
+
 def test_pull(bench: Bench, hub: FakeHub, tmp_path: Path) -> None:
     (bench.folder / "hub.env").write_text("HF_TOKEN=hf_member\n")
     _manifest(bench, "env_file: hub.env\n")
