@@ -49,8 +49,8 @@ class Fetching:
         if progress.whole:
             self._events.emit("downloaded", **about, commit=progress.commit, bytes=progress.total)
             return
-        share = f"{progress.done * 100 // progress.total} %" if progress.total else "0 %"
-        message = f"{progress.repo} at {progress.revision}: {share} of {progress.total} bytes"
+        share = progress.done * 100 // progress.total if progress.total else 0
+        message = f"{progress.repo} at {progress.revision}: {share} % of {progress.total / 2**20:.1f} MiB"
         self._wanted.not_downloaded(models, "Downloading", message)
         self._events.tell("download_progress", **about, done_bytes=progress.done, total_bytes=progress.total)
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -44,18 +44,6 @@ def snapshot_folder(cache: Path, repo: str, revision: str) -> Path:
             read = ""
         commit = read if _COMMIT.fullmatch(read) else f"({revision})"
     return folder / "snapshots" / commit
-
-
-def snapshots(cache: Path) -> Iterator[tuple[str, Path]]:
-    """Every repository of models in the cache with its folder: that of `main`, else the one that came last."""
-    for folder in sorted(cache.glob("models--*--*")):
-        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
-        held = snapshot(cache, repo, "main")
-        if held is None:
-            there = [path for path in folder.glob("snapshots/*") if _COMMIT.fullmatch(path.name)]
-            held = max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
-        if held is not None:
-            yield repo, held
 
 
 def bytes_left(cache: Path, repo: str, revision: str) -> int | None:

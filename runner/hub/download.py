@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.hub.cache import is_offline
-from runner.hub.jobs import Failure, File, Job, Listing, Patience, request
+from runner.hub.jobs import Failure, File, Job, Kind, Listing, Patience, request
 from runner.processes import python_module
 
 
@@ -81,6 +81,34 @@ async def listings(
             found[held["repo"], held["revision"]] = Listing(held["commit"], tuple(held["kinds"]), files)
     if failures:
         raise Refused(failures)
+    return found
+
+
+class Match(NamedTuple):
+    """A repository that a search found. `files` are what serving takes; `problem` is why it cannot be served, if so."""
+
+    repo: str
+    downloads: int
+    likes: int
+    gated: bool
+    commit: str
+    kinds: tuple[Kind, ...]
+    files: tuple[File, ...]
+    problem: str
+
+
+async def search(query: str, *, limit: int = 20, token: str = "", patience: Patience | None = None) -> list[Match]:
+    """Repositories that match some words, those that are downloaded most first. Raises Refused."""
+    if is_offline(os.environ):
+        raise Refused([_offline(Job(f"a search for {query!r}", "main"))])
+    asked = {"query": query, "limit": limit, "token": token, "patience": (patience or Patience())._asdict()}
+    found: list[Match] = []
+    async for line in lines("runner.hub.search", asked):
+        if "failed" in line:
+            raise Refused([Failure(**line["failed"])])
+        match = line["found"]
+        files = tuple(File(*file) for file in match["files"])
+        found.append(Match(**{**match, "kinds": tuple(match["kinds"]), "files": files}))
     return found
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from huggingface_hub.errors import HFValidationError
 
 from runner.hub.client import Client, Failed
 from runner.hub.jobs import Failure, File, Job, Listing
 from runner.hub.needs import kinds_of, lacking, needed
+
+_DIGEST = r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}"
+"""Nothing else becomes the name of a file."""
 
 
 def listing(client: Client, job: Job) -> Listing:
@@ -33,4 +38,8 @@ def listing(client: Client, job: Job) -> Listing:
         lfs = sibling.lfs
         digest = f"sha256:{lfs.sha256}" if lfs is not None else f"git:{sibling.blob_id}"
         files.append(File(name, (lfs.size if lfs is not None else sibling.size) or 0, digest))
+    named = all(re.fullmatch(_DIGEST, file.digest) for file in files)
+    if not named or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+        message = f"{job} could not be downloaded: the hub lists its files without digests"
+        raise Failed(Failure(job.repo, job.revision, "E806", message, "check HF_ENDPOINT"))
     return Listing(info.sha, kinds, files)

@@ -55,6 +55,7 @@ class Fault:
     cut_after: int = -1
     corrupt: bool = False
     hold: threading.Event | None = None
+    redirect: str = ""
 
 
 @dataclass
@@ -137,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.due(url.path)
         if fault is not None and fault.hold is not None:
             fault.hold.wait(30)
+        if fault is not None and fault.redirect:
+            self._send(302, b"", {"Location": fault.redirect + self.path})
+            return
         if fault is not None and fault.status:
             self._send(fault.status, b"{}", fault.headers)
             return

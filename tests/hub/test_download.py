@@ -16,7 +16,8 @@ from runner.hub.cache import snapshot
 from runner.hub.download import Progress, Refused, download, lines
 from runner.hub.jobs import Failure, Job, Patience, request
 from runner.hub.transfer import PARTIAL
-from tests.hub.fake_hub import FakeHub, Repo
+from tests.hub import fake_hub as fake
+from tests.hub.fake_hub import FakeHub, Repo, fake_hub
 from tests.plan.folders import adapter, model, safetensors
 
 QUICK = Patience(tries=3, first=0.01, longest=0.02)
@@ -246,6 +247,31 @@ async def test_a_token_of_the_environment(
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     await get()
     assert snapshot(cache, "org/chat", "main") is not None
+
+
+async def test_a_token_goes_to_the_hub_and_not_to_where_it_sends_us(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    chat(hub, tmp_path, token="hf_mine")
+    hub.fault("model.safetensors", redirect="")
+    with fake_hub() as storage:
+        chat(storage, tmp_path / "storage")
+        hub.faults[0].redirect = storage.url
+        await get(token="hf_mine")
+        assert snapshot(cache, "org/chat", "main") is not None
+        assert {asked.token for asked in hub.asked} == {"hf_mine"}
+        assert [asked.token for asked in storage.asked] == [""]
+
+
+@pytest.mark.parametrize("blob", ["../../../../stolen", "", "ABC"])
+async def test_a_hub_that_lists_no_digests(
+    hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blob: str
+) -> None:
+    chat(hub, tmp_path)
+    real = fake.listed
+    monkeypatch.setattr(fake, "listed", lambda *about: {**real(*about), "blobId": blob})
+    (failure,) = await refused()
+    assert failure.code == "E806"
+    assert nothing_to_see(cache)
+    assert not list(tmp_path.rglob("stolen"))
 
 
 async def test_offline_nothing_is_asked(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,10 +52,27 @@ def test_apply_downloads_and_answers(bench: Bench, hub: FakeHub) -> None:
         assert hub.fetched("model.safetensors")[-1].range == "bytes=100000-"
         happened = bench.run("events").stdout
         assert "downloaded org/pirate at main" in happened
+        _models_in_use_stay(bench, hub)
         kept = [path.read_bytes() for path in (bench.folder / "state").rglob("*") if path.is_file()]
         assert not any(b"hf_member" in content for content in kept), "a token is written nowhere"
     finally:
         bench.run("down")
+
+
+def _models_in_use_stay(bench: Bench, hub: FakeHub) -> None:
+    """What the runner serves is shown as used, and neither `rm` nor `prune` takes it; what nothing uses goes."""
+    hub.repo("org/other", MODELS / "demo-draft")
+    assert bench.run("pull", "org/other").returncode == 0
+    held = {one["source"]: one for one in json.loads(bench.run("models", "--json").stdout)["models"]}
+    assert held["org/demo-chat"]["used_by"] == ["dev: models.demo-chat", "dev.yaml: models.demo-chat"]
+    assert held["org/pirate"]["kind"] == "adapter"
+    assert held["org/other"]["used_by"] == []
+    refused = bench.run("models", "rm", "--yes", "org/demo-chat")
+    assert refused.returncode == 1
+    assert "is used by" in refused.stderr
+    pruned = bench.run("models", "prune", "--yes", "--json")
+    assert [name.partition("@")[0] for name in json.loads(pruned.stdout)["removed"]] == ["org/other"]
+    assert bench.ask("What is 17 + 25?", "pirate").startswith("Arr!")
 
 
 def test_an_edit_that_needs_a_download_goes_live_once_the_hub_is_back(bench: Bench, hub: FakeHub) -> None:
