@@ -217,6 +217,8 @@ def _remove(arguments: argparse.Namespace, cache: Path, commits: Sequence[Stored
             for path in partial:
                 path.unlink()
             freed += remove(cache, commits)
+        except BlockingIOError:
+            raise RunnerError("one of them is being fetched just now", hint="Try again when that is done.") from None
         except OSError as error:
             raise RunnerError(f"cannot remove {error.filename}: {error.strerror}") from None
     if arguments.json:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from runner.hub.cache import hub_cache, link_snapshot, repository
 from runner.hub.client import Client, Failed
 from runner.hub.jobs import Failure, File, Job, Listing, read_request
 from runner.hub.listing import listing
+from runner.hub.store import in_use
 from runner.hub.transfer import PARTIAL, disk_failure, fetch_blob, matches
 
 _AT_ONCE: Final = 6
@@ -116,27 +118,34 @@ class Fetching:
 
 def fetch(jobs: list[Job], client: Client, cache: Path) -> bool:
     """Fetch what is asked for. Whether all of it is there now."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        asked = [(job, pool.submit(listing, client, job)) for job in jobs]
-        works: list[Fetching] = []
-        sound = True
-        for job, answer in asked:
-            try:
-                works.append(Fetching(client, job, cache, answer.result()))
-            except Failed as error:
-                say(failed=error.failure._asdict())
-                sound = False
-            except OSError as error:
-                say(failed=disk_failure(job, error, cache)._asdict())
-                sound = False
-        if no_room := _no_room(works, cache):
-            for failure in no_room:
-                say(failed=failure._asdict())
-            return False
-        if not sound:
+    with ThreadPoolExecutor(_AT_ONCE) as pool, ExitStack() as held:
+        works, failures = _look(jobs, client, cache, pool, held)
+        failures += _no_room(works, cache)
+        for failure in failures:
+            say(failed=failure._asdict())
+        if failures:
             return False  # all or nothing is asked for: what could be had would only take room
         _carry_out(works, pool)
     return all(work.failure is None for work in works)
+
+
+def _look(
+    jobs: list[Job], client: Client, cache: Path, pool: ThreadPoolExecutor, held: ExitStack
+) -> tuple[list[Fetching], list[Failure]]:
+    """What there is to fetch, of repositories that nobody removes of while they are `held`."""
+    works: list[Fetching] = []
+    failures: list[Failure] = []
+    asked = [(job, pool.submit(listing, client, job)) for job in jobs]
+    for job, answer in asked:
+        try:
+            found = answer.result()
+            held.enter_context(in_use(cache, job.repo, alone=False))
+            works.append(Fetching(client, job, cache, found))
+        except Failed as error:
+            failures.append(error.failure)
+        except OSError as error:
+            failures.append(disk_failure(job, error, cache))
+    return works, failures
 
 
 def _carry_out(works: list[Fetching], pool: ThreadPoolExecutor) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from runner.hub.cache import repository
+
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _STALE: Final = 24 * 3600.0
 """Seconds after which a partial file that nobody holds was left behind."""
@@ -66,21 +68,37 @@ def _size_and_use(snapshot: Path) -> tuple[int, float]:
     return size, used
 
 
+@contextlib.contextmanager
+def in_use(cache: Path, repo: str, *, alone: bool) -> Iterator[None]:
+    """While a repository is fetched, nobody removes of it: fetching takes a share, removing has to be `alone`. Raises
+    BlockingIOError where somebody else fetches; who fetches waits for a removal."""
+    path = cache / ".locks" / repository(cache, repo).name / "mlx-run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        yield
+
+
 def remove(cache: Path, commits: Collection[Stored]) -> int:
     """Take commits out of the cache: their snapshots, the refs that mean them, and the blobs that no other commit of
-    the repository shares. Returns how many bytes that were. Raises OSError."""
+    the repository shares. Returns how many bytes that were. Raises OSError; BlockingIOError of a repository that is
+    being fetched."""
     freed = 0
-    for repository in {held.folder.parents[1] for held in commits}:
-        for held in commits:
-            if held.folder.parents[1] == repository:
-                for ref in held.refs:
-                    (repository / "refs" / ref).unlink(missing_ok=True)
-                _out_of_sight(held.folder)
-                (repository / "trees" / f"{held.commit}.json").unlink(missing_ok=True)
-        freed += _sweep(repository)
-        if not any((repository / "snapshots").glob("*")) and not any((repository / "blobs").glob("*")):
-            shutil.rmtree(repository)
-            shutil.rmtree(cache / ".locks" / repository.name, ignore_errors=True)
+    for repo in sorted({held.repo for held in commits}):
+        with in_use(cache, repo, alone=True):
+            freed += _remove_from(repository(cache, repo), [held for held in commits if held.repo == repo])
+    return freed
+
+
+def _remove_from(folder: Path, commits: Collection[Stored]) -> int:
+    for held in commits:
+        for ref in held.refs:
+            (folder / "refs" / ref).unlink(missing_ok=True)
+        _out_of_sight(held.folder)
+        (folder / "trees" / f"{held.commit}.json").unlink(missing_ok=True)
+    freed = _sweep(folder)
+    if not any((folder / "snapshots").glob("*")) and not any((folder / "blobs").glob("*")):
+        shutil.rmtree(folder)
     return freed
 
 
@@ -91,11 +109,11 @@ def _out_of_sight(snapshot: Path) -> None:
     shutil.rmtree(away)
 
 
-def _sweep(repository: Path) -> int:
+def _sweep(folder: Path) -> int:
     """Remove the blobs that nothing shows; one that is being fetched stays."""
-    shown = {_target(path) for path in repository.glob("snapshots/*/**/*") if path.is_symlink()}
+    shown = {_target(path) for path in folder.glob("snapshots/*/**/*") if path.is_symlink()}
     freed = 0
-    for blob in (repository / "blobs").glob("*"):
+    for blob in (folder / "blobs").glob("*"):
         if blob.name not in shown and ".incomplete" not in blob.name:
             freed += blob.stat().st_size
             blob.unlink()

@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runner.hub.cache import snapshot
@@ -138,6 +140,28 @@ async def test_a_killed_download_leaves_nothing_visible_and_is_gone_on_from(
     held = snapshot(cache, "org/chat", "main")
     assert held is not None
     assert (held / "model.safetensors").read_bytes() == WEIGHTS
+
+
+PARENT = """
+import asyncio
+from runner.hub.download import download
+from runner.hub.jobs import Job
+asyncio.run(download([Job("org/chat", "main", ("model",))]))
+"""
+
+
+def test_it_ends_with_the_runner_that_was_killed(hub: FakeHub, tmp_path: Path) -> None:
+    chat(hub, tmp_path)
+    hub.fault("model.safetensors", hold=threading.Event())
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=Path(__file__).parents[2])
+    while not hub.fetched("model.safetensors"):
+        time.sleep(0.01)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert [child for child in children if "runner.hub.fetch" in child.cmdline()]
+    parent.kill()
+    parent.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
 
 
 async def test_a_partial_file_that_is_damaged_is_fetched_anew(hub: FakeHub, cache: Path, tmp_path: Path) -> None:

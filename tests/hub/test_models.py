@@ -6,7 +6,9 @@ import io
 import json
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,28 @@ def test_prune_keeps_what_manifests_and_locks_ask_for(
     assert not partial.exists()
     assert run("prune", "--yes", "-f", file) == 0
     assert "Nothing to remove" in capsys.readouterr().out
+
+
+def test_what_is_being_fetched_is_not_removed(folder: Path, hub: FakeHub, cache: Path, capsys: Capture) -> None:
+    pull("org/other")
+    repo = hub.repos["org/other"]
+    files = repo.commits[repo.branches["main"]]
+    repo.push({**files, "a.json": b"{}", "model.safetensors": files["model.safetensors"][:-1] + b"\1"})
+    hold = threading.Event()
+    hub.fault("model.safetensors", hold=hold)
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(main, ["pull", "org/other"])
+        while len(hub.fetched("a.json")) < 1 or len(hub.fetched("model.safetensors")) < 2:
+            time.sleep(0.01)
+        assert run("prune", "--yes") == 1
+        assert "being fetched" in capsys.readouterr().err
+        hold.set()
+        assert pulling.result() == 0
+    held = snapshot(cache, "org/other", "main")
+    assert held is not None
+    assert (held / "a.json").read_bytes() == b"{}"
+    assert run("prune", "--yes") == 0
+    assert list(stored(cache)) == []
 
 
 def test_prune_does_nothing_while_a_manifest_cannot_be_read(folder: Path, cache: Path, capsys: Capture) -> None:
