@@ -65,6 +65,11 @@ def _size(path: Path) -> int:
         return 0
 
 
+def commit_of(folder: Path) -> str:
+    """The commit of a snapshot's folder; empty of any other."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else ""
+
+
 def listing_file(folder: Path) -> Path:
     """Where the hub's library keeps what a snapshot's commit holds, if it fetched of it (since its version 2)."""
     return folder.parents[1] / "trees" / f"{folder.name}.json"

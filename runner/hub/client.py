@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import random
+import re
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -70,9 +71,7 @@ class Client:
     def explain(self, job: Job, error: Exception, tried: int = 1) -> Failure:
         """What an error of the library means for a job."""
         code, message, hint = self._explain(job, error, tried)
-        return Failure(
-            job.repo, job.revision, code, f"{job} could not be downloaded: {message}", hint, _may_pass(error)
-        )
+        return Failure(job.repo, job.revision, code, f"{job} cannot be had: {message}", hint, _may_pass(error))
 
     def _explain(self, job: Job, error: Exception, tried: int) -> tuple[str, str, str]:
         page = f"{self.api.endpoint}/{job.repo}"
@@ -135,9 +134,13 @@ def _retry_after(error: Exception) -> float | None:
     """Seconds that the hub asks to wait for; None where it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return None
-    text = error.response.headers.get("Retry-After", "").strip()
+    headers = error.response.headers
+    text = headers.get("Retry-After", "").strip()
     if text.isdigit():
         return float(text)
+    # The hub's own, RateLimit: "api";r=0;t=55 (draft-ietf-httpapi-ratelimit-headers): seconds until there is room again.
+    if not text and (match := re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))) is not None:
+        return float(match[1])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except ValueError:

@@ -100,7 +100,7 @@ class Match(NamedTuple):
 async def search(query: str, *, limit: int = 20, token: str = "", patience: Patience | None = None) -> list[Match]:
     """Repositories that match some words, those that are downloaded most first. Raises Refused."""
     if is_offline(os.environ):
-        raise Refused([_offline(Job(f"a search for {query!r}", "main"))])
+        raise Refused([_offline(Job(f"a search for {query!r}", ""))])
     asked = {"query": query, "limit": limit, "token": token, "patience": (patience or Patience())._asdict()}
     found: list[Match] = []
     async for line in lines("runner.hub.search", asked):
@@ -146,5 +146,5 @@ async def lines(module: str, asked: dict[str, Any], log: Path | None = None) -> 
 
 
 def _offline(job: Job) -> Failure:
-    message = f"{job} could not be downloaded: HF_HUB_OFFLINE says that the hub is not to be asked"
+    message = f"{job} cannot be had: HF_HUB_OFFLINE says that the hub is not to be asked"
     return Failure(job.repo, job.revision, "E801", message, "unset it, or fetch it elsewhere and bring the cache along")

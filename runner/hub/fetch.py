@@ -178,7 +178,7 @@ def _no_room(works: list[Fetching], cache: Path) -> list[Failure]:
         Failure(
             *work.job[:2],
             "E805",
-            f"{work.job} could not be downloaded: {to_come}",
+            f"{work.job} cannot be had: {to_come}",
             hint,
         )
         for work in works

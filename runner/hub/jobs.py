@@ -21,7 +21,7 @@ class Job(NamedTuple):
     verify: bool = False
 
     def __str__(self) -> str:
-        return f"{self.repo} ({self.revision})"
+        return f"{self.repo} ({self.revision})" if self.revision else self.repo
 
 
 class Failure(NamedTuple):

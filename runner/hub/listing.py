@@ -40,6 +40,6 @@ def listing(client: Client, job: Job) -> Listing:
         files.append(File(name, (lfs.size if lfs is not None else sibling.size) or 0, digest))
     named = all(re.fullmatch(_DIGEST, file.digest) for file in files)
     if not named or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-        message = f"{job} could not be downloaded: the hub lists its files without digests"
+        message = f"{job} cannot be had: the hub lists its files without digests"
         raise Failed(Failure(job.repo, job.revision, "E806", message, "check HF_ENDPOINT"))
     return Listing(info.sha, kinds, files)

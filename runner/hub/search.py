@@ -34,7 +34,7 @@ def main() -> int:
     asked = json.loads(sys.stdin.buffer.readline())
     logging.set_verbosity_error()
     client = Client(asked["token"], Patience(**asked["patience"]))
-    job = Job(f"a search for {asked['query']!r}", "main")
+    job = Job(f"a search for {asked['query']!r}", "")
     try:
         infos = client.patiently(
             job, lambda: list(client.api.list_models(search=asked["query"], limit=asked["limit"], sort="downloads"))

@@ -184,7 +184,7 @@ def _empty(stream: Any) -> int:
 
 
 def _wrong(job: Job, file: File) -> Failure:
-    message = f"{job} could not be downloaded: {file.name} is not what the hub lists, twice ({file.digest[:19]}… is)"
+    message = f"{job} cannot be had: {file.name} is not what the hub lists, twice ({file.digest[:19]}… is)"
     hint = "a proxy may change what comes through; try again, or another network"
     return Failure(job.repo, job.revision, "E806", message, hint, passing=True)
 
@@ -199,4 +199,4 @@ def disk_failure(job: Job, error: OSError, cache: Path) -> Failure:
     else:
         what = f"{error.filename or cache} cannot be written: {error.strerror or error}"
         hint = "check its owner and permissions, or set HF_HOME to another folder"
-    return Failure(job.repo, job.revision, "E805", f"{job} could not be downloaded: {what}", hint)
+    return Failure(job.repo, job.revision, "E805", f"{job} cannot be had: {what}", hint)

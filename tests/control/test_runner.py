@@ -262,7 +262,7 @@ async def test_a_download_that_fails_says_why(scene: Scene, monkeypatch: pytest.
     scene.write(f"{ONE}\nother: {{source: org/name}}")
     assert (await scene.event("downloading"))["repo"] == "org/name"
     failed = await scene.event("apply_failed")
-    place = "dev.yaml:8:19: models.other.source: org/name (main) could not be downloaded: HF_HUB_OFFLINE says"
+    place = "dev.yaml:8:19: models.other.source: org/name (main) cannot be had: HF_HUB_OFFLINE says"
     assert place in failed["error"]
     assert "[E801]" in failed["error"]
     assert (await text(scene)).startswith("base ")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,6 +221,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # who was killed or gave up hangs up
+            super().handle_error(request, client_address)
+
+
 def described(repo: Repo, commit: str, files: dict[str, bytes]) -> dict[str, Any]:
     """A repository at a commit, as `/api/models/…` answers."""
     config = json.loads(files.get("config.json", b"{}"))
@@ -242,7 +249,7 @@ def described(repo: Repo, commit: str, files: dict[str, bytes]) -> dict[str, Any
 def fake_hub() -> Iterator[FakeHub]:
     """A hub that listens until the end of the block."""
     handler: Callable[..., Any] = type("Handler", (_Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub = FakeHub(f"http://127.0.0.1:{server.server_address[1]}")
     handler.hub = hub  # type: ignore[attr-defined]

@@ -177,7 +177,7 @@ async def test_a_partial_file_that_is_damaged_is_fetched_anew(hub: FakeHub, cach
     assert told[-1].done == told[-1].total
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", pytest.param("config.json", marks=pytest.mark.nightly)])
 async def test_what_is_not_as_listed_is_never_used(hub: FakeHub, cache: Path, tmp_path: Path, file: str) -> None:
     chat(hub, tmp_path)
     hub.fault(file, times=2, corrupt=True)
@@ -211,6 +211,7 @@ async def test_the_hub_is_given_time(hub: FakeHub, cache: Path, tmp_path: Path) 
     hub.fault("/api/models/org/chat", status=429, headers={"Retry-After": "1"})
     hub.fault("model.safetensors", status=500)
     hub.fault("model.safetensors", status=429, headers={"Retry-After": "0"})
+    hub.fault("config.json", status=429, headers={"RateLimit": '"resolvers";r=0;t=0'})
     began = time.monotonic()
     await get()
     assert snapshot(cache, "org/chat", "main") is not None
@@ -232,9 +233,10 @@ async def test_patience_ends(hub: FakeHub, cache: Path, tmp_path: Path, status: 
     assert len(hub.fetched("model.safetensors")) == 3
 
 
-async def test_nobody_waits_for_an_hour(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("headers", [{"Retry-After": "3600"}, {"RateLimit": '"api";r=0;t=3600'}])
+async def test_nobody_waits_for_an_hour(hub: FakeHub, tmp_path: Path, headers: dict[str, str]) -> None:
     chat(hub, tmp_path)
-    hub.fault("/api/models/org/chat", status=429, headers={"Retry-After": "3600"})
+    hub.fault("/api/models/org/chat", status=429, headers=headers)
     (failure,) = await refused()
     assert failure.code == "E804"
     assert len(hub.asked) == 1
@@ -285,7 +287,9 @@ async def test_a_token_goes_to_the_hub_and_not_to_where_it_sends_us(hub: FakeHub
         assert [asked.token for asked in storage.asked] == [""]
 
 
-@pytest.mark.parametrize("blob", ["../../../../stolen", "", "ABC"])
+@pytest.mark.parametrize(
+    "blob", ["../../../../stolen", *(pytest.param(b, marks=pytest.mark.nightly) for b in ("", "ABC"))]
+)
 async def test_a_hub_that_lists_no_digests(
     hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blob: str
 ) -> None:

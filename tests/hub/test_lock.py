@@ -157,6 +157,9 @@ def test_frozen_goes_on_neither_without_the_lock_nor_beyond_it(desk: Desk, capsy
     desk.manifest.write_text(MANIFEST.replace("source: org/chat\n", "source: org/chat\n    revision: main\n"))
     assert desk.codes() == ["W811"]
     assert "is org/chat in prod.lock.yaml, and org/chat (main) here" in str(desk.look(frozen=True).wrong[0])
+    assert run("validate", str(desk.manifest)) == 0
+    assert "[W811]" in capsys.readouterr().err
+    assert run("validate", "--strict", str(desk.manifest)) == 1
     assert run("lock", str(desk.manifest)) == 0
     assert desk.codes(frozen=True) == []
 

@@ -35,7 +35,7 @@ def test_apply_downloads_and_answers(bench: Bench, hub: FakeHub) -> None:
     _manifest(bench)
     refused = bench.run("apply", "-d", "dev.yaml")
     assert refused.returncode == 1
-    assert "org/pirate (main) could not be downloaded" in refused.stderr
+    assert "org/pirate (main) cannot be had" in refused.stderr
     assert "set HF_TOKEN, in the environment or an env_file of the manifest" in refused.stderr
     assert hub.fetched("model.safetensors") == [], "all or nothing"
     (bench.folder / "hub.env").write_text("HF_TOKEN=hf_member\n")
@@ -50,6 +50,7 @@ def test_apply_downloads_and_answers(bench: Bench, hub: FakeHub) -> None:
         assert bench.ask("What is 17 + 25?") == "17 + 25 = 42."
         assert bench.ask("What is 17 + 25?", "pirate").startswith("Arr!")
         assert hub.fetched("model.safetensors")[-1].range == "bytes=100000-"
+        _status_says_which_commits(bench, hub)
         happened = bench.run("events").stdout
         assert "downloaded org/pirate at main" in happened
         _models_in_use_stay(bench, hub)
@@ -57,6 +58,14 @@ def test_apply_downloads_and_answers(bench: Bench, hub: FakeHub) -> None:
         assert not any(b"hf_member" in content for content in kept), "a token is written nowhere"
     finally:
         bench.run("down")
+
+
+def _status_says_which_commits(bench: Bench, hub: FakeHub) -> None:
+    """What answers "which revision runs here?"."""
+    chat, pirate = (hub.repos[f"org/{name}"].branches["main"] for name in ("demo-chat", "pirate"))
+    assert bench.model()["commits"] == {"model": chat, "adapters.pirate": pirate}
+    assert f"org/demo-chat@{chat[:12]}" in bench.run("status").stdout
+    assert f"adapters.pirate: commit {pirate}" in bench.run("status", "-v").stdout
 
 
 def _models_in_use_stay(bench: Bench, hub: FakeHub) -> None:
