@@ -138,7 +138,7 @@ def _retry_after(error: Exception) -> float | None:
     text = headers.get("Retry-After", "").strip()
     if text.isdigit():
         return float(text)
-    # The hub's own, RateLimit: "api";r=0;t=55 (draft-ietf-httpapi-ratelimit-headers): seconds until there is room again.
+    # The hub's own (draft-ietf-httpapi-ratelimit-headers): `"api";r=0;t=55`, seconds until there is room again.
     if not text and (match := re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))) is not None:
         return float(match[1])
     try:
