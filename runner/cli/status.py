@@ -106,6 +106,8 @@ def _render(status: dict[str, Any], *, verbose: bool) -> str:
     lines = ["  ".join(parts)]
     if not status["watching"]:
         lines += ["", "  Edits wait for the next `mlx-run apply` (--no-watch)."]
+    if status.get("frozen"):
+        lines += ["", "  Held to its lock file (--frozen), edits too."]
     if not status["in_sync"]:
         lines += ["", *_problem_lines(status)]
     if status["warnings"]:

@@ -402,6 +402,7 @@ class Reconciler:
             "manifest": str(self.paths[0]),
             "manifests": [str(path) for path in self.paths],
             "watching": self.watching,
+            "frozen": self.frozen,
             **self._ledger.status(),
             # Not while an edit is being looked at: what was true of the last manifest says nothing of this one.
             "settled": settled,

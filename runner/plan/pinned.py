@@ -82,8 +82,16 @@ def changes(
         version = there.get(name)
         if version is None:
             yield f"{name} is gone"
-        elif version.size != file.size or not _same(version, file, cache, thorough=thorough):
+        elif version.size != file.size:
             yield f"{name} is another"
+        else:
+            try:
+                same = _same(version, file, cache, thorough=thorough)
+            except BadFolder as error:  # it is being written, or cannot be read
+                yield error.message
+            else:
+                if not same:
+                    yield f"{name} is another"
     yield from (f"{name} is new" for name in needed(there, (kind,)) if name not in locked)
 
 

@@ -13,10 +13,12 @@ import yaml
 from runner.cli.main import main
 from runner.errors import ManifestError
 from runner.hub.cache import snapshot
+from runner.inspect.files import BadFolder, FileVersion
 from runner.machine import Machine
 from runner.manifest.inputs import Inputs
 from runner.manifest.load import load_manifest
 from runner.manifest.lock import read_lock
+from runner.plan import pinned
 from runner.plan.digests import DigestCache
 from runner.plan.resolve import Look, look
 from tests.hub.fake_hub import FakeHub, Repo
@@ -176,6 +178,17 @@ def test_a_folder_that_changes(desk: Desk) -> None:
     assert sorted(desk.codes(frozen=True)) == ["E812", "E813"]
     run("lock", str(desk.manifest))
     assert desk.codes(frozen=True) == []
+
+
+def test_a_file_that_cannot_be_read_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("pull", str(desk.manifest))
+    run("lock", str(desk.manifest))
+
+    def being_written(version: FileVersion, kind: str, cache: DigestCache) -> str:
+        raise BadFolder("E603", f"{Path(version.path).name} is being written", incomplete=True)
+
+    monkeypatch.setattr(pinned, "digest_of", being_written)
+    assert "W812" in desk.codes(), "no fault of ours, whatever a folder's files do"
 
 
 def test_a_repository_whose_files_differ_is_an_error_in_any_case(desk: Desk, cache: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_lock_holds_while_the_branch_moves_and_its_upgrade_goes_live(bench: Be
         alone = bench.manifest.read_text()
         bench.save(alone.replace("org/demo-chat}}", "org/demo-chat}, more: {source: org/demo-chat}}"))
         until(lambda: "E812" in bench.run("status").stdout)
+        assert "Held to its lock file (--frozen)" in bench.run("status").stdout
         assert bench.model()["pid"] == pid, "frozen holds for edits, too"
         bench.save(alone)
         until(lambda: bench.status()["in_sync"])
