@@ -58,6 +58,12 @@ def bytes_left(cache: Path, repo: str, revision: str) -> int | None:
     return max(0, total - sum(_size(held / shard) for shard in shards if isinstance(shard, str)))
 
 
+def blobs_left(cache: Path, repo: str, blobs: Mapping[str, int]) -> int:
+    """How many bytes of some blobs, by name with their sizes, are still to be downloaded."""
+    folder = repository(cache, repo) / "blobs"
+    return sum(size for name, size in blobs.items() if _size(folder / name) != size)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

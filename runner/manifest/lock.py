@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from runner.errors import Diagnostic, ManifestError
-from runner.manifest.inputs import MAX_BYTES, Inputs
+from runner.manifest.inputs import LOCK_BYTES, LOCK_SUFFIX, Inputs
 
 VERSION: Final = 1
 _HEAD: Final = (
@@ -58,7 +58,7 @@ class Lock:
 
 def lock_path(paths: Sequence[Path]) -> Path:
     """Where the lock of a manifest is, or would be."""
-    return paths[-1].with_name(f"{paths[-1].stem}.lock.yaml")
+    return paths[-1].with_name(f"{paths[-1].stem}{LOCK_SUFFIX}")
 
 
 def read_lock(paths: Sequence[Path], inputs: Inputs) -> Lock | None:
@@ -70,8 +70,8 @@ def read_lock(paths: Sequence[Path], inputs: Inputs) -> Lock | None:
         return None
     except OSError as error:
         raise _wrong(path, f"cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise _wrong(path, f"is larger than {MAX_BYTES // 1024} KiB")
+    if len(content) > LOCK_BYTES:
+        raise _wrong(path, f"is larger than {LOCK_BYTES // 2**20} MiB")
     try:
         data = yaml.load(content.decode(), _LOADER)  # noqa: S506 - a safe loader, in C where there is one
     except (yaml.YAMLError, UnicodeError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
-from runner.hub.cache import bytes_left, hub_cache, listed_files, listing_file, snapshot, snapshot_folder
+from runner.hub.cache import blobs_left, bytes_left, hub_cache, listed_files, listing_file, snapshot, snapshot_folder
 from runner.hub.jobs import Kind
 from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
@@ -215,9 +215,16 @@ class _Resolution:
     def downloads(self) -> tuple[Download, ...]:
         """What is missing, with how much of it there is still to come."""
         return tuple(
-            download(self._loaded, *key, found, why, bytes_left(self._hub, *key))
+            download(self._loaded, *key, found, why, self._left(*key, found))
             for key, (why, found) in self.missing.items()
         )
+
+    def _left(self, repo: str, revision: str, found: list[Source]) -> int | None:
+        """Bytes that are to come: by the lock, which has all files, else by the weights' index where that is here."""
+        files = {name: f for source in found if source.locked for name, f in source.locked.files.items()}
+        if not files:
+            return bytes_left(self._hub, repo, revision)
+        return blobs_left(self._hub, repo, {f.digest.partition(":")[2]: f.size for f in files.values()})
 
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults

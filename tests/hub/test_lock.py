@@ -166,6 +166,27 @@ def test_frozen_goes_on_neither_without_the_lock_nor_beyond_it(desk: Desk, capsy
     assert desk.codes(frozen=True) == []
 
 
+def test_a_plan_knows_what_is_to_come(desk: Desk) -> None:
+    assert {d.repo: d.bytes_left for d in desk.look().desired.downloads} == {"org/chat": None, "org/pirate": None}
+    run("lock", str(desk.manifest))
+    for found in desk.look().desired.downloads:
+        made = desk.folder / "made" / found.repo.removeprefix("org/")
+        assert found.bytes_left == sum(path.stat().st_size for path in made.iterdir())
+    run("pull", str(desk.manifest))
+    assert desk.look().desired.downloads == ()
+
+
+def test_a_lock_may_be_larger_than_a_manifest(desk: Desk) -> None:
+    run("lock", str(desk.manifest))
+    desk.lock.write_text(desk.lock.read_text() + "# more\n" * 200_000)
+    inputs = Inputs()
+    loaded = load_manifest(desk.manifest, {}, inputs)
+    assert loaded.lock is not None
+    assert inputs.now() == inputs
+    desk.lock.write_text(desk.lock.read_text() + "# another end\n")
+    assert inputs.now() != inputs
+
+
 def test_a_folder_that_changes(desk: Desk) -> None:
     run("pull", str(desk.manifest))
     run("lock", str(desk.manifest))
