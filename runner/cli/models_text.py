@@ -56,7 +56,7 @@ def card(one: Available, judgement: Verdict | None) -> str:
 
 def matches(judged: Sequence[tuple[Match, Verdict]], here: Collection[str]) -> str:
     """A line for each repository that a search found."""
-    rows = [("REPOSITORY", "WEIGHTS", "DOWNLOADS", "HERE?")]
+    rows = [("REPOSITORY", "WEIGHTS", "DOWNLOADS", "ON THIS MACHINE")]
     for match, judgement in judged:
         size = format_bytes(judgement.needed) if judgement.needed else ""
         notes = [judgement.why if judgement.fits else f"no: {judgement.why}"]

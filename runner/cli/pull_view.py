@@ -56,7 +56,7 @@ class PullView:
         elif self._bars is not None:
             self._show_bar(self._bars, progress)
         elif progress.whole:
-            print(f"{progress.repo} ({progress.revision}): here, commit {progress.commit}", flush=True)
+            print(_here(progress), flush=True)
         elif (progress.repo, progress.revision) not in self._tasks:
             self._tasks[progress.repo, progress.revision] = None
             left = progress.total - progress.done
@@ -69,6 +69,12 @@ class PullView:
         if task is None:
             task = self._tasks[key] = bars.add_task(progress.repo, total=progress.total)
         bars.update(task, completed=progress.done, total=progress.total)
+        if progress.whole:
+            bars.console.print(_here(progress), markup=False, highlight=False, soft_wrap=True)
+
+
+def _here(progress: Progress) -> str:
+    return f"{progress.repo} ({progress.revision}): here, commit {progress.commit}"
 
 
 def _event(progress: Progress) -> dict[str, Any]:
