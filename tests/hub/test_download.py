@@ -190,6 +190,7 @@ async def test_what_is_not_as_listed_is_never_used(hub: FakeHub, cache: Path, tm
     assert snapshot(cache, "org/chat", "main") is not None
 
 
+@pytest.mark.nightly
 async def test_blobs_that_are_there_are_read_again_where_that_is_asked_for(
     hub: FakeHub, cache: Path, tmp_path: Path
 ) -> None:
@@ -263,6 +264,7 @@ async def test_gated_private_unknown(hub: FakeHub, cache: Path, tmp_path: Path) 
     assert all("hf_let_in" not in str(path.read_bytes()) for path in cache.rglob("*") if path.is_file())
 
 
+@pytest.mark.nightly
 async def test_a_token_of_the_environment(
     hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +389,7 @@ async def test_a_branch_that_moves_while_it_is_fetched(hub: FakeHub, cache: Path
     assert moved.name == second
 
 
+@pytest.mark.nightly
 async def test_two_processes_fetch_a_file_once(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     chat(hub, tmp_path)
     await asyncio.gather(get(), get())

@@ -128,6 +128,7 @@ def test_a_branch_that_moves(desk: Desk, hub: FakeHub, cache: Path, capsys: Capt
     assert desk.codes(frozen=True) == []
 
 
+@pytest.mark.nightly
 def test_upgrades_of_one_model_and_of_all(desk: Desk, hub: FakeHub, capsys: Capture) -> None:
     desk.manifest.write_text(MANIFEST + "  other: {source: org/other, revision: main}\n")
     other = hub.repo("org/other", desk.folder / "made" / "chat")
