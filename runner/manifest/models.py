@@ -83,6 +83,17 @@ class Cors(_Section):
     )
 
 
+class Tls(_Section):
+    """The certificate of a server, for HTTPS."""
+
+    cert: _Text = Field(
+        description="PEM file of the certificate, followed by those that sign it, relative to this file. A renewed one "
+        "counts as it is saved.",
+        examples=["./tls/fullchain.pem"],
+    )
+    key: _Text = Field(description="PEM file of its private key, without a passphrase.", examples=["./tls/privkey.pem"])
+
+
 class Server(_Section):
     """One port: a listener with the models and APIs it serves."""
 
@@ -106,6 +117,11 @@ class Server(_Section):
     )
     auth: Auth | None = Field(
         None, description="Who may use this server.", examples=[{"api_keys": ["${MLX_RUN_API_KEY}"]}]
+    )
+    tls: Tls | None = Field(
+        None,
+        description="Serve HTTPS with this certificate. Default: HTTP.",
+        examples=[{"cert": "./tls/fullchain.pem", "key": "./tls/privkey.pem"}],
     )
     cors: Cors | None = Field(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +16,7 @@ from runner.errors import Diagnostic, ManifestError, NotDownloaded
 from runner.machine import Machine, cpu_backend
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Server
+from runner.manifest.models import Batching, Generation, KVCache, Model, Server, Tls
 from runner.manifest.tree import KeyPath
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, model_digest
 from runner.plan.examine import examine
@@ -31,6 +32,7 @@ from runner.plan.spec import (
     ListenerSpec,
     ModelSpec,
 )
+from runner.plan.tls import BadCertificate, read_tls
 
 __all__ = ["NotDownloaded", "resolve", "survey"]
 
@@ -85,7 +87,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
     desired = Desired(
         name=loaded.manifest.name,
         models=models,
-        listeners=tuple(_listener(loaded, name, server) for name, server in loaded.manifest.servers.items()),
+        listeners=tuple(resolution.listener(name, server) for name, server in loaded.manifest.servers.items()),
         memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
         downloads=resolution.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
@@ -132,6 +134,17 @@ class _Resolution:
             draft=_draft(model, draft),
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
         )
+
+    def listener(self, name: str, server: Server) -> ListenerSpec:
+        spec = _listener(self._loaded, name, server)
+        if server.tls is None:
+            return spec
+        try:
+            return replace(spec, tls=read_tls(*certificate(self._loaded, name, server.tls)))
+        except BadCertificate as error:
+            at = ("servers", name, "tls", error.file)
+            self.wrong.append(self._loaded.at(at, error.message, error.hint, code="E511"))
+            return spec
 
     def _adapter(self, model: str, name: str) -> AdapterSpec | None:
         entry = self._loaded.manifest.models[model].adapters[name]
@@ -267,6 +280,7 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
 
 
 def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
+    """All but its certificate."""
     at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
     return ListenerSpec(
@@ -279,6 +293,15 @@ def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
         api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
         allow_origins=tuple(server.cors.allow_origins) if server.cors else (),
     )
+
+
+def certificate(loaded: Loaded, server: str, tls: Tls) -> tuple[Path, Path]:
+    """Where the certificate of a server and its key are."""
+    at = ("servers", server, "tls")
+    cert, key = (
+        loaded.folder((*at, name)) / Path(file).expanduser() for name, file in (("cert", tls.cert), ("key", tls.key))
+    )
+    return cert, key
 
 
 def _source(loaded: Loaded, path: KeyPath) -> str:
