@@ -16,7 +16,8 @@ from runner.errors import Diagnostic, ManifestError, NotDownloaded
 from runner.machine import Machine, cpu_backend
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Server, Tls
+from runner.manifest.models import Batching, Generation, KVCache, Model
+from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, model_digest
 from runner.plan.examine import examine

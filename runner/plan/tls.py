@@ -10,7 +10,6 @@ from typing import Final, Literal, NoReturn
 
 from runner.plan.spec import ListenerSpec, TlsSpec
 
-
 _OF_ANOTHER: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 """OpenSSL's words for a key of another certificate, the last two where it is of another kind too."""
 

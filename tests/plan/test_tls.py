@@ -72,4 +72,4 @@ def test_paths_start_in_the_folder_of_the_manifest_and_errors_stand_at_their_pla
     with pytest.raises(ManifestError) as refused:
         folders.resolve(head.replace("KEY", "b.key") + MODELS)
     (found,) = refused.value.diagnostics
-    assert (found.code, found.line, found.column, found.path) == ("E511", 3, 53, "servers.lm.tls.key")
+    assert (found.code, found.line, found.column, found.path) == ("E511", 3, 50, "servers.lm.tls.key")
