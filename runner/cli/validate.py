@@ -26,6 +26,9 @@ from runner.plan.memory import memory_budget
 from runner.plan.ports import check_ports
 from runner.plan.resolve import Look, look
 
+_LEAST_MEMORY: Final = 2**20
+"""Bytes below which no machine is meant: somebody left the unit out."""
+
 _NOTES: Final = 3
 """The most sources that are named which could not be checked; the forms for programs name all."""
 
@@ -80,6 +83,8 @@ def _machine(text: str) -> Machine:
         memory = parse_size(given.get("memory", ""))
     except ValueError:
         raise argparse.ArgumentTypeError("give memory=SIZE, such as memory=16GiB") from None
+    if memory < _LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"memory={given['memory']} is {memory} bytes: give a unit, such as 16GiB")
     return Machine(memory, float32=device == "cpu")
 
 

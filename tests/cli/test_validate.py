@@ -150,6 +150,7 @@ def test_for_another_machine(capsys: Capture) -> None:
         ("memory=16gigs", "give memory=SIZE, such as memory=16GiB"),
         ("memory=16GiB,device=tpu", 'device is gpu or cpu, not "tpu"'),
         ("memory=16GiB,cpus=8", 'there is no "cpus"; give memory=SIZE, and device=gpu or device=cpu'),
+        ("memory=16", "memory=16 is 16 bytes: give a unit, such as 16GiB"),
     ],
 )
 def test_a_machine_that_is_none(given: str, says: str, capsys: Capture) -> None:
