@@ -29,9 +29,8 @@ def compile_manifest(request: Request, cache: DigestCache | None = None) -> Comp
 
     `cache` is what earlier requests to this process have read.
     """
-    paths, name, sealed = request
-    cache = cache or _unsealed(sealed)
-    compiled = _compile(paths, name, cache)
+    cache = cache or _unsealed(request.digests)
+    compiled = _compile(request, cache)
     return replace(compiled, digests=pickle.dumps(cache, pickle.HIGHEST_PROTOCOL))
 
 
@@ -43,12 +42,13 @@ def _unsealed(digests: bytes | None) -> DigestCache:
     return cache
 
 
-def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache) -> Compiled:
+def _compile(request: Request, digests: DigestCache) -> Compiled:
+    paths, name, changes = request.paths, request.name, request.changes
     inputs = Inputs()
-    known: dict[str, Any] = {"paths": paths, "inputs": inputs}
+    known: dict[str, Any] = {"paths": paths, "inputs": inputs, "changes": changes}
     try:
         known["options"] = _options()
-        loaded = load_manifest(paths, os.environ, inputs)
+        loaded = load_manifest(paths, os.environ, inputs, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), **known)
     known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models)}
@@ -56,7 +56,7 @@ def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache) ->
         _check_name(loaded, name)
         for folder in _local_sources(loaded):
             inputs.look(folder)
-        desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests)
+        desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), warnings=loaded.warnings, **known)
     known["warnings"] = (*loaded.warnings, *desired.warnings)
@@ -116,10 +116,10 @@ def main(descriptor: int) -> int:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         while True:
             try:
-                request = pickle.load(stream)  # noqa: S301 - from the process that started this one
+                request = Request(*pickle.load(stream))  # noqa: S301 - from the process that started this one
             except EOFError:
                 return 0
-            cache = cache or _unsealed(request[2])
+            cache = cache or _unsealed(request.digests)
             pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.manifest.drift import NO_CHANGES, Changes
 from runner.manifest.inputs import Inputs
 from runner.options import Options
 from runner.plan.spec import Desired
 
-Request = tuple[tuple[Path, ...], str | None, bytes | None]
-"""The manifest's files, merged left to right, the only name that it may have (None: any), and what was read before: the
-process keeps nothing between two lives."""
+
+class Request(NamedTuple):
+    """The manifest's files, merged left to right, the only name that it may have (None: any), what was read before (the
+    process keeps nothing between two lives), and what goes over the files."""
+
+    paths: tuple[Path, ...]
+    name: str | None = None
+    digests: bytes | None = None
+    changes: Changes = NO_CHANGES
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What became of a manifest: `desired`, or what is wrong with it.
 
-    `paths` are the manifest and its overlays, absolute. `inputs` are what it depends on and the state that was read, as
-    far as reading came. `name` and the names of the `models` are known once the manifest itself is sound. `warnings`
-    keep nothing from running. `missing` is a hub repository and revision to download first; with it, `provisional` is
-    the desired state with stand-ins for what is not there yet. `digests` is what was read of models' folders, sealed:
-    the runner has no use for it but to hand it to the next process.
+    `paths` are the manifest and its overlays, absolute, and `changes` went over them. `inputs` are what it depends on
+    and the state that was read, as far as reading came. `name` and the names of the `models` are known once the
+    manifest itself is sound. `warnings` keep nothing from running. `missing` is a hub repository and revision to
+    download first; with it, `provisional` is the desired state with stand-ins for what is not there yet. `digests` is
+    what was read of models' folders, sealed: the runner has no use for it but to hand it to the next process.
     """
 
     paths: tuple[Path, ...]
@@ -37,6 +45,7 @@ class Compiled:
     provisional: Desired | None = None
     options: Options | None = None
     digests: bytes | None = None
+    changes: Changes = NO_CHANGES
 
     def error(self) -> ManifestError | None:
         """What is wrong, None when nothing is."""

@@ -22,7 +22,7 @@ from runner.plan.stored import NotReadable, SealedAway, from_stored, key_sources
 
 logger = logging.getLogger(__name__)
 
-Via = Literal["start", "watch", "apply", "rollback"]
+Via = Literal["start", "watch", "apply", "rollback", "api"]
 
 
 @dataclass(frozen=True, slots=True)

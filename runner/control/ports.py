@@ -19,7 +19,7 @@ async def open_listener(live: Live, spec: ListenerSpec) -> Listener:
     """A listener that takes requests. Raises ListenerError."""
     if (leaving := live.leaving.get(spec.port)) is not None:
         await leaving.wait()  # one of ours is about to give this port back
-    listener = Listener(spec, live.directory, live.metrics)
+    listener = Listener(spec, live.directory, live.metrics, live.admin)
     await listener.start()
     live.emit("listening", target=f"servers.{spec.name}", address=f"http://{spec.host}:{spec.port}")
     return listener

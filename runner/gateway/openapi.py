@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from runner.gateway.admin import wire as admin
 from runner.gateway.anthropic import wire as anthropic
 from runner.gateway.ollama import wire as ollama
 from runner.gateway.openai import wire as openai
@@ -41,6 +42,7 @@ class Operation:
 
 
 _ASKING: Final = (400, 404, 413, 415, 500, 503)
+_CHANGING: Final = (400, 404, 409, 413, 415, 422, 500, 503)
 _ENGINES: Final = ("get", "/ready", "Whether every model of this server has generated a token")
 
 OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
@@ -73,6 +75,15 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/api/version", "The version of the API"),
         Operation("post", "/api/show", "One model", ollama.ShowRequest, status=(400, 404, 413)),
         Operation("post", "/api/pull", "Make sure of a model", ollama.PullRequest, _LINES, status=(400, 404, 413)),
+    ),
+    "admin": (
+        Operation("get", "/v1/status", "What is up, and how it stands"),
+        Operation("post", "/v1/plan", "What apply would do", admin.Plan, status=_CHANGING),
+        Operation("post", "/v1/apply", "Make the manifest live, as its files are now", admin.Apply, status=_CHANGING),
+        Operation("post", "/v1/models/load", "Serve a model", admin.LoadModel, status=_CHANGING),
+        Operation("post", "/v1/models/unload", "Stop a model", admin.UnloadModel, status=_CHANGING),
+        Operation("post", "/v1/adapters/load", "Serve an adapter", admin.LoadAdapter, status=_CHANGING),
+        Operation("post", "/v1/adapters/unload", "Drop an adapter", admin.UnloadAdapter, status=_CHANGING),
     ),
 }
 """By API; under "" what every server has."""
@@ -113,8 +124,10 @@ _MEANINGS: Final = {
     400: "The request is refused; the error names the field",
     401: "No key, or not a valid one",
     404: "No such model, adapter or object here",
+    409: "It does not go with how things stand: another generation, an edit that is not live, another declaration",
     413: "The body is over the server's limit",
     415: "The body does not say that it is JSON",
+    422: "It was tried and cannot be had; nothing was changed",
     500: "The engine failed on this request",
     503: "Loading, draining, or the queue is full: see Retry-After",
 }

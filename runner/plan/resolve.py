@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
 from runner.machine import Machine, cpu_backend
 from runner.manifest.checks import is_path
+from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, Generation, KVCache, Model, Server
 from runner.manifest.tree import KeyPath
@@ -55,12 +56,18 @@ def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32:
 
 
 def survey(
-    loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32: bool | None = None
+    loaded: Loaded,
+    *,
+    machine_memory: int,
+    cache: DigestCache,
+    float32: bool | None = None,
+    changes: Changes = NO_CHANGES,
 ) -> tuple[Desired, list[Diagnostic]]:
-    """As `resolve`, but hub sources that are not in the cache are in `downloads`, and have stand-ins for what is not
-    known of them; for each there is a diagnostic too. Raises ManifestError for anything else."""
+    """As `resolve`, but `changes` are what `loaded` was read with, and hub sources that are not in the cache are in
+    `downloads`, and have stand-ins for what is not known of them; for each there is a diagnostic too. Raises
+    ManifestError for anything else."""
     machine = Machine(machine_memory, cpu_backend() if float32 is None else float32)
-    found = look(loaded, machine, cache)
+    found = look(loaded, machine, cache, changes)
     if found.wrong:
         raise ManifestError(found.wrong)
     return found.desired, found.missing
@@ -75,17 +82,18 @@ class Look(NamedTuple):
     missing: list[Diagnostic]
 
 
-def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
-    """Everything at once, whatever is wrong with it."""
-    resolution = _Resolution(loaded, cache, hub_cache(os.environ))
-    resolved = filter(None, (resolution.model(name, m) for name, m in loaded.manifest.models.items()))
+def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes = NO_CHANGES) -> Look:
+    """Everything at once, whatever is wrong with it; but models that rest, which take nothing."""
+    resolution = _Resolution(loaded, cache, hub_cache(os.environ), changes)
+    served = {name: m for name, m in loaded.manifest.models.items() if name not in changes.unloaded}
+    resolved = filter(None, (resolution.model(name, m) for name, m in served.items()))
     models, found = examine(loaded, tuple(resolved), resolution.absent, resolution.settings, machine, cache)
     for gone in cache.whole.keys() - resolution.found_folders:
         del cache.whole[gone]
     desired = Desired(
         name=loaded.manifest.name,
         models=models,
-        listeners=tuple(_listener(loaded, name, server) for name, server in loaded.manifest.servers.items()),
+        listeners=tuple(_listener(loaded, name, server, changes) for name, server in loaded.manifest.servers.items()),
         memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
         downloads=resolution.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
@@ -98,7 +106,7 @@ class _Resolution:
     """One pass. `wrong` and `missing` fill as sources are looked up: the latter has hub repositories and revisions that
     are not in the cache, with the first place that asks for each and the paths of all; `absent` has their folders."""
 
-    def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path) -> None:
+    def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path, changes: Changes = NO_CHANGES) -> None:
         self.wrong: list[Diagnostic] = []
         self.absent: set[Path] = set()
         self.missing: dict[tuple[str, str], tuple[Diagnostic, list[str]]] = {}
@@ -106,11 +114,12 @@ class _Resolution:
         self._loaded = loaded
         self._cache = cache
         self._hub = hub
+        self._changes = changes
 
     def model(self, name: str, model: Model) -> ModelSpec | None:
         path: KeyPath = ("models", name)
         found = self._digest(path, model.source, model.revision, model_digest)
-        adapters = [self._adapter(name, adapter) for adapter in model.adapters]
+        adapters = [self._adapter(name, adapter) for adapter in self._adapters(name, model)]
         draft = None
         if model.draft is not None:
             draft = self._digest((*path, "draft"), model.draft.source, model.draft.revision, model_digest)
@@ -132,6 +141,15 @@ class _Resolution:
             draft=_draft(model, draft),
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
         )
+
+    def _adapters(self, name: str, model: Model) -> list[str]:
+        """Those that are to be served."""
+        taken = taken_away(self._changes, name)
+        if model.default_adapter in taken:
+            message = f'the default adapter "{model.default_adapter}" cannot be unloaded'
+            hint = "choose another default_adapter in the manifest first"
+            self.wrong.append(self._loaded.at(("models", name, "default_adapter"), message, hint, code="E302"))
+        return [adapter for adapter in model.adapters if adapter not in taken]
 
     def _adapter(self, model: str, name: str) -> AdapterSpec | None:
         entry = self._loaded.manifest.models[model].adapters[name]
@@ -266,14 +284,16 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
     return {} if section is None else {key: value for key, value in section if value is not None}
 
 
-def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
+def _listener(loaded: Loaded, name: str, server: Server, changes: Changes) -> ListenerSpec:
     at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
+    models = tuple(server.models if server.models is not None else loaded.manifest.models)
+    models += tuple(m for m, servers in changes.servers.items() if name in servers and m not in models)
     return ListenerSpec(
         name=name,
         host="127.0.0.1" if server.host == "localhost" else server.host,
         port=server.port,
-        models=tuple(server.models if server.models is not None else loaded.manifest.models),
+        models=models,
         apis=tuple(server.apis),
         api_keys=tuple(key.get_secret_value() for key in keys or ()),
         api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
