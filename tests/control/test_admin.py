@@ -1,4 +1,5 @@
-"""The admin API over a real runner: what it changes is live, is said to be drift, and goes with the next apply or edit."""
+"""The admin API over a real runner: what it changes is live, is said to be drift, and goes with the next apply or
+edit."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ async def test_what_cannot_be_had_changes_nothing_and_says_why(admin: Scene) -> 
 
 
 async def test_what_is_applied_comes_first(admin: Scene) -> None:
-    """The API changes what was applied: an edit that is not live, or a rollback, is not undone, or let in, on the way."""
+    """The API changes what was applied: an edit that is not live, or a rollback, is not undone, or let in, on the
+    way."""
     assert admin.runner is not None
     admin.runner._reconciler.watching = False
     admin.write(ONE + "\nnew: {source: ./models/chat}")

@@ -61,8 +61,8 @@ class _Asked:
         self._control = control
 
     async def _read(self, request: Request, kind: type[T], *, empty: bool = False) -> T:
-        """The body. Without one it is as if it were `{}`, where nothing has to be said; but a page on the web, which may
-        send such a request without asking its browser's leave, has to say so in JSON."""
+        """The body. Without one it is as if it were `{}`, where nothing has to be said; but a page on the web, which
+        may send such a request without asking its browser's leave, has to say so in JSON."""
         exchange_of(request).route = request.path
         bare = request.content_length in (None, 0) and request.content_type is None
         if empty and bare and request.get_header("origin") is None:
