@@ -204,6 +204,10 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return _draft_reason(old.draft, new.draft)
     if old.kv_cache != new.kv_cache:
         return f"KV cache {_kv_cache(old)} → {_kv_cache(new)}"
+    if old.chat_template != new.chat_template:
+        return "the chat template changed"
+    if old.tool_parser != new.tool_parser:
+        return f"tool_parser {old.tool_parser or 'by the template'} → {new.tool_parser or 'by the template'}"
     return "memory_limit changed"
 
 

@@ -5,6 +5,7 @@ Only reads: no network, no download. What is wrong is reported at its place in t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from runner.plan.hub import bytes_left, hub_cache, is_partial, snapshot, snapsho
 from runner.plan.memory import memory_budget
 from runner.plan.spec import (
     AdapterSpec,
+    ChatTemplateSpec,
     Desired,
     Download,
     DraftSpec,
@@ -140,7 +142,24 @@ class _Resolution:
             memory_limit_bytes=model.memory_limit or 0,
             draft=_draft(model, draft),
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
+            chat_template=self._chat_template((*path, "chat_template"), model.chat_template),
+            tool_parser=model.tool_parser or "",
         )
+
+    def _chat_template(self, at: KeyPath, source: str | None) -> ChatTemplateSpec | None:
+        """The file of a chat template: one of the manifest's inputs, so that an edit of it goes live."""
+        if source is None:
+            return None
+        file = Path(os.path.normpath(self._loaded.folder(at) / Path(source).expanduser()))
+        try:
+            content = self._loaded.inputs.read(file)
+            content.decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = "is not UTF-8 text" if isinstance(error, UnicodeError) else "cannot be read"
+            hint = "it is a file, relative to the manifest"
+            self.wrong.append(self._loaded.at(at, f'the chat template "{source}" {reason}', hint, code="E612"))
+            return None
+        return ChatTemplateSpec(source, file, hashlib.blake2b(content, digest_size=16).hexdigest())
 
     def _adapters(self, name: str, model: Model) -> list[str]:
         """Those that are to be served."""
