@@ -75,6 +75,7 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/api/version", "The version of the API"),
         Operation("post", "/api/show", "One model", ollama.ShowRequest, status=(400, 404, 413)),
         Operation("post", "/api/pull", "Make sure of a model", ollama.PullRequest, _LINES, status=(400, 404, 413)),
+        Operation("post", "/api/create", "Make sure of a model", ollama.CreateRequest, _LINES, status=(400, 413, 501)),
     ),
     "admin": (
         Operation("get", "/v1/status", "What is up, and how it stands"),
@@ -129,6 +130,7 @@ _MEANINGS: Final = {
     415: "The body does not say that it is JSON",
     422: "It was tried and cannot be had; nothing was changed",
     500: "The engine failed on this request",
+    501: "Models come from the manifest here",
     503: "Loading, draining, or the queue is full: see Retry-After",
 }
 

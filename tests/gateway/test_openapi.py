@@ -14,6 +14,7 @@ import pytest
 from runner.gateway import openapi
 from runner.gateway.app import build_app
 from runner.gateway.openai import wire
+from runner.gateway.openai.resources import OTHER_KINDS
 from runner.telemetry import GatewayMetrics
 from tests.gateway.conftest import client_of, spec_of
 from tests.gateway.fakes import FakeControl, FakeDirectory
@@ -35,10 +36,11 @@ def routes(app: falcon.asgi.App[Any, Any]) -> Iterator[tuple[str, str]]:
 UNDOCUMENTED = {
     ("get", "/"),
     ("post", "/v1/responses/{response_id}"),  # only says that it is not there
+    *(("post", path) for path in OTHER_KINDS),  # they say what is
     *(
         (method, f"/api/{name}")
         for method in ("post", "delete")
-        for name in ("create", "copy", "delete", "push", "embed", "embeddings")
+        for name in ("copy", "delete", "push", "embed", "embeddings")
     ),
 }
 

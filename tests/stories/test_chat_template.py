@@ -10,7 +10,8 @@ from tests.stories.harness import Bench, until
 
 pytestmark = [pytest.mark.story, pytest.mark.mlx]
 
-OWN = "{{ bos_token }}<|user|>{% if shout %}Spell robot.{% else %}{{ messages[-1].content }}{% endif %}<|end|><|assistant|>"
+TURN = "{% if shout %}Spell robot.{% else %}{{ messages[-1].content }}{% endif %}"
+OWN = "{{ bos_token }}<|user|>" + TURN + "<|end|><|assistant|>"
 
 
 def test_in_effect_edited_and_refused(tmp_path: Path) -> None:
