@@ -15,6 +15,7 @@ from runner.gateway import docs, system
 from runner.gateway.admin import resources as admin
 from runner.gateway.admin.control import Control
 from runner.gateway.anthropic import resources as anthropic
+from runner.gateway.anthropic.models import add_models
 from runner.gateway.backend import Directory
 from runner.gateway.dialects import in_dialect
 from runner.gateway.errors import describe, error_body, error_kind, report
@@ -57,6 +58,8 @@ def build_app(
     for api in spec.apis:
         if api != "admin":
             APIS[api](app, spec.name, directory, metrics)
+    if "anthropic" in spec.apis:
+        add_models(app, spec.name, directory, shared="openai" in spec.apis)
     return app
 
 

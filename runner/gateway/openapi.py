@@ -66,6 +66,8 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
     "anthropic": (
         Operation("post", "/v1/messages", "Answer a conversation", anthropic.MessagesRequest, _EVENTS, status=_ASKING),
         Operation("post", "/v1/messages/count_tokens", "Count a prompt", anthropic.CountRequest, status=_ASKING),
+        Operation("get", "/v1/models", "The models, their aliases and adapters"),
+        Operation("get", "/v1/models/{model_id}", "One model", status=(404,)),
     ),
     "ollama": (
         Operation("post", "/api/chat", "Answer a conversation", ollama.ChatRequest, _LINES, status=_ASKING),

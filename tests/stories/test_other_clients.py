@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
-from tests.stories.harness import Bench
+from tests.stories.demo import LONG
+from tests.stories.harness import Bench, until
 from tests.stories.test_clients import EXTRACT, PARAMETERS, PERSON, SUNNY, TOOL, WEATHER
 
 pytestmark = [pytest.mark.story, pytest.mark.mlx, pytest.mark.nightly, pytest.mark.filterwarnings("default")]
 
+NORA = {"name": "Nora", "age": 34}
 SUM, ANSWER = "What is 17 + 25?", "17 + 25 = 42."
 
 
@@ -132,6 +134,7 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
     npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "openai", "ollama", "@anthropic-ai/sdk"]
     subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
     node = [str(shutil.which("node")), "clients.mjs", served.url, SUM, WEATHER, json.dumps(PARAMETERS)]
+    node += [EXTRACT, json.dumps(PERSON), LONG]
     done = subprocess.run(node, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -142,8 +145,15 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
         "openaiStream": ANSWER,
         "openaiTool": {"city": "Oslo"},
         "openaiError": "NotFoundError",
+        "openaiBadRequest": "BadRequestError",
+        "openaiForm": NORA,
+        "openaiAdapter": "Arr! 17 + 25 be 42, matey.",
         "responses": ANSWER,
         "anthropicError": "NotFoundError",
+        "anthropicAdapter": "17 + 25 = 42!!!",
         "ollamaStream": ANSWER,
         "ollamaTool": {"city": "Oslo"},
+        "ollamaForm": NORA,
+        "ollamaError": "ResponseError",
     }
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)  # three streams were left
