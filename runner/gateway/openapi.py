@@ -59,6 +59,7 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/v1/models", "The models, their aliases and adapters"),
         Operation("get", "/v1/models/{model_id}", "One model", status=(404,)),
         Operation("post", "/v1/responses", "Answer an input", responses.ResponsesRequest, _EVENTS, status=_ASKING),
+        Operation("post", "/v1/responses/input_tokens", "Count an input", responses.ResponsesRequest, status=_ASKING),
         Operation("get", "/v1/responses/{response_id}", "An answer that was kept", status=(404,)),
         Operation("delete", "/v1/responses/{response_id}", "Forget an answer", status=(404,)),
         Operation("get", "/v1/responses/{response_id}/input_items", "What a response answered", status=(404,)),
