@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.control.scene import FAKE_ENGINE, Scene
 from tests.stories.demo import LONG
 from tests.stories.harness import Bench, until
 from tests.stories.test_clients import EXTRACT, PARAMETERS, PERSON, SUNNY, TOOL, WEATHER
@@ -157,3 +159,39 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
         "ollamaError": "ResponseError",
     }
     until(lambda: served.metric("mlx_run_engine_rows") == 0)  # three streams were left
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_claude_code(tmp_path: Path) -> None:
+    """Its own command, over a stand-in for a model: the demo model's context has no room for its first prompt."""
+    (tmp_path / "package.json").write_text('{"name": "clients"}')
+    npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "@anthropic-ai/claude-code"]
+    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
+    bench = Bench(tmp_path / "bench")
+    scene = Scene(bench.folder)
+    scene.model("large", geometry={"max_position_embeddings": 200_000}, tokens=4)
+    bench.environment["MLX_RUN_ENGINE_COMMAND"] = shlex.join([sys.executable, str(FAKE_ENGINE)])
+    server = f"{{port: {bench.port}, apis: [anthropic]}}"
+    bench.save(f"name: dev\nservers: {{lm: {server}}}\nmodels: {{chat: {{source: ./models/large}}}}\n")
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "ANTHROPIC_BASE_URL": bench.url,
+        "ANTHROPIC_AUTH_TOKEN": "none",
+        "ANTHROPIC_MODEL": "chat",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    with bench.serving():
+        command = [tmp_path / "node_modules/.bin/claude", "-p", "Say hi"]
+        done = subprocess.run(
+            command,
+            cwd=bench.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+    bench.close()
+    assert (done.returncode, done.stdout.strip()) == (0, "base base base base"), done.stdout + done.stderr
