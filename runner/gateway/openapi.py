@@ -141,7 +141,7 @@ _MEANINGS: Final = {
 def _operation(api: str, operation: Operation, schema: Any, *, locked: bool) -> dict[str, Any]:
     content: dict[str, Any] = {operation.answer: {"schema": {"type": "object"} if operation.answer == _JSON else {}}}
     if operation.stream:
-        content[operation.stream] = {"schema": {"type": "string"}}
+        content[operation.stream] = {"schema": {"description": "The same in pieces"}}  # readers parse each of them
     answers: dict[str, Any] = {"200": {"description": _MEANINGS[200], "content": content}}
     for status in (*operation.status, *((401,) if locked and operation.path != "/health" else ())):
         error = {"$ref": "#/components/schemas/Error"} if operation.path != "/ready" else {"type": "object"}
