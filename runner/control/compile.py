@@ -48,10 +48,10 @@ def _compile(request: Request, digests: DigestCache) -> Compiled:
     known: dict[str, Any] = {"paths": paths, "inputs": inputs, "changes": changes}
     try:
         known["options"] = _options()
-        loaded = load_manifest(paths, os.environ, inputs, changes=changes)
+        loaded = load_manifest(paths, os.environ, inputs, frozen=request.frozen, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), **known)
-    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models)}
+    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models), "hub_token": loaded.hub_token}
     try:
         _check_name(loaded, name)
         for folder in _local_sources(loaded):

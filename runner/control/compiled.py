@@ -15,11 +15,13 @@ from runner.plan.spec import Desired
 
 class Request(NamedTuple):
     """The manifest's files, merged left to right, the only name that it may have (None: any), what was read before (the
-    process keeps nothing between two lives), and what goes over the files."""
+    process keeps nothing between two lives), whether its lock has to be there and to hold, and what goes over the
+    files."""
 
     paths: tuple[Path, ...]
     name: str | None = None
     digests: bytes | None = None
+    frozen: bool = False
     changes: Changes = NO_CHANGES
 
 
@@ -32,6 +34,7 @@ class Compiled:
     manifest itself is sound. `warnings` keep nothing from running. `missing` is a hub repository and revision to
     download first; with it, `provisional` is the desired state with stand-ins for what is not there yet. `digests` is
     what was read of models' folders, sealed: the runner has no use for it but to hand it to the next process.
+    `hub_token` is what private repositories are read with, empty for what the hub's library finds by itself.
     """
 
     paths: tuple[Path, ...]
@@ -45,6 +48,7 @@ class Compiled:
     provisional: Desired | None = None
     options: Options | None = None
     digests: bytes | None = None
+    hub_token: str = field(default="", repr=False)
     changes: Changes = NO_CHANGES
 
     def error(self) -> ManifestError | None:

@@ -40,12 +40,14 @@ class Compiler:
         with self._lock:
             self._start()
 
-    def compile(self, paths: Sequence[Path], name: str | None = None, changes: Changes | None = None) -> Compiled:
-        """Read, merge, check and resolve a manifest's files, and the changes that go over them. Raises RunnerError when
-        the process fails."""
+    def compile(
+        self, paths: Sequence[Path], name: str | None = None, *, frozen: bool = False, changes: Changes | None = None
+    ) -> Compiled:
+        """Read, merge, check and resolve a manifest's files, and the changes that go over them; `frozen`: as its lock
+        has them, or not at all. Raises RunnerError when the process fails."""
         with self._lock:
             stream = self._start()
-            request = (tuple(paths), name, self._digests, *(() if changes is None else (changes,)))
+            request = (tuple(paths), name, self._digests, frozen, *(() if changes is None else (changes,)))
             try:
                 pickle.dump(request, stream)
                 stream.flush()
