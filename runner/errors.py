@@ -22,7 +22,9 @@
         ├── InvalidRequest      400, names the field
         ├── Unauthorized        401
         ├── NotServed           404, model or adapter unknown here
+        ├── Conflict            409, what was asked for does not go with how things stand
         ├── TooLarge            413
+        ├── CannotBeDone        422, understood, tried, and not possible; nothing was changed
         ├── EngineFailed        500, the engine failed or died while it worked on this request
         └── Unavailable         503 with Retry-After: loading, draining, or the queue is full
 
@@ -191,10 +193,24 @@ class NotServed(RequestError):  # noqa: N818
     kind = "invalid_request_error"
 
 
+class Conflict(RequestError):  # noqa: N818
+    """What was asked for does not go with how things stand now."""
+
+    status = 409
+    kind = "invalid_request_error"
+
+
 class TooLarge(RequestError):  # noqa: N818
     """The body is over the listener's limit."""
 
     status = 413
+    kind = "invalid_request_error"
+
+
+class CannotBeDone(RequestError):  # noqa: N818
+    """The request was understood and tried, and cannot be carried out; nothing was changed."""
+
+    status = 422
     kind = "invalid_request_error"
 
 

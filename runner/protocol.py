@@ -38,6 +38,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     `max_context` is tokens (prompt + completion), 0 for the model's own; `prefill_step_size` is tokens per prefill
     chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
     `kv_bits` quantise the KV cache, in groups of `kv_group_size` values, 0 not;
+    `chat_template` is a file in place of the model's own, "" for that;
     `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
     in seconds, the engine waits without a runner before it exits.
     """
@@ -56,6 +57,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_draft_tokens: int = 0
     kv_bits: int = 0
     kv_group_size: int = 64
+    chat_template: str = ""
     tool_parser: str = ""
     orphan_grace: float = 5.0
 

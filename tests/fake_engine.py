@@ -2,8 +2,9 @@
 
 It stands in where only the control plane is tested. `{"fake": {...}}` in the model folder's config.json scripts it:
 `load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
-then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself).
-A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every `token_seconds`.
+then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself), `tokens` (the most
+of an answer, which ends by itself). A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every
+`token_seconds`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ class FakeEngine:
         if request.adapter and request.adapter not in self.adapters:
             self.send(Rejected(request.id, 404, "no such adapter", "adapter_name"))
             return
-        count = request.max_tokens or 4
+        count, reason = request.max_tokens or 4, "length"
+        if (most := self.script.get("tokens")) is not None and int(str(most)) < count:
+            count, reason = int(str(most)), "stop"
         for index in range(count):
             self.tokens += 1
             if self.tokens == self.script.get("die_after"):
@@ -129,7 +132,7 @@ class FakeEngine:
             last = index == count - 1
             usage = Usage(1, count) if last else None
             text = f"{request.adapter or 'base'} "
-            self.send(Step([Delta(request.id, text, 1, "length" if last else None, usage)]))
+            self.send(Step([Delta(request.id, text, 1, reason if last else None, usage)]))
             await asyncio.sleep(float(str(self.script.get("token_seconds", 0.0))))
         self.rows.pop(request.id, None)
         self.stats()

@@ -79,6 +79,8 @@ _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "applied": lambda e: f"generation {e['generation']} is live{_restored(e)}",
     "rolling_back": lambda e: f"going back to generation {e['restores']} ({e['user']})",
     "rollback_failed": lambda e: f"not gone back to generation {e['restores']}, what ran goes on:\n{e['error']}",
+    "changing": lambda e: f"changing by {e['user']}; then beside the manifest: {', '.join(e['changes']) or 'nothing'}",
+    "change_failed": lambda e: f"not changed, what ran goes on:\n{e['error']}",
     "held": lambda e: f"the manifest was not edited since the rollback to {e['restores']}, which goes on",
     "left_out": lambda e: f"{e['scope']} left out: {', '.join(e['actions'])}",
     "apply_failed": lambda e: f"the manifest is not in effect, what ran goes on:\n{e['error']}",

@@ -29,6 +29,7 @@ COMMANDS: Final = {
     "history": "Show what was applied, and by whom",
     "diff": "Show what differs between two generations",
     "rollback": "Go back to an earlier generation",
+    "adopt": "Write into the manifest what the admin API changed",
     "events": "Show what happened",
     "wait": "Wait until models are ready",
     "chat": "Talk to a model",

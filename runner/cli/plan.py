@@ -14,6 +14,7 @@ from runner.cli.locate import add_manifest, manifests
 from runner.cli.plan_text import render_plan
 from runner.control import client
 from runner.control.compile import compile_manifest
+from runner.control.compiled import Request
 from runner.control.ledger import load_committed
 from runner.control.state_folder import StateFolder
 from runner.errors import RunnerError
@@ -63,7 +64,7 @@ def preview(
 
     Raises ManifestError, RunnerError for a target that is none, and what the control socket's client does.
     """
-    compiled = compile_manifest((paths, None, None, frozen))
+    compiled = compile_manifest(Request(paths, frozen=frozen))
     desired = compiled.desired or compiled.provisional
     if desired is None or compiled.options is None:
         error = compiled.error()

@@ -26,6 +26,8 @@ def _lines(plan: dict[str, Any], *, diff: bool) -> Iterator[str]:
         yield f"{plan['name']}: nothing to do, {unchanged} unchanged ({_against(plan['against'])})."
     else:
         yield f"{plan['name']}: {len(actions)} to do, {unchanged} unchanged ({_against(plan['against'])})."
+    if plan.get("drift"):
+        yield f"  Drift, by the admin API: {', '.join(plan['drift'])}. `mlx-run adopt` writes it into the manifest."
     columns = [(f"{_SIGNS[a['action']]} {a['target']}", a["action"], _cost(a), a["reason"]) for a in actions]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)][:-1]
     for action, column in zip(actions, columns, strict=True):

@@ -126,6 +126,9 @@ def _problem_lines(status: dict[str, Any]) -> list[str]:
     if status["drift"] and not status["manifest_error"]:
         if status["left_out"]:
             return [f"  Drift: {status['drift']}.", "  Edits go live within that; `mlx-run apply` makes it whole."]
+        if status["changes"]:
+            reverted = "  `mlx-run adopt` writes it into the manifest; `mlx-run apply`, or any edit, reverts it."
+            return [f"  Drift: {status['drift']}.", reverted]
         return [f"  Drift: {status['drift']}.", "  Its next edit goes live, and so does `mlx-run apply`."]
     if not status["manifest_error"]:
         return ["  not settled yet"]

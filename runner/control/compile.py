@@ -30,9 +30,8 @@ def compile_manifest(request: Request, cache: DigestCache | None = None) -> Comp
 
     `cache` is what earlier requests to this process have read.
     """
-    paths, name, sealed, frozen = request
-    cache = cache or _unsealed(sealed)
-    compiled = _compile(paths, name, cache, frozen=frozen)
+    cache = cache or _unsealed(request.digests)
+    compiled = _compile(request, cache)
     return replace(compiled, digests=pickle.dumps(cache, pickle.HIGHEST_PROTOCOL))
 
 
@@ -44,12 +43,13 @@ def _unsealed(digests: bytes | None) -> DigestCache:
     return cache
 
 
-def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache, *, frozen: bool) -> Compiled:
+def _compile(request: Request, digests: DigestCache) -> Compiled:
+    paths, name, changes = request.paths, request.name, request.changes
     inputs = Inputs()
-    known: dict[str, Any] = {"paths": paths, "inputs": inputs}
+    known: dict[str, Any] = {"paths": paths, "inputs": inputs, "changes": changes}
     try:
         known["options"] = _options()
-        loaded = load_manifest(paths, os.environ, inputs, frozen=frozen)
+        loaded = load_manifest(paths, os.environ, inputs, frozen=request.frozen, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), **known)
     known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models), "hub_token": loaded.hub_token}
@@ -58,7 +58,7 @@ def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache, *,
         for folder in _local_sources(loaded):
             inputs.look(folder)
         _read_certificates(loaded, inputs)
-        desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests)
+        desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), warnings=loaded.warnings, **known)
     known["warnings"] = (*loaded.warnings, *desired.warnings)
@@ -126,10 +126,10 @@ def main(descriptor: int) -> int:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         while True:
             try:
-                request = pickle.load(stream)  # noqa: S301 - from the process that started this one
+                request = Request(*pickle.load(stream))  # noqa: S301 - from the process that started this one
             except EOFError:
                 return 0
-            cache = cache or _unsealed(request[2])
+            cache = cache or _unsealed(request.digests)
             pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
 

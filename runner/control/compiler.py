@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from io import BufferedRWPair
     from pathlib import Path
 
-    from runner.control.compiled import Compiled, Request
+    from runner.control.compiled import Compiled
+    from runner.manifest.drift import Changes
 
 
 class Compiler:
@@ -39,12 +40,14 @@ class Compiler:
         with self._lock:
             self._start()
 
-    def compile(self, paths: Sequence[Path], name: str | None = None, *, frozen: bool = False) -> Compiled:
-        """Read, merge, check and resolve a manifest's files; `frozen`: as its lock has them, or not at all. Raises
-        RunnerError when the process fails."""
+    def compile(
+        self, paths: Sequence[Path], name: str | None = None, *, frozen: bool = False, changes: Changes | None = None
+    ) -> Compiled:
+        """Read, merge, check and resolve a manifest's files, and the changes that go over them; `frozen`: as its lock
+        has them, or not at all. Raises RunnerError when the process fails."""
         with self._lock:
             stream = self._start()
-            request: Request = (tuple(paths), name, self._digests, frozen)
+            request = (tuple(paths), name, self._digests, frozen, *(() if changes is None else (changes,)))
             try:
                 pickle.dump(request, stream)
                 stream.flush()

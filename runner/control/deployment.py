@@ -412,6 +412,8 @@ def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
         num_draft_tokens=spec.limits.num_draft_tokens,
         kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
         kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,
+        chat_template=str(spec.chat_template.path) if spec.chat_template else "",
+        tool_parser=spec.tool_parser,
         orphan_grace=options.orphan_grace,
     )
 

@@ -22,9 +22,10 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """One listener's models, by name and by every id that means them."""
+    """One listener's models, by name and by every id that means them. `resting` are names that it would serve."""
 
     entries: tuple[_Entry, ...] = ()
+    resting: frozenset[str] = frozenset()
     by_id: Mapping[str, _Entry] = field(default_factory=dict)
 
 
@@ -40,7 +41,8 @@ class Directory:
         """Serve this from now on. `created` is when each deployment came up, in seconds since the epoch."""
         self._tables = {
             listener.name: _table(
-                [_Entry(deployments[m], deployments[m].spec, created[m]) for m in listener.models if m in deployments]
+                [_Entry(deployments[m], deployments[m].spec, created[m]) for m in listener.models if m in deployments],
+                frozenset(listener.models).difference(deployments),
             )
             for listener in listeners
         }
@@ -111,14 +113,22 @@ class Directory:
         base, colon, adapter = model.rpartition(":")
         if colon and base in table.by_id:
             return table.by_id[base], adapter
+        if model in table.resting or base in table.resting:
+            raise NotServed(
+                f"The model `{model if model in table.resting else base}` was unloaded; POST /v1/models/load on a "
+                "server with the admin API, or `mlx-run apply`, brings it back.",
+                param="model",
+                code="model_unloaded",
+            )
         served = ", ".join(e.spec.name for e in table.entries) or "no models"
         raise NotServed(
             f"The model `{model}` is not served here; this server has {served}.", param="model", code="model_not_found"
         )
 
 
-def _table(entries: list[_Entry]) -> _Table:
-    return _Table(tuple(entries), {i: e for e in entries for i in (e.spec.name, *e.spec.aliases)})
+def _table(entries: list[_Entry], resting: frozenset[str]) -> _Table:
+    by_id = {i: e for e in entries for i in (e.spec.name, *e.spec.aliases)}
+    return _Table(tuple(entries), resting, by_id)
 
 
 def _one_adapter(from_id: str | None, adapter_name: str | None) -> str | None:

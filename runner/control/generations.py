@@ -37,8 +37,9 @@ class BadGeneration(Exception):  # noqa: N818 - says what a file is, and never l
 class Generation(NamedTuple):
     """The header of a generation. `time` is seconds since the epoch, `seconds` how long executing its plan took.
 
-    `digest` is the desired state's. `via` is start, apply, watch or rollback, and `user` who did that. `error` says why
-    a failed one failed; it was never current. `actions` are (verb, target) of the plan's first, of `action_count`.
+    `digest` is the desired state's. `via` is start, apply, watch, rollback or api, and `user` who did that. `error`
+    says why a failed one failed; it was never current. `actions` are (verb, target) of the plan's first, of
+    `action_count`.
 
     `manifest` are the files, `seen` stands for their contents and whatever else they came to. A rollback has the number
     it went back to in `restores` and the last number that came from the manifest in `manifest_generation`: as long as

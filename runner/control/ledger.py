@@ -23,7 +23,7 @@ from runner.plan.tls import BadCertificate, with_present_certificates
 
 logger = logging.getLogger(__name__)
 
-Via = Literal["start", "watch", "apply", "rollback"]
+Via = Literal["start", "watch", "apply", "rollback", "api"]
 
 
 @dataclass(frozen=True, slots=True)

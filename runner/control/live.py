@@ -13,6 +13,7 @@ from runner.control.deployment import Deployment, Standing, absent
 from runner.control.directory import Directory
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
+from runner.gateway.admin.control import Control
 from runner.gateway.listener import Listener
 from runner.hub.cache import commit_of
 from runner.options import Options
@@ -36,9 +37,9 @@ class Before:
 class Live:
     """Written by `runner.control.executor.Executor` alone, adoption at the start apart.
 
-    `closing`: all of it is about to be shut down. `wanted` is what the reconciler knows of the manifest's models.
-    `coming` are deployments that a plan is starting and that nobody is routed to yet, `leaving` are ports that closed
-    listeners give back in a moment.
+    `admin` is what listeners with the admin API ask. `closing`: all of it is about to be shut down. `wanted` is what
+    the reconciler knows of the manifest's models. `coming` are deployments that a plan is starting and that nobody is
+    routed to yet, `leaving` are ports that closed listeners give back in a moment.
     """
 
     def __init__(self, folder: StateFolder, options: Options, emit: Emit) -> None:
@@ -48,6 +49,7 @@ class Live:
         self.wanted = Wanted(emit)
         self.sources = Sources()
         self.directory = Directory()
+        self.admin: Control | None = None
         self.metrics = GatewayMetrics()
         self.deployments: dict[str, Deployment] = {}
         self.coming: dict[str, Deployment] = {}
@@ -67,12 +69,14 @@ class Live:
             memory_bytes=memory_bytes,
         )
 
-    def model_statuses(self) -> list[dict[str, Any]]:
-        """Every model that is served, coming or wanted."""
+    def model_statuses(self, resting: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """Every model that is served, coming, wanted, or `resting`."""
         served = {name: d.status() for name, d in (*self.coming.items(), *self.deployments.items())}
-        served |= {name: absent(name) for name in self.wanted.names if name not in served}
+        served |= {name: absent(name) for name in (*self.wanted.names, *resting) if name not in served}
         specs = {name: d.spec for name, d in (*self.coming.items(), *self.deployments.items())}
         for name, status in served.items():
+            if name in resting:
+                status["state"] = "unloaded"
             status["commits"] = _commits(specs[name]) if name in specs else {}
             status["conditions"] = {**self.wanted.of(name).as_json, **status["conditions"]}
         return list(served.values())

@@ -20,7 +20,7 @@ async def open_listener(live: Live, spec: ListenerSpec, sock: socket.socket | No
     """A listener that takes requests, on a socket that another one handed over or on its own. Raises ListenerError."""
     if (leaving := live.leaving.get(spec.port)) is not None:
         await leaving.wait()  # one of ours is about to give this port back
-    listener = Listener(spec, live.directory, live.metrics)
+    listener = Listener(spec, live.directory, live.metrics, live.admin)
     await listener.start(sock)
     live.emit("listening", target=f"servers.{spec.name}", address=spec.url)
     return listener

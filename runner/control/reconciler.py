@@ -19,6 +19,7 @@ from runner.control.backoff import Backoff
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.conditions import concerns
+from runner.control.drift import Drift, Edit, declared, require_as_seen, require_served
 from runner.control.events import EventLog
 from runner.control.executor import Executor
 from runner.control.fetching import Fetching
@@ -37,6 +38,7 @@ from runner.errors import (
     SourceChanged,
 )
 from runner.machine import machine_memory
+from runner.manifest.drift import NO_CHANGES, Changes
 from runner.plan.actions import Against, Bounds, Plan
 from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
@@ -80,6 +82,7 @@ class Reconciler:
         self._planned: Plan | None = None
         self._adopted = False
         self._portion = Portion()
+        self._drift = Drift()
         self._events = events
         self._fetch = fetching or Fetching(events, live.wanted, live.folder.log)
         self._compiler = compiler
@@ -99,6 +102,16 @@ class Reconciler:
     def generation(self) -> int:
         """The number of the generation that is live, 0 before the first."""
         return self._ledger.number
+
+    @property
+    def drift(self) -> tuple[str, ...]:
+        """What the admin API changed since the manifest was applied, in a few words each."""
+        return self._drift.lines
+
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """Models of the manifest that the admin API unloaded."""
+        return self._drift.changes.unloaded
 
     async def reconcile(
         self, compiled: Compiled | None = None, cause: Cause | None = None, attempt: Attempt | None = None
@@ -159,6 +172,26 @@ class Reconciler:
                     self.paths, self.inputs, self._seen = before
             return result
 
+    async def change(self, edit: Edit, cause: Cause) -> Pass:
+        """Make live what `edit` makes of the changes that there are, and of the manifest as it was applied.
+
+        It holds until the manifest is edited or applied. Raises MlxRunError; then nothing changed.
+        """
+        async with self._lock:
+            started = time.monotonic()
+            intent, drift = await self._intent_to_change(edit, cause)
+            self._events.emit("changing", changes=list(drift.lines), user=cause.user)
+            try:
+                await self._make_so(intent)
+            except MlxRunError as error:
+                self._events.emit("change_failed", error=str(error))
+                raise
+            finally:
+                self._let_rest()
+            self._drift = drift
+            self.last = Pass(intent.plan, self.generation, None, time.monotonic() - started)
+            return self.last
+
     async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE, *, frozen: bool = False) -> Plan:
         """The plan that `apply` would execute now; provisional where it would download first. Raises MlxRunError."""
         compiled = await self._compile(paths, frozen=frozen)
@@ -186,7 +219,7 @@ class Reconciler:
             except MlxRunError as error:
                 self._events.emit("rollback_failed", restores=intent.restores, error=str(error))
                 raise
-            self._portion = Portion()
+            self._portion, self._drift = Portion(), Drift()
             self.last = Pass(intent.plan, self.generation, None, time.monotonic() - started)
             return self.last
 
@@ -245,9 +278,11 @@ class Reconciler:
         self.inputs = compiled.inputs
         self._warn(compiled.warnings)
         self._seen = await asyncio.to_thread(self._ledger.seen, compiled)
-        restores = 0
+        restores, drift = 0, Drift()
         if cause.via != "apply" and self._ledger.holds(self._seen):
             desired, restores = await self._held(compiled)
+        elif cause.via != "apply" and self._drift.holds(self._seen) and self._live.committed is not None:
+            desired, drift = self._live.committed, self._drift
         else:
             desired = await self._desired(compiled)
         await self._adopt(desired)
@@ -257,6 +292,7 @@ class Reconciler:
         self._live.wanted.can_be_had(m.name for m in desired.models)
         made = self._planned = plan(desired, self._observe())
         await self._make_so(Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, restores))
+        self._drift = drift
         self._portion.settle(whole, self._observe())
         if self._portion.left_out:
             self._events.emit("left_out", scope=str(self._portion.scope), actions=list(self._portion.left_out))
@@ -306,6 +342,24 @@ class Reconciler:
         made = plan(desired, self._observe())
         return Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, target.number)
 
+    async def _intent_to_change(self, edit: Edit, cause: Cause) -> tuple[Intent, Drift]:
+        self._ledger.require(cause.generation)
+        compiled = await self._compile(self.paths)
+        seen = await asyncio.to_thread(self._ledger.seen, compiled)
+        error = self.last.error if self.last else None
+        obstacle = str(error) if error else self._ledger.drift(self._seen) or self._portion.drift()
+        require_as_seen(seen, self._seen, obstacle)
+        changes = edit(self._drift.changes, declared(compiled))
+        if changes:
+            compiled = await self._compile(self.paths, changes)
+        try:
+            desired = await self._desired(compiled)
+        finally:
+            self._live.wanted.keep(self._live.deployments)
+        require_served(desired, changes)
+        made = plan(desired, replace(self._observe(), drift=(), removed="unloaded by the admin API"))
+        return Intent(desired, made, cause, tuple(map(str, self.paths)), seen), Drift(changes, seen)
+
     async def _make_so(self, intent: Intent) -> None:
         """Execute the plan and keep it as a generation. Raises MlxRunError; then everything is as it was."""
         started = time.monotonic()
@@ -347,11 +401,14 @@ class Reconciler:
             self._live.observe(self._memory_bytes),
             bounds=Bounds(options.drain_timeout, options.load_wait),
             against=Against("runner", self.generation),
+            drift=self._drift.lines,
         )
 
-    async def _compile(self, paths: tuple[Path, ...], *, frozen: bool | None = None) -> Compiled:
+    async def _compile(
+        self, paths: tuple[Path, ...], changes: Changes = NO_CHANGES, *, frozen: bool | None = None
+    ) -> Compiled:
         frozen = self.frozen if frozen is None else frozen
-        return await asyncio.to_thread(self._compiler.compile, paths, self._name, frozen=frozen)
+        return await asyncio.to_thread(self._compiler.compile, paths, self._name, frozen=frozen, changes=changes)
 
     def _let_rest(self) -> None:
         if self._rest is not None:
@@ -370,7 +427,7 @@ class Reconciler:
                 break  # it is not whole on the hub either
             fetched |= {(download.repo, download.revision) for download in coming}
             await self._fetch(compiled, coming)
-            compiled = await self._compile(compiled.paths)
+            compiled = await self._compile(compiled.paths, compiled.changes)
         if compiled.provisional is not None and not missing:
             return compiled.provisional  # what is not there is left out
         error = compiled.error()
@@ -396,7 +453,7 @@ class Reconciler:
     def status(self) -> dict[str, Any]:
         """The manifest's part of `mlx-run status`."""
         error = self.last.error if self.last else None
-        drift = self._ledger.drift(self._seen) or self._portion.drift()
+        drift = self._ledger.drift(self._seen) or self._portion.drift() or self._drift.text()
         settled = self.last is not None and error is None and not self._pending and not self._lock.locked()
         return {
             "manifest": str(self.paths[0]),
@@ -409,6 +466,7 @@ class Reconciler:
             "in_sync": settled and not drift,
             "drift": drift,
             "left_out": list(self._portion.left_out),
+            "changes": self._drift.as_json(),
             "manifest_error": str(error) if error else "",
             "problems": _told(error.diagnostics if isinstance(error, ManifestError) else ()),
             "warnings": _told(self.warnings),

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from runner.control.admin import Admin
 from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
@@ -60,6 +61,7 @@ class Runner:
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
         self._reconciler.frozen = frozen
+        self._live.admin = Admin(self._reconciler, self.status, lambda: list(self._live.listeners), self._pass)
         self._scope = scope
         self._first = Attempt(timeout)
         self._given_up: Interrupted | None = None
@@ -210,12 +212,18 @@ class Runner:
     async def _shown(self, passing: Coroutine[Any, Any, Pass]) -> AsyncIterator[dict[str, Any]]:
         """A pass's events, and how it ended. It goes on when whoever asked for it hangs up."""
         with self._events.subscribe() as queue:
-            work = asyncio.create_task(passing)
-            self._passes.add(work)
-            work.add_done_callback(self._passes.discard)
+            work = self._pass(passing)
             async for event in _until(queue, work):
                 yield event
         yield _outcome(work.result())
+
+    def _pass(self, passing: Coroutine[Any, Any, Pass]) -> asyncio.Task[Pass]:
+        """Run a pass to its end, whoever waits for it; the runner's own end cancels it."""
+        work = asyncio.create_task(passing)
+        self._passes.add(work)
+        work.add_done_callback(self._passes.discard)
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever asked may have left
+        return work
 
     async def _follow(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """What happened so far, and what happens until the first pass has ended."""
@@ -263,7 +271,7 @@ class Runner:
                 }
                 for listener in self._live.listeners.values()
             ],
-            "models": self._live.model_statuses(),
+            "models": self._live.model_statuses(self._reconciler.resting),
         }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
@@ -47,8 +48,15 @@ class LoadedModel:
     conventions: Conventions = field(default_factory=Conventions)
 
 
-def load(folder: Path, tool_parser: str = "", slack: int = 0, quantisation: Quantisation | None = None) -> LoadedModel:
-    """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells.
+def load(
+    folder: Path,
+    tool_parser: str = "",
+    slack: int = 0,
+    quantisation: Quantisation | None = None,
+    chat_template: str = "",
+) -> LoadedModel:
+    """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells;
+    `chat_template` is a file in place of its own, "" for that.
 
     `slack` is how many tokens its caches can take back where it has sliding windows. On the CPU everything is computed
     in float32, where it is several times faster. Raises EngineLoadError: the folder is not a model, or one that cannot
@@ -63,6 +71,8 @@ def load(folder: Path, tool_parser: str = "", slack: int = 0, quantisation: Quan
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
         mx.eval(model.parameters())
         tokenizer, render = _load_tokenizer(folder, config, notes)
+        if chat_template:
+            render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
         install(model)
         layout, vocabulary, together = _try(model, slack)
@@ -138,6 +148,16 @@ def _load_tokenizer(folder: Path, config: Mapping[str, Any], notes: list[str]) -
 
         return full_tokenizer(folder, eos_ids(config))
     return tokenizer, None if template is None else jinja_render(template, tokenizer.special_tokens)
+
+
+def _other_template(file: Path, tokenizer: Tokenizer) -> Render:
+    """The manifest's own. Raises EngineLoadError."""
+    try:
+        return jinja_render(file.read_text(encoding="utf-8"), tokenizer.special_tokens)
+    except (OSError, ValueError) as error:
+        raise EngineLoadError(f"the chat template {file} cannot be read: {error}") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise EngineLoadError(f"{file}:{error.lineno}: the chat template cannot be parsed: {error.message}") from None
 
 
 def _conventions(tokenizer: Tokenizer, render: Render | None, tool_parser: str) -> Conventions:

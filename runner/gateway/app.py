@@ -12,7 +12,10 @@ import falcon
 from falcon.asgi import App, Request, Response
 
 from runner.gateway import docs, system
+from runner.gateway.admin import resources as admin
+from runner.gateway.admin.control import Control
 from runner.gateway.anthropic import resources as anthropic
+from runner.gateway.anthropic.models import add_models
 from runner.gateway.backend import Directory
 from runner.gateway.dialects import in_dialect
 from runner.gateway.errors import describe, error_body, error_kind, report
@@ -36,18 +39,27 @@ APIS: Final[dict[str, AddRoutes]] = {
     "anthropic": anthropic.add_routes,
     "ollama": ollama.add_routes,
 }
-"""The APIs that a `servers` entry may name."""
+"""The APIs that a `servers` entry may name, beside admin."""
 
 
-def build_app(spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics) -> App[Any, Any]:
-    """An app with the APIs that `spec` names. The manifest has checked that they exist."""
+def build_app(
+    spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics, control: Control | None = None
+) -> App[Any, Any]:
+    """An app with the APIs that `spec` names; that of `control` among them where it does. The manifest has checked that
+    they exist."""
     app: App[Any, Any] = App()
     app.add_error_handler(Exception, _on_error)
     app.add_error_handler(falcon.HTTPError, _on_http_error)
     system.add_routes(app, spec.name, directory, metrics)
     docs.add_routes(app, spec)
+    if "admin" in spec.apis:
+        assert control is not None, "who serves the admin API can be administered"
+        admin.add_routes(app, spec.name, control)
     for api in spec.apis:
-        APIS[api](app, spec.name, directory, metrics)
+        if api != "admin":
+            APIS[api](app, spec.name, directory, metrics)
+    if "anthropic" in spec.apis:
+        add_models(app, spec.name, directory, shared="openai" in spec.apis)
     return app
 
 

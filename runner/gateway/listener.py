@@ -18,6 +18,7 @@ from runner.plan.spec import ListenerSpec
 from runner.telemetry import GatewayMetrics
 
 if TYPE_CHECKING:
+    from runner.gateway.admin.control import Control
     from runner.gateway.backend import Directory
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,16 @@ _WARM_UP_DELAY: Final = 0.1
 
 
 class Listener:
-    """Serves `spec` from the running event loop. `metrics` is shared by a runner's listeners."""
+    """Serves `spec` from the running event loop. `metrics` is shared by a runner's listeners; `control` is for those
+    with the admin API."""
 
-    def __init__(self, spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, spec: ListenerSpec, directory: Directory, metrics: GatewayMetrics, control: Control | None = None
+    ) -> None:
         self.spec = spec
         self._directory = directory
         self._metrics = metrics
+        self._control = control
         self._app: Application | None = None
         self._guard = Guard(spec.name, Policy(spec), self._serve, metrics)
         self._server: EmbeddedServer | None = None
@@ -153,7 +158,7 @@ class Listener:
             # Falcon costs 45 ms of imports: the port opens, and /health answers, without waiting for them.
             from runner.gateway.app import build_app  # noqa: PLC0415
 
-            self._app = build_app(self.spec, self._directory, self._metrics)
+            self._app = build_app(self.spec, self._directory, self._metrics, self._control)
         return self._app
 
     def _on_end(self, serving: asyncio.Task[None]) -> None:

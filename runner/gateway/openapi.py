@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from runner.gateway.admin import wire as admin
 from runner.gateway.anthropic import wire as anthropic
 from runner.gateway.ollama import wire as ollama
 from runner.gateway.openai import wire as openai
@@ -41,6 +42,7 @@ class Operation:
 
 
 _ASKING: Final = (400, 404, 413, 415, 500, 503)
+_CHANGING: Final = (400, 404, 409, 413, 415, 422, 500, 503)
 _ENGINES: Final = ("get", "/ready", "Whether every model of this server has generated a token")
 
 OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
@@ -57,6 +59,7 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/v1/models", "The models, their aliases and adapters"),
         Operation("get", "/v1/models/{model_id}", "One model", status=(404,)),
         Operation("post", "/v1/responses", "Answer an input", responses.ResponsesRequest, _EVENTS, status=_ASKING),
+        Operation("post", "/v1/responses/input_tokens", "Count an input", responses.ResponsesRequest, status=_ASKING),
         Operation("get", "/v1/responses/{response_id}", "An answer that was kept", status=(404,)),
         Operation("delete", "/v1/responses/{response_id}", "Forget an answer", status=(404,)),
         Operation("get", "/v1/responses/{response_id}/input_items", "What a response answered", status=(404,)),
@@ -64,6 +67,8 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
     "anthropic": (
         Operation("post", "/v1/messages", "Answer a conversation", anthropic.MessagesRequest, _EVENTS, status=_ASKING),
         Operation("post", "/v1/messages/count_tokens", "Count a prompt", anthropic.CountRequest, status=_ASKING),
+        Operation("get", "/v1/models", "The models, their aliases and adapters"),
+        Operation("get", "/v1/models/{model_id}", "One model", status=(404,)),
     ),
     "ollama": (
         Operation("post", "/api/chat", "Answer a conversation", ollama.ChatRequest, _LINES, status=_ASKING),
@@ -73,6 +78,16 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/api/version", "The version of the API"),
         Operation("post", "/api/show", "One model", ollama.ShowRequest, status=(400, 404, 413)),
         Operation("post", "/api/pull", "Make sure of a model", ollama.PullRequest, _LINES, status=(400, 404, 413)),
+        Operation("post", "/api/create", "Make sure of a model", ollama.CreateRequest, _LINES, status=(400, 413, 501)),
+    ),
+    "admin": (
+        Operation("get", "/v1/status", "What is up, and how it stands"),
+        Operation("post", "/v1/plan", "What apply would do", admin.Plan, status=_CHANGING),
+        Operation("post", "/v1/apply", "Make the manifest live, as its files are now", admin.Apply, status=_CHANGING),
+        Operation("post", "/v1/models/load", "Serve a model", admin.LoadModel, status=_CHANGING),
+        Operation("post", "/v1/models/unload", "Stop a model", admin.UnloadModel, status=_CHANGING),
+        Operation("post", "/v1/adapters/load", "Serve an adapter", admin.LoadAdapter, status=_CHANGING),
+        Operation("post", "/v1/adapters/unload", "Drop an adapter", admin.UnloadAdapter, status=_CHANGING),
     ),
 }
 """By API; under "" what every server has."""
@@ -113,9 +128,12 @@ _MEANINGS: Final = {
     400: "The request is refused; the error names the field",
     401: "No key, or not a valid one",
     404: "No such model, adapter or object here",
+    409: "It does not go with how things stand: another generation, an edit that is not live, another declaration",
     413: "The body is over the server's limit",
     415: "The body does not say that it is JSON",
+    422: "It was tried and cannot be had; nothing was changed",
     500: "The engine failed on this request",
+    501: "Models come from the manifest here",
     503: "Loading, draining, or the queue is full: see Retry-After",
 }
 
@@ -123,7 +141,7 @@ _MEANINGS: Final = {
 def _operation(api: str, operation: Operation, schema: Any, *, locked: bool) -> dict[str, Any]:
     content: dict[str, Any] = {operation.answer: {"schema": {"type": "object"} if operation.answer == _JSON else {}}}
     if operation.stream:
-        content[operation.stream] = {"schema": {"type": "string"}}
+        content[operation.stream] = {"schema": {"description": "The same in pieces"}}  # readers parse each of them
     answers: dict[str, Any] = {"200": {"description": _MEANINGS[200], "content": content}}
     for status in (*operation.status, *((401,) if locked and operation.path != "/health" else ())):
         error = {"$ref": "#/components/schemas/Error"} if operation.path != "/ready" else {"type": "object"}

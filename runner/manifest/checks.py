@@ -34,6 +34,7 @@ def check(servers: Mapping[str, Server], models: Mapping[str, Model], names: Col
         if names is not None:
             found += _references(name, server, names, aliases)
         found += _access(name, server)
+        found += _administration(name, server)
         found += _repeated(("servers", name, "models"), server.models or ())
         found += _repeated(("servers", name, "apis"), server.apis)
     found += _addresses(servers)
@@ -118,6 +119,19 @@ def _access(name: str, server: Server) -> Iterator[Problem]:
             f"{server.host} can be reached from other machines, so this server needs auth",
             'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or auth: {allow_unauthenticated: true} to leave it open',
         )
+
+
+def _administration(name: str, server: Server) -> Iterator[Problem]:
+    """Whoever may use the admin API decides what this machine loads, so it is never left open by a general setting."""
+    if "admin" not in server.apis or (server.auth is not None and server.auth.api_keys):
+        return
+    at = ("servers", name, "apis", server.apis.index("admin"))
+    if not is_loopback(server.host):
+        message = f"the admin API can be reached from other machines at {server.host}, and asks for no key"
+        yield Problem("E512", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or serve admin on 127.0.0.1')
+    elif server.cors is not None:
+        message = "the admin API can be called by web pages (cors), and asks for no key"
+        yield Problem("E512", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or give admin its own server')
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from runner.errors import Diagnostic, ManifestError
 from runner.manifest.adapter_folders import find_adapters
 from runner.manifest.checks import check
+from runner.manifest.drift import NO_CHANGES, OVERLAY_NAME, Changes, overlay_text
 from runner.manifest.env_files import with_env_files
 from runner.manifest.fill import fill
 from runner.manifest.inputs import Inputs
@@ -20,7 +21,7 @@ from runner.manifest.overlay import merge
 from runner.manifest.pending import not_yet
 from runner.manifest.servers import Server
 from runner.manifest.shape import validate
-from runner.manifest.source import read_source
+from runner.manifest.source import Source, read_source
 from runner.manifest.tree import KeyPath, Problem, Tree, dotted
 from runner.manifest.walk import read_tree
 
@@ -86,17 +87,24 @@ class Loaded:
 
 
 def load_manifest(
-    paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs | None = None, *, frozen: bool = False
+    paths: Path | Sequence[Path],
+    env: Mapping[str, str],
+    inputs: Inputs | None = None,
+    *,
+    frozen: bool = False,
+    changes: Changes = NO_CHANGES,
 ) -> Loaded:
     """Read and check a manifest, or several files merged left to right; `env` fills in `${…}`.
 
+    `changes` go over all of them, but for the models that rest: those are declared as before.
     Raises ManifestError with everything that is wrong, in the order of the files; `inputs`, if given, then has what was
     read so far. Nothing outside the manifest, the files it names and its patterns of adapters is looked at: whether
     models exist is for `runner.plan.resolve`.
     """
     inputs = Inputs() if inputs is None else inputs
-    tree, env = _read(paths, env, inputs)
-    lock = read_lock([source.path for source in tree.sources], inputs)
+    tree, env = _read(paths, env, inputs, changes)
+    paths = tuple(source.path for source in tree.sources if source.name != OVERLAY_NAME)
+    lock = read_lock(paths, inputs)
     find_adapters(tree, inputs)
     manifest, problems = validate(tree)
     unfilled = [p for p in tree.problems if _is_in(tree.data, p.path)]
@@ -111,7 +119,6 @@ def load_manifest(
         problems = [p for p in problems if p.code != "E501"]
     if manifest is None or problems or tree.wrong:
         raise ManifestError(tree.in_order([*tree.wrong, *map(tree.diagnostic, problems)]))
-    paths = tuple(source.path for source in tree.sources)
     return Loaded(manifest, paths, inputs, _digest(tree, inputs), tree, env.get(_TOKEN, ""), lock, frozen)
 
 
@@ -127,7 +134,9 @@ def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
     raise ManifestError([tree.diagnostic(Problem("E202", ("name",), "gives the runner no name", "write name: dev"))])
 
 
-def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> tuple[Tree, Mapping[str, str]]:
+def _read(
+    paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs, changes: Changes = NO_CHANGES
+) -> tuple[Tree, Mapping[str, str]]:
     """The merged document, with variables filled in, and all of these."""
     trees, wrong = [], []
     for path in [paths] if isinstance(paths, Path) else paths:
@@ -137,6 +146,8 @@ def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) 
             wrong += error.diagnostics
     if wrong:
         raise ManifestError(wrong)
+    if changes:
+        trees.append(read_tree(Source(OVERLAY_NAME, trees[0].sources[0].path, overlay_text(changes))))
     tree = merge(trees)
     env = with_env_files(tree, env, inputs)
     fill(tree, env, inputs)

@@ -27,6 +27,26 @@ from runner.manifest.values import (
 )
 
 LoadPolicy = Literal["eager", "on_demand"]
+ToolParser = Literal[
+    "deepseek",
+    "function_gemma",
+    "gemma4",
+    "glm47",
+    "harmony",
+    "json_tools",
+    "kimi_k2",
+    "kimi_k3",
+    "laguna",
+    "llama3",
+    "longcat",
+    "minicpm5",
+    "minimax_m2",
+    "mistral",
+    "muse_spark",
+    "pythonic",
+    "qwen3_coder",
+]
+"""Those that the engine has (`runner.engine.answer.conventions.TOOL_PARSERS`); a test compares the two."""
 _INT32 = 2**31 - 1
 
 
@@ -251,6 +271,16 @@ class Model(_Section):
         None,
         description="Defaults for what requests leave out.",
         examples=[{"temperature": 0.7, "max_tokens": 1024}],
+    )
+    chat_template: _Text | None = Field(
+        None,
+        description="Path of a Jinja file, relative to this file, in place of the model's own chat template.",
+        examples=["./templates/chat.jinja"],
+    )
+    tool_parser: ToolParser | None = Field(
+        None,
+        description="How the model writes tool calls, where its chat template does not tell.",
+        examples=["qwen3_coder"],
     )
     load: LoadPolicy | None = Field(
         None, description="eager: load at start. on_demand: load at the first request.", examples=["eager"]

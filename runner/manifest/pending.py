@@ -17,7 +17,6 @@ NOT_YET: Final[tuple[tuple[str, tuple[str, ...] | None], ...]] = (
     ("models.*.idle_timeout", None),
     ("defaults.load", ("on_demand",)),
     ("defaults.idle_timeout", None),
-    ("servers.*.apis.*", ("admin",)),
 )
 
 

@@ -68,8 +68,9 @@ class Server(Section):
     apis: list[Api] = Field(
         default=["openai"],
         min_length=1,
-        description="APIs this server speaks.",
-        examples=[["openai"]],
+        description="APIs this server speaks. With admin it loads and unloads models for whoever asks, and needs keys "
+        "where it can be reached from elsewhere.",
+        examples=[["openai"], ["openai", "anthropic", "ollama"]],
     )
     auth: Auth | None = Field(
         None, description="Who may use this server.", examples=[{"api_keys": ["${MLX_RUN_API_KEY}"]}]

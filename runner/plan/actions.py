@@ -221,7 +221,8 @@ NOTHING: Final = Against("nothing", 0)
 class Plan:
     """What has to happen, in the order it is printed. Empty when observed equals desired.
 
-    With `downloads` it is provisional: what is not there yet is known by its name alone, and has no size.
+    With `downloads` it is provisional: what is not there yet is known by its name alone, and has no size. `drift` is
+    what runs and no manifest says, in a few words each.
     """
 
     name: str
@@ -231,6 +232,7 @@ class Plan:
     downloads: tuple[Download, ...] = ()
     bounds: Bounds = DEFAULT_BOUNDS
     against: Against = NOTHING
+    drift: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:

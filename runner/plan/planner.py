@@ -32,13 +32,16 @@ _REMOVED = "removed from the manifest"
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What runs now, as the specs it was brought up with. `memory_bytes` is what the machine has."""
+    """What runs now, as the specs it was brought up with. `memory_bytes` is what the machine has, `drift` what of it
+    was changed without the manifest, in a few words each. `removed` is the reason to stop what is not desired."""
 
     models: tuple[ModelSpec, ...] = ()
     listeners: tuple[ListenerSpec, ...] = ()
     memory_bytes: int = 0
     bounds: Bounds = DEFAULT_BOUNDS
     against: Against = NOTHING
+    drift: tuple[str, ...] = ()
+    removed: str = _REMOVED
 
 
 def plan(desired: Desired, observed: Observed) -> Plan:
@@ -67,6 +70,7 @@ def plan(desired: Desired, observed: Observed) -> Plan:
         downloads=desired.downloads,
         bounds=observed.bounds,
         against=observed.against,
+        drift=observed.drift,
     )
 
 
@@ -87,6 +91,8 @@ class _Models:
         self._gone = [
             self._before[name] for name in sorted(self._before) if name not in kept and name not in self._replaced
         ]
+        self._removed = observed.removed
+        self._drift = observed.drift
         self._held = total(self._before.values())
         self._incoming = total(m for m in self._desired if m.name not in self._taken)
         short = self._held + self._incoming - self._limit
@@ -128,7 +134,11 @@ class _Models:
 
     def _why_gone(self, name: str) -> str:
         successor = self._taken.get(name)
-        return _REMOVED if successor is None else f"models.{name} goes on with the engine of models.{successor.name}"
+        if successor is None and f"models.{name} loaded" in self._drift:
+            return "loaded by the admin API, and in no manifest"
+        return (
+            self._removed if successor is None else f"models.{name} goes on with the engine of models.{successor.name}"
+        )
 
 
 def _taken_over(desired: tuple[ModelSpec, ...], before: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
@@ -197,6 +207,10 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return _draft_reason(old.draft, new.draft)
     if old.kv_cache != new.kv_cache:
         return f"KV cache {_kv_cache(old)} → {_kv_cache(new)}"
+    if old.chat_template != new.chat_template:
+        return "the chat template changed"
+    if old.tool_parser != new.tool_parser:
+        return f"tool_parser {old.tool_parser or 'by the template'} → {new.tool_parser or 'by the template'}"
     return "memory_limit changed"
 
 

@@ -46,6 +46,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "name": plan.name,
         "against": {"what": plan.against.what, "generation": plan.against.generation},
+        "drift": list(plan.drift),
         "actions": [_action_json(action, plan.bounds) for action in plan.actions],
         "unchanged": list(plan.unchanged),
         "downloads": [

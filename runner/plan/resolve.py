@@ -5,6 +5,7 @@ Only reads: no network, no download. What is wrong is reported at its place in t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from runner.hub.cache import blobs_left, bytes_left, hub_cache, listed_files, li
 from runner.hub.jobs import Kind
 from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
+from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, Generation, KVCache, Model
 from runner.manifest.servers import Server, Tls
@@ -28,6 +30,7 @@ from runner.plan.pinned import check_files, check_locked
 from runner.plan.sources import Source, download, entries, source_at
 from runner.plan.spec import (
     AdapterSpec,
+    ChatTemplateSpec,
     Desired,
     Download,
     DraftSpec,
@@ -61,12 +64,18 @@ def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32:
 
 
 def survey(
-    loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32: bool | None = None
+    loaded: Loaded,
+    *,
+    machine_memory: int,
+    cache: DigestCache,
+    float32: bool | None = None,
+    changes: Changes = NO_CHANGES,
 ) -> tuple[Desired, list[Diagnostic]]:
-    """As `resolve`, but hub sources that are not in the cache are in `downloads`, and have stand-ins for what is not
-    known of them; for each there is a diagnostic too. Raises ManifestError for anything else."""
+    """As `resolve`, but `changes` are what `loaded` was read with, and hub sources that are not in the cache are in
+    `downloads`, and have stand-ins for what is not known of them; for each there is a diagnostic too. Raises
+    ManifestError for anything else."""
     machine = Machine(machine_memory, cpu_backend() if float32 is None else float32)
-    found = look(loaded, machine, cache)
+    found = look(loaded, machine, cache, changes)
     if found.wrong:
         raise ManifestError(found.wrong)
     return found.desired, found.missing
@@ -81,10 +90,11 @@ class Look(NamedTuple):
     missing: list[Diagnostic]
 
 
-def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
-    """Everything at once, whatever is wrong with it."""
-    resolution = _Resolution(loaded, cache, hub_cache(os.environ))
-    resolved = filter(None, (resolution.model(name, m) for name, m in loaded.manifest.models.items()))
+def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes = NO_CHANGES) -> Look:
+    """Everything at once, whatever is wrong with it; but models that rest, which take nothing."""
+    resolution = _Resolution(loaded, cache, hub_cache(os.environ), changes)
+    served = {name: m for name, m in loaded.manifest.models.items() if name not in changes.unloaded}
+    resolved = filter(None, (resolution.model(name, m) for name, m in served.items()))
     models, found = examine(loaded, tuple(resolved), resolution.absent, resolution.settings, machine, cache)
     for gone in cache.whole.keys() - resolution.found_folders:
         del cache.whole[gone]
@@ -104,7 +114,7 @@ class _Resolution:
     """One pass. `wrong` and `missing` fill as sources are looked up: the latter has hub repositories and revisions that
     are not in the cache, with the reason and what asks for each; `absent` has their folders."""
 
-    def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path) -> None:
+    def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path, changes: Changes = NO_CHANGES) -> None:
         self.wrong: list[Diagnostic] = []
         self.absent: set[Path] = set()
         self.missing: dict[tuple[str, str], tuple[str, list[Source]]] = {}
@@ -112,11 +122,13 @@ class _Resolution:
         self._loaded = loaded
         self._cache = cache
         self._hub = hub
+        self._changes = changes
 
     def model(self, name: str, model: Model) -> ModelSpec | None:
+        path: KeyPath = ("models", name)
         held = {path: source_at(self._loaded, path, entry) for path, entry in entries(name, model)}
-        found = self._digest(held["models", name], model_digest)
-        adapters = [self._adapter(held["models", name, "adapters", adapter]) for adapter in model.adapters]
+        found = self._digest(held[path], model_digest)
+        adapters = [self._adapter(held[(*path, "adapters", adapter)]) for adapter in self._adapters(name, model)]
         draft = None
         if model.draft is not None:
             draft = self._digest(held["models", name, "draft"], model_digest)
@@ -137,10 +149,12 @@ class _Resolution:
             memory_limit_bytes=model.memory_limit or 0,
             draft=_draft(model, draft),
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
+            chat_template=self._chat_template((*path, "chat_template"), model.chat_template),
+            tool_parser=model.tool_parser or "",
         )
 
     def listener(self, name: str, server: Server) -> ListenerSpec:
-        spec = _listener(self._loaded, name, server)
+        spec = _listener(self._loaded, name, server, self._changes)
         if server.tls is None:
             return spec
         try:
@@ -149,6 +163,30 @@ class _Resolution:
             at = ("servers", name, "tls", error.file)
             self.wrong.append(self._loaded.at(at, error.message, error.hint, code="E511"))
             return spec
+
+    def _chat_template(self, at: KeyPath, source: str | None) -> ChatTemplateSpec | None:
+        """The file of a chat template: one of the manifest's inputs, so that an edit of it goes live."""
+        if source is None:
+            return None
+        file = Path(os.path.normpath(self._loaded.folder(at) / Path(source).expanduser()))
+        try:
+            content = self._loaded.inputs.read(file)
+            content.decode("utf-8")
+        except (OSError, ValueError) as error:
+            reason = "is not UTF-8 text" if isinstance(error, UnicodeError) else "cannot be read"
+            hint = "it is a file, relative to the manifest"
+            self.wrong.append(self._loaded.at(at, f'the chat template "{source}" {reason}', hint, code="E612"))
+            return None
+        return ChatTemplateSpec(source, file, hashlib.blake2b(content, digest_size=16).hexdigest())
+
+    def _adapters(self, name: str, model: Model) -> list[str]:
+        """Those that are to be served."""
+        taken = taken_away(self._changes, name)
+        if model.default_adapter in taken:
+            message = f'the default adapter "{model.default_adapter}" cannot be unloaded'
+            hint = "choose another default_adapter in the manifest first"
+            self.wrong.append(self._loaded.at(("models", name, "default_adapter"), message, hint, code="E302"))
+        return [adapter for adapter in model.adapters if adapter not in taken]
 
     def _adapter(self, source: Source) -> AdapterSpec | None:
         _, model, _, name = map(str, source.path)
@@ -288,15 +326,17 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
     return {} if section is None else {key: value for key, value in section if value is not None}
 
 
-def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
+def _listener(loaded: Loaded, name: str, server: Server, changes: Changes) -> ListenerSpec:
     """All but its certificate."""
     at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
+    models = tuple(server.models if server.models is not None else loaded.manifest.models)
+    models += tuple(m for m, servers in changes.servers.items() if name in servers and m not in models)
     return ListenerSpec(
         name=name,
         host="127.0.0.1" if server.host == "localhost" else server.host,
         port=server.port,
-        models=tuple(server.models if server.models is not None else loaded.manifest.models),
+        models=models,
         apis=tuple(server.apis),
         api_keys=tuple(key.get_secret_value() for key in keys or ()),
         api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),

@@ -40,6 +40,15 @@ class DraftSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatTemplateSpec:
+    """The file that is rendered in place of a model's own template. `digest` is of its content."""
+
+    source: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLimits:
     """What the engine can change in place. Bytes and tokens; 0 for the model's own.
 
@@ -67,9 +76,10 @@ class ModelSpec:
     """One deployment, resolved. `weights_digest` stands for the model folder's files, `weights_bytes` counts the draft
     model's weights too.
 
-    `kv_cache` is None where keys and values are kept as they are computed. `generation` holds the manifest's defaults
-    for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it follows from
-    the rest, and is not compared.
+    `kv_cache` is None where keys and values are kept as they are computed, `chat_template` where the model's own is
+    rendered, and `tool_parser` empty where that tells how it writes tool calls. `generation` holds the manifest's
+    defaults for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it
+    follows from the rest, and is not compared.
     """
 
     name: str
@@ -85,6 +95,8 @@ class ModelSpec:
     memory_limit_bytes: int = 0
     draft: DraftSpec | None = None
     kv_cache: KVCacheSpec | None = None
+    chat_template: ChatTemplateSpec | None = None
+    tool_parser: str = ""
     memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property
@@ -92,7 +104,9 @@ class ModelSpec:
         """Same value, same engine process."""
         draft = "" if self.draft is None else f"-{self.draft.digest}"
         kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
-        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}"
+        template = "" if self.chat_template is None else f"-t{self.chat_template.digest}"
+        tools = f"-{self.tool_parser}" if self.tool_parser else ""
+        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}{template}{tools}"
 
     def adapter(self, name: str) -> AdapterSpec | None:
         """The adapter of that name, or None."""

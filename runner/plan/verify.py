@@ -3,6 +3,7 @@ moment after it was planned, may be other files by now."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,14 @@ class Changed(NamedTuple):
 
 
 def changed_sources(spec: ModelSpec, cache: DigestCache) -> Iterator[Changed]:
-    """The model's folder, its draft's and each adapter's, where they are gone, damaged, or others than when `spec` was
-    resolved."""
+    """The model's folder, its draft's and each adapter's, and its chat template's file, where they are gone, damaged,
+    or others than when `spec` was resolved."""
     at = f"models.{spec.name}"
     yield from _changed(f"{at}.source", spec.path, spec.weights_digest, model_digest, cache)
     if spec.draft is not None:
         yield from _changed(f"{at}.draft", spec.draft.path, spec.draft.digest, model_digest, cache)
+    if (template := spec.chat_template) is not None and _content(template.path) != template.digest:
+        yield Changed(f"{at}.chat_template", f"{template.path} changed")
     for adapter in spec.adapters:
         yield from changed_adapter(spec.name, adapter, cache)
 
@@ -35,6 +38,13 @@ def changed_sources(spec: ModelSpec, cache: DigestCache) -> Iterator[Changed]:
 def changed_adapter(model: str, adapter: AdapterSpec, cache: DigestCache) -> Iterator[Changed]:
     """One adapter's folder, where it is not what it was when it was resolved."""
     yield from _changed(f"models.{model}.adapters.{adapter.name}", adapter.path, adapter.digest, adapter_digest, cache)
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
 
 
 def _changed(

@@ -68,11 +68,12 @@ class Scene:
         self.running: asyncio.Task[Any] | None = None
         self.lm = f"lm: {{port: {free_port()}}}"
 
-    def model(self, name: str, mib: int = 0, **script: object) -> None:
-        """A model folder whose engine behaves as scripted, and whose weights take so much memory by their header."""
+    def model(self, name: str, mib: int = 0, geometry: dict[str, Any] | None = None, **script: object) -> None:
+        """A model folder whose engine behaves as scripted, and whose weights take so much memory by their header;
+        `geometry` is what its configuration says otherwise."""
         folder = self.folder / "models" / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**GEOMETRY, "fake": script}))
+        (folder / "config.json").write_text(json.dumps({**GEOMETRY, **(geometry or {}), "fake": script}))
         layer = {"model.layers.0.self_attn.q_proj.weight": [4, 4]}
         write_safetensors(folder / "model.safetensors", {"w": [max(mib * 2**18, 16)], **layer})
 

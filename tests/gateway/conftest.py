@@ -15,7 +15,7 @@ from runner.gateway.listener import Listener
 from runner.gateway.policy import Policy
 from runner.plan.spec import ListenerSpec
 from runner.telemetry import GatewayMetrics
-from tests.gateway.fakes import FakeDeployment, FakeDirectory
+from tests.gateway.fakes import FakeControl, FakeDeployment, FakeDirectory
 from tests.gateway.wire import Connection
 
 
@@ -122,8 +122,10 @@ class Client:
         return await self.post("/v1/completions", {"model": "chat", "prompt": "once", **fields})
 
 
-def client_of(spec: ListenerSpec, directory: FakeDirectory, metrics: GatewayMetrics) -> Client:
-    return Client(Guard(spec.name, Policy(spec), build_app(spec, directory, metrics), metrics))
+def client_of(
+    spec: ListenerSpec, directory: FakeDirectory, metrics: GatewayMetrics, control: FakeControl | None = None
+) -> Client:
+    return Client(Guard(spec.name, Policy(spec), build_app(spec, directory, metrics, control), metrics))
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from runner.errors import InvalidRequest, NotServed
+from runner.gateway.admin.control import By, Outcome
 from runner.gateway.backend import ModelCard, Route
+from runner.plan.scope import Scope
 from runner.protocol import Delta, Generate, Stats, TokenLogprob, Usage
 
 Item = list[Delta] | Exception | asyncio.Event
@@ -86,6 +88,43 @@ class FakeDirectory:
 
     def deployments(self, listener: str) -> list[FakeDeployment]:
         return [self.deployment]
+
+
+@dataclass
+class FakeControl:
+    """Records what is asked of it, and answers with `outcome`, an error to raise among them."""
+
+    outcome: Outcome | Exception = field(
+        default_factory=lambda: Outcome({"actions": []}, 3, 0.25, ("models.x loaded",))
+    )
+    asked: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def status(self) -> dict[str, Any]:
+        return {"name": "dev"}
+
+    async def plan(self, scope: Scope) -> Outcome:
+        return self._answer("plan", scope)
+
+    async def apply(self, scope: Scope, by: By, seconds: float | None) -> Outcome:
+        return self._answer("apply", scope, by, seconds)
+
+    async def load_model(self, name: str, entry: Mapping[str, Any] | None, servers: tuple[str, ...], by: By) -> Outcome:
+        return self._answer("load_model", name, entry, servers, by)
+
+    async def unload_model(self, name: str, by: By) -> Outcome:
+        return self._answer("unload_model", name, by)
+
+    async def load_adapter(self, model: str, name: str, entry: Mapping[str, Any] | None, by: By) -> Outcome:
+        return self._answer("load_adapter", model, name, entry, by)
+
+    async def unload_adapter(self, model: str, name: str, by: By) -> Outcome:
+        return self._answer("unload_adapter", model, name, by)
+
+    def _answer(self, *asked: Any) -> Outcome:
+        self.asked.append(asked)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
 
 
 def logprob(token: str, value: float, *top: tuple[str, float]) -> TokenLogprob:

@@ -14,12 +14,13 @@ import pytest
 from runner.gateway import openapi
 from runner.gateway.app import build_app
 from runner.gateway.openai import wire
+from runner.gateway.openai.resources import OTHER_KINDS
 from runner.telemetry import GatewayMetrics
 from tests.gateway.conftest import client_of, spec_of
-from tests.gateway.fakes import FakeDirectory
+from tests.gateway.fakes import FakeControl, FakeDirectory
 
 COMMITTED = Path(__file__).parents[2] / "schemas/openapi.json"
-APIS = ("openai", "anthropic", "ollama")
+APIS = ("openai", "anthropic", "ollama", "admin")
 
 
 def routes(app: falcon.asgi.App[Any, Any]) -> Iterator[tuple[str, str]]:
@@ -35,10 +36,11 @@ def routes(app: falcon.asgi.App[Any, Any]) -> Iterator[tuple[str, str]]:
 UNDOCUMENTED = {
     ("get", "/"),
     ("post", "/v1/responses/{response_id}"),  # only says that it is not there
+    *(("post", path) for path in OTHER_KINDS),  # they say what is
     *(
         (method, f"/api/{name}")
         for method in ("post", "delete")
-        for name in ("create", "copy", "delete", "push", "embed", "embeddings")
+        for name in ("copy", "delete", "push", "embed", "embeddings")
     ),
 }
 
@@ -46,7 +48,7 @@ UNDOCUMENTED = {
 def test_every_route_is_in_the_document_and_the_other_way_round(
     directory: FakeDirectory, metrics: GatewayMetrics
 ) -> None:
-    app = build_app(spec_of(apis=APIS), directory, metrics)
+    app = build_app(spec_of(apis=APIS), directory, metrics, FakeControl())
     documented = {(method, path) for path, methods in openapi.document(APIS)["paths"].items() for method in methods}
     assert documented - {("get", "/health")} == set(routes(app)) - UNDOCUMENTED
 
@@ -73,7 +75,7 @@ async def test_a_server_tells_only_of_its_own_apis(directory: FakeDirectory, met
 async def test_with_keys_the_document_says_so_and_is_itself_open(
     directory: FakeDirectory, metrics: GatewayMetrics
 ) -> None:
-    client = client_of(spec_of(apis=APIS, api_keys=("secret",)), directory, metrics)
+    client = client_of(spec_of(apis=APIS, api_keys=("secret",)), directory, metrics, FakeControl())
     answer = await client.get("/openapi.json")
     assert answer.status_code == 200
     assert answer.json["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
@@ -95,7 +97,7 @@ class Links(HTMLParser):
 
 
 async def test_the_page_needs_nothing_from_elsewhere(directory: FakeDirectory, metrics: GatewayMetrics) -> None:
-    page = (await client_of(spec_of(apis=APIS), directory, metrics).get("/docs")).text
+    page = (await client_of(spec_of(apis=APIS), directory, metrics, FakeControl()).get("/docs")).text
     links = Links()
     links.feed(page)
     assert links.found == []

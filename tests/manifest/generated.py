@@ -425,7 +425,7 @@ def _bad_reference(chance: random.Random, data: Data) -> Case | None:
 
 def _secret(chance: random.Random, data: Data) -> Case | None:
     server = chance.choice(list(data["servers"].values()))
-    match chance.choice(["missing", "place", "spaces", "open", "both"]):
+    match chance.choice(["missing", "place", "spaces", "open", "admin", "both"]):
         case "missing":
             server["auth"] = {"api_keys": ["${file:no/such/key}"]}
             return _case("E503", sayable=False)
@@ -439,6 +439,9 @@ def _secret(chance: random.Random, data: Data) -> Case | None:
             server["host"] = "0.0.0.0"
             server.pop("auth", None)
             return _case("E506", sayable=False)
+        case "admin":
+            server.update(host="0.0.0.0", auth={"allow_unauthenticated": True}, apis=["admin"])
+            return _case("E512", sayable=False)
         case _:
             server["auth"] = chance.choice([{}, {"api_keys": ["k"], "allow_unauthenticated": True}])
             return _case("E507", sayable=False)

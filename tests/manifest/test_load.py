@@ -294,7 +294,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(refused: Refused
         name: Dev
         servers:
           lm: {port: 8080, models: [nope]}
-          lm2: {port: 8081, apis: [admin]}
+          lm2: {port: 8081, apis: [admin], cors: {allow_origins: ["*"]}}
         models:
           chat: {sorce: ./chat}
           embed: {source: ./e, default_adapter: x, generation: {temperature: "${NOT_SET}"}}

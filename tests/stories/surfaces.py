@@ -51,7 +51,8 @@ class Surface:
 
     def asked(self, body: Body) -> Body:
         """A body that has the usage in its stream as well."""
-        return {**body, "stream_options": {"include_usage": True}} if self.path == "/v1/chat/completions" else body
+        wants = self.path in ("/v1/chat/completions", "/v1/completions")
+        return {**body, "stream_options": {"include_usage": True}} if wants else body
 
     def _objects(self, answer: httpx.Response) -> Iterator[Body]:
         for line in answer.iter_lines():
@@ -156,6 +157,41 @@ def _ollama_stream(objects: Iterator[Body]) -> Answer:
     return Answer(text, calls, tokens)
 
 
+def _completion_body(messages: list[Body], tools: list[Body], stop: list[str], seed: int) -> Body:
+    body = {"model": "chat", "prompt": messages[-1]["content"], "seed": seed, "temperature": 0.8, "max_tokens": 96}
+    return {**body, "echo": bool(seed % 2), **({"stop": stop} if stop else {})}
+
+
+def _completion_whole(answer: Body) -> Answer:
+    return Answer(answer["choices"][0]["text"], [], answer["usage"]["completion_tokens"])
+
+
+def _completion_stream(objects: Iterator[Body]) -> Answer:
+    text, tokens = "", 0
+    for chunk in objects:
+        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+        text += "".join(choice["text"] for choice in chunk["choices"])
+    return Answer(text, [], tokens)
+
+
+def _generate_body(messages: list[Body], tools: list[Body], stop: list[str], seed: int) -> Body:
+    body = _ollama_body(messages, [], stop, seed)
+    del body["messages"]
+    return {**body, "prompt": messages[-1]["content"]}
+
+
+def _generate_whole(answer: Body) -> Answer:
+    return _generate_stream(iter([answer]))
+
+
+def _generate_stream(objects: Iterator[Body]) -> Answer:
+    text, tokens = "", 0
+    for line in objects:
+        text += line["response"]
+        tokens = line.get("eval_count", tokens)
+    return Answer(text, [], tokens)
+
+
 def _named(schema: Body) -> Body:
     return {"type": "json_schema", "name": "form", "schema": schema}
 
@@ -187,3 +223,22 @@ SURFACES = {
         "/api/chat", _ollama_body, _ollama_whole, _ollama_stream, lambda schema: {"format": schema}, lines=True
     ),
 }
+
+PROMPTS = {
+    "completions": Surface(
+        "/v1/completions",
+        _completion_body,
+        _completion_whole,
+        _completion_stream,
+        lambda schema: {"structured_outputs": {"json": schema}},
+    ),
+    "generate": Surface(
+        "/api/generate",
+        _generate_body,
+        _generate_whole,
+        _generate_stream,
+        lambda schema: {"format": schema},
+        lines=True,
+    ),
+}
+"""Those that go on from a text: without turns, and without tools."""

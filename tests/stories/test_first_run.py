@@ -118,8 +118,8 @@ def test_the_model_list_names_the_adapters() -> None:
 
 
 def _block(start: str) -> str:
-    """A command of README, with its continuation lines."""
-    (found,) = re.findall(rf"^({re.escape(start)}(?:.*\\\n)*.*)$", _readme(), re.MULTILINE)
+    """The first command of README that starts so, with its continuation lines."""
+    found, *_ = re.findall(rf"^({re.escape(start)}(?:.*\\\n)*.*)$", _readme(), re.MULTILINE)
     return str(found)
 
 

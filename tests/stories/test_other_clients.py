@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,14 @@ from typing import Any
 
 import pytest
 
-from tests.stories.harness import Bench
+from tests.control.scene import FAKE_ENGINE, Scene
+from tests.stories.demo import LONG
+from tests.stories.harness import Bench, until
 from tests.stories.test_clients import EXTRACT, PARAMETERS, PERSON, SUNNY, TOOL, WEATHER
 
 pytestmark = [pytest.mark.story, pytest.mark.mlx, pytest.mark.nightly, pytest.mark.filterwarnings("default")]
 
+NORA = {"name": "Nora", "age": 34}
 SUM, ANSWER = "What is 17 + 25?", "17 + 25 = 42."
 
 
@@ -132,6 +136,7 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
     npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "openai", "ollama", "@anthropic-ai/sdk"]
     subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
     node = [str(shutil.which("node")), "clients.mjs", served.url, SUM, WEATHER, json.dumps(PARAMETERS)]
+    node += [EXTRACT, json.dumps(PERSON), LONG]
     done = subprocess.run(node, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -142,8 +147,51 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
         "openaiStream": ANSWER,
         "openaiTool": {"city": "Oslo"},
         "openaiError": "NotFoundError",
+        "openaiBadRequest": "BadRequestError",
+        "openaiForm": NORA,
+        "openaiAdapter": "Arr! 17 + 25 be 42, matey.",
         "responses": ANSWER,
         "anthropicError": "NotFoundError",
+        "anthropicAdapter": "17 + 25 = 42!!!",
         "ollamaStream": ANSWER,
         "ollamaTool": {"city": "Oslo"},
+        "ollamaForm": NORA,
+        "ollamaError": "ResponseError",
     }
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)  # three streams were left
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_claude_code(tmp_path: Path) -> None:
+    """Its own command, over a stand-in for a model: the demo model's context has no room for its first prompt."""
+    (tmp_path / "package.json").write_text('{"name": "clients"}')
+    npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "@anthropic-ai/claude-code"]
+    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
+    bench = Bench(tmp_path / "bench")
+    scene = Scene(bench.folder)
+    scene.model("large", geometry={"max_position_embeddings": 200_000}, tokens=4)
+    bench.environment["MLX_RUN_ENGINE_COMMAND"] = shlex.join([sys.executable, str(FAKE_ENGINE)])
+    server = f"{{port: {bench.port}, apis: [anthropic]}}"
+    bench.save(f"name: dev\nservers: {{lm: {server}}}\nmodels: {{chat: {{source: ./models/large}}}}\n")
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "ANTHROPIC_BASE_URL": bench.url,
+        "ANTHROPIC_AUTH_TOKEN": "none",
+        "ANTHROPIC_MODEL": "chat",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    with bench.serving():
+        command = [tmp_path / "node_modules/.bin/claude", "-p", "Say hi"]
+        done = subprocess.run(
+            command,
+            cwd=bench.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+    bench.close()
+    assert (done.returncode, done.stdout.strip()) == (0, "base base base base"), done.stdout + done.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from tests.stories.demo import HELD_OUT
 from tests.stories.harness import Bench
-from tests.stories.surfaces import SURFACES, Answer, Surface
+from tests.stories.surfaces import PROMPTS, SURFACES, Answer, Surface
 
 pytestmark = [pytest.mark.story, pytest.mark.mlx]
 
@@ -71,18 +71,22 @@ def check(surface: Surface, client: httpx.Client, count: int) -> None:
         assert whole.tokens > 0
         if surface.stops:
             assert all(string not in whole.text for string in stop), "a stop string is never part of the text"
-    assert any(whole.calls for whole, _ in answers), "some of the questions have to end in calls"
+    calls = surface in SURFACES.values()
+    assert any(whole.calls for whole, _ in answers) == calls, "some of the questions have to end in calls"
 
 
-@pytest.mark.parametrize("name", sorted(SURFACES))
+EVERY = {**SURFACES, **PROMPTS}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_pieces_joined_are_the_answer(served: httpx.Client, name: str) -> None:
-    check(SURFACES[name], served, 24)
+    check(EVERY[name], served, 24)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", sorted(SURFACES))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_pieces_joined_are_the_answer_for_200_questions(served: httpx.Client, name: str) -> None:
-    check(SURFACES[name], served, 200)
+    check(EVERY[name], served, 200)
 
 
 def test_all_surfaces_give_one_answer(served: httpx.Client) -> None:

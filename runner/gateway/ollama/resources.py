@@ -16,13 +16,16 @@ from runner.gateway.ollama.answers import Head, error_line, lines, loaded, whole
 from runner.gateway.ollama.cards import show, tag
 from runner.gateway.ollama.translate import chat_generate, prompt_generate
 from runner.gateway.ollama.wire import (
+    CHANGES_A_MODEL,
     CHAT_NAMES,
+    CREATE_NAMES,
     GENERATE_NAMES,
     PULL_NAMES,
     SHOW_NAMES,
     ChatRequest,
     GenerateRequest,
     chat_decoder,
+    create_decoder,
     generate_decoder,
     pull_decoder,
     show_decoder,
@@ -43,9 +46,9 @@ def add_routes(app: App[Any, Any], listener: str, directory: Directory, metrics:
     app.add_route("/api/chat", answering, suffix="chat")
     app.add_route("/api/generate", answering, suffix="generate")
     models = Models(listener, directory)
-    for name in ("tags", "ps", "show", "pull", "version"):
+    for name in ("tags", "ps", "show", "pull", "create", "version"):
         app.add_route(f"/api/{name}", models, suffix=name)
-    for name in ("create", "copy", "delete", "push", "embed", "embeddings"):
+    for name in ("copy", "delete", "push", "embed", "embeddings"):
         app.add_route(f"/api/{name}", NotHere(name))
     app.add_route("/", models, suffix="root")
 
@@ -151,20 +154,39 @@ class Models:
     async def on_post_pull(self, request: Request, response: Response) -> None:
         """A model that is served is here already; any other has to be in the manifest first."""
         fields = await read_json(request, pull_decoder, PULL_NAMES, any_type=True)
-        card = self._card(fields.model or fields.name)
-        if not fields.stream:
-            _send(request, response, "/api/pull", {"status": "success"})
+        self._already_here(request, response, self._card(fields.model or fields.name), stream=fields.stream)
+
+    async def on_post_create(self, request: Request, response: Response) -> None:
+        """A model of the manifest is made already, as the manifest says; any other has to be written there first."""
+        fields = await read_json(request, create_decoder, CREATE_NAMES, any_type=True)
+        name = fields.model or fields.name
+        if not name:
+            raise InvalidRequest("`model` is missing", param="model", code="missing_field")
+        card = self._found(name)
+        base = None if fields.from_ is None else self._found(fields.from_)
+        same = fields.from_ is None or (card is not None and (base == card or fields.from_ == card.source))
+        if card is None or not same or any(getattr(fields, field) for field in CHANGES_A_MODEL):
+            exchange_of(request).route = "/api/create"
+            raise falcon.HTTPNotImplemented(description=_EDIT)
+        self._already_here(request, response, card, stream=fields.stream)
+
+    def _already_here(self, request: Request, response: Response, card: ModelCard, *, stream: bool) -> None:
+        if not stream:
+            _send(request, response, request.path, {"status": "success"})
             return
-        exchange_of(request).route = "/api/pull"
+        exchange_of(request).route = request.path
         response.content_type = "application/x-ndjson"
         steps = ({"status": f"already here: {card.source}"}, {"status": "success"})
         response.data = b"".join(encode_json(step) + b"\n" for step in steps)
 
+    def _found(self, name: str) -> ModelCard | None:
+        known = {card.id: card for card in self._directory.cards(self._listener)}
+        return known.get(name) or known.get(name.removesuffix(":latest"))
+
     def _card(self, name: str) -> ModelCard:
         if not name:
             raise InvalidRequest("`model` is missing", param="model", code="missing_field")
-        known = {card.id: card for card in self._directory.cards(self._listener)}
-        card = known.get(name) or known.get(name.removesuffix(":latest"))
+        card = self._found(name)
         if card is None:
             raise NotServed(
                 f"model '{name}' not found: it is not in the manifest", param="model", code="model_not_found"

@@ -168,6 +168,45 @@ class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     password: Any = None
 
 
+class CreateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /api/create`. `name` is the older spelling of `model`; a model is made by the manifest, so that one of its
+    names, with nothing that would change it, is there already."""
+
+    model: str = ""
+    name: str = ""
+    from_: str | None = msgspec.field(name="from", default=None)
+    stream: bool = True
+    files: Any = None
+    adapters: Any = None
+    template: Any = None
+    license: Any = None
+    system: Any = None
+    parameters: Any = None
+    messages: Any = None
+    quantize: Any = None
+    modelfile: Any = None
+    path: Any = None
+    renderer: Any = None
+    parser: Any = None
+    requires: Any = None
+    info: Any = None
+
+
+CHANGES_A_MODEL: Final = (
+    "files",
+    "adapters",
+    "template",
+    "system",
+    "parameters",
+    "messages",
+    "quantize",
+    "modelfile",
+    "path",
+    "renderer",
+    "parser",
+)
+"""What `create` cannot do here: the manifest says all of it."""
+
 _NESTED: Final = {
     "messages": (*Message.__struct_fields__, *PastCall.__struct_fields__, *CalledFunction.__struct_fields__),
     "options": Options.__struct_fields__,
@@ -176,9 +215,11 @@ CHAT_NAMES: Final = {"": ChatRequest.__struct_fields__, **_NESTED}
 GENERATE_NAMES: Final = {"": GenerateRequest.__struct_fields__, **_NESTED}
 SHOW_NAMES: Final = {"": ShowRequest.__struct_fields__}
 PULL_NAMES: Final = {"": PullRequest.__struct_fields__}
+CREATE_NAMES: Final = {"": CreateRequest.__struct_fields__}
 """Field names, for `runner.gateway.decode` to suggest from."""
 
 chat_decoder = msgspec.json.Decoder(ChatRequest)
 generate_decoder = msgspec.json.Decoder(GenerateRequest)
 show_decoder = msgspec.json.Decoder(ShowRequest)
 pull_decoder = msgspec.json.Decoder(PullRequest)
+create_decoder = msgspec.json.Decoder(CreateRequest)

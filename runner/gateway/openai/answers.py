@@ -25,7 +25,7 @@ _MORE: Final = b',"logprobs":null,"finish_reason":null' + _END
 async def whole(generation: Generation, head: Head) -> bytes:
     """The answer in one piece. Raises what the generation raises."""
     shape = head.shape
-    choices = [Choice() for _ in range(generation.count)]
+    choices = [Choice([*head.echoes[index : index + 1]]) for index in range(generation.count)]
     index, deltas = generation.first
     choices[index].add(deltas)
     async for index, deltas in generation.rest:
@@ -116,6 +116,8 @@ class Chunks:
             self._begun[index] = True
             if self._first is not None:
                 pieces += (self._starts[index], self._first)
+            for echo in self._head.echoes[index : index + 1]:
+                pieces += (self._openings[index], encode_line(echo), self._closing)
         for delta in deltas:
             if delta.reasoning:
                 pieces += self._delta(index, {"reasoning_content": delta.reasoning})

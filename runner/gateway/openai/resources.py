@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from falcon.asgi import App, Request, Response
 
-from runner.errors import NotServed, Unavailable
+from runner.errors import InvalidRequest, NotServed, Unavailable
 from runner.gateway.backend import Directory, ModelCard, Route
 from runner.gateway.decode import read_json
 from runner.gateway.errors import as_event
@@ -15,8 +15,15 @@ from runner.gateway.exchange import CUT_MESSAGE, exchange_of, new_id
 from runner.gateway.generation import start
 from runner.gateway.openai.answers import events, whole
 from runner.gateway.openai.shapes import ChatShape, CompletionShape, Head, Shape, encode_json
-from runner.gateway.openai.translate import chat_generates, completion_generates
-from runner.gateway.openai.wire import CHAT_NAMES, COMPLETION_NAMES, CommonFields, chat_decoder, completion_decoder
+from runner.gateway.openai.translate import chat_generates, completion_generates, echoes
+from runner.gateway.openai.wire import (
+    CHAT_NAMES,
+    COMPLETION_NAMES,
+    CommonFields,
+    CompletionRequest,
+    chat_decoder,
+    completion_decoder,
+)
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -32,6 +39,39 @@ def add_routes(app: App[Any, Any], listener: str, directory: Directory, metrics:
     models = Models(listener, directory)
     app.add_route("/v1/models", models)
     app.add_route("/v1/models/{model_id:path}", models, suffix="one")
+    for path, kind in OTHER_KINDS.items():
+        app.add_route(path, OtherKind(path, kind))
+
+
+OTHER_KINDS: Final = {
+    "/v1/embeddings": "a model for embeddings",
+    "/v1/rerank": "a model that ranks",
+    "/v1/images/generations": "a model that draws",
+    "/v1/images/edits": "a model that draws",
+    "/v1/images/variations": "a model that draws",
+    "/v1/audio/speech": "a model that speaks",
+    "/v1/audio/transcriptions": "a model that listens",
+    "/v1/audio/translations": "a model that listens",
+    "/v1/moderations": "a model that moderates",
+}
+"""What OpenAI's API has for other kinds of models, and what kind that is."""
+
+
+class OtherKind:
+    """A path for models of which this version serves none."""
+
+    def __init__(self, path: str, kind: str) -> None:
+        self._path = path
+        self._kind = kind
+
+    async def on_post(self, request: Request, response: Response) -> None:
+        """Says which kinds there are."""
+        exchange_of(request).route = self._path
+        raise InvalidRequest(
+            f"{self._path} needs {self._kind}, and this version serves none: its models are for text, by "
+            "/v1/chat/completions, /v1/responses and /v1/completions",
+            code="unsupported_endpoint",
+        )
 
 
 class _Generating:
@@ -64,6 +104,7 @@ class _Generating:
             with_logprobs=generates[0].sampling.logprobs is not None,
             with_usage=bool(fields.stream_options and fields.stream_options.include_usage),
             per_prompt=fields.n or 1,
+            echoes=echoes(fields) if isinstance(fields, CompletionRequest) else (),
         )
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)

@@ -167,7 +167,8 @@ class CompletionShape:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an answer says of itself in each of its chunks. `per_prompt` choices share a prompt, which counts once."""
+    """What an answer says of itself in each of its chunks. `per_prompt` choices share a prompt, which counts once;
+    `echoes` are texts before those of the choices, one each, or none."""
 
     shape: Shape
     id: str
@@ -177,6 +178,7 @@ class Head:
     with_logprobs: bool = False
     with_usage: bool = False
     per_prompt: int = 1
+    echoes: Sequence[str] = ()
 
 
 def usage_of(usages: Sequence[Usage | None], per_prompt: int) -> dict[str, Any]:

@@ -37,14 +37,30 @@ class FunctionReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     name: FunctionName
 
 
-class ToolReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ToolReference(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function"
+):
     """The one tool that has to be called."""
 
     function: FunctionReference
-    type: Literal["function"] = "function"
 
 
-ToolChoice = Literal["none", "auto", "required"] | ToolReference
+class Allowed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Some of the tools; with `required` one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolReference], Meta(min_length=1)]
+
+
+class AllowedTools(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="allowed_tools"
+):
+    """The tools that may be called; the model is not shown the others."""
+
+    allowed_tools: Allowed
+
+
+ToolChoice = Literal["none", "auto", "required"] | ToolReference | AllowedTools
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +81,7 @@ class PastCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def shown_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[dict[str, Any]] | None:
-    """What the model is shown: with `none` nothing, with a name only that one. Raises InvalidRequest."""
+    """What the model is shown: with `none` nothing, of allowed tools those. Raises InvalidRequest."""
     if not tools:
         if choice not in (None, "none", "auto"):
             raise InvalidRequest("`tool_choice` needs `tools`", param="tool_choice")
@@ -76,18 +92,28 @@ def shown_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list
         raise InvalidRequest(f"`tools` has two functions called `{name}`", param="tools")
     if choice == "none":
         return None
-    if isinstance(choice, ToolReference) and choice.function.name not in names:
-        raise InvalidRequest(
-            f"`tool_choice` names `{choice.function.name}`, which is not in `tools`", param="tool_choice"
-        )
-    plain: list[dict[str, Any]] = msgspec.to_builtins(list(tools))
+    chosen = _chosen(choice)
+    for name in chosen:
+        if name not in names:
+            raise InvalidRequest(f"`tool_choice` names `{name}`, which is not in `tools`", param="tool_choice")
+    allowed = chosen if isinstance(choice, AllowedTools) else names
+    plain: list[dict[str, Any]] = msgspec.to_builtins([tool for tool in tools if tool.function.name in allowed])
     return plain
+
+
+def _chosen(choice: ToolChoice | None) -> list[str]:
+    """The names that a choice gives."""
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, ToolReference) else []
 
 
 def must_call(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[str]:
     """The names of which one has to be called; none where the model is free."""
-    if isinstance(choice, ToolReference):
-        return [choice.function.name]
+    if isinstance(choice, ToolReference) or (
+        isinstance(choice, AllowedTools) and choice.allowed_tools.mode == "required"
+    ):
+        return _chosen(choice)
     return [tool.function.name for tool in tools or ()] if choice == "required" else []
 
 

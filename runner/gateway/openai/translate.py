@@ -16,10 +16,16 @@ from runner.gateway.openai.wire import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     UNSUPPORTED_MESSAGE,
+    AudioPart,
     ChatRequest,
     CommonFields,
     CompletionRequest,
+    FilePart,
+    ImagePart,
     Message,
+    Part,
+    RefusalPart,
+    TextPart,
 )
 from runner.protocol import Generate, Sampling
 
@@ -97,6 +103,18 @@ def completion_generates(request: CompletionRequest, route: Route) -> list[Gener
     return generates
 
 
+def echoes(request: CompletionRequest) -> list[str]:
+    """What stands before each choice's text; nothing unless `echo` asks for it. Raises InvalidRequest."""
+    if not request.echo:
+        return []
+    texts = [prompt for prompt in _prompts(request) if isinstance(prompt, str)]
+    if request.logprobs is not None:
+        raise InvalidRequest("`echo` with `logprobs` is not supported", param="echo", code="unsupported_field")
+    if len(texts) < len(_prompts(request)):
+        raise InvalidRequest("`echo` needs a `prompt` of text", param="echo", code="unsupported_field")
+    return [text for text in texts for _ in range(request.n or 1)]
+
+
 def _choices(generate: Generate, n: int) -> list[Generate]:
     """`n` times the same; with a seed, each has its own, so that they differ and can be had again."""
     seed = generate.sampling.seed
@@ -152,7 +170,7 @@ def _message(index: int, message: Message) -> dict[str, Any]:
             raise InvalidRequest(f"`{place}.content` is missing", param=f"{place}.content", code="missing_field")
         content = message.refusal or ""
     elif not isinstance(content, str):
-        content = "".join([part.text for part in content])
+        content = "".join([_part_text(f"{place}.content[{at}]", part) for at, part in enumerate(content)])
     rendered: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.name is not None:
         rendered["name"] = message.name
@@ -163,6 +181,13 @@ def _message(index: int, message: Message) -> dict[str, Any]:
     if reasoning := _reasoning(message):
         rendered["reasoning_content"] = reasoning
     return rendered
+
+
+def _part_text(place: str, part: Part) -> str:
+    if isinstance(part, TextPart | RefusalPart):
+        return part.text if isinstance(part, TextPart) else part.refusal
+    kind = {ImagePart: "images", AudioPart: "audio", FilePart: "files"}[type(part)]
+    raise InvalidRequest(f"this model takes text only, not {kind}", param=place, code="unsupported_content")
 
 
 def _reasoning(message: Message) -> str | None:

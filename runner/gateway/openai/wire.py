@@ -48,7 +48,7 @@ UNSUPPORTED_CHAT: Final[dict[str, tuple[Any, ...]]] = {
     "web_search_options": (),
 }
 
-UNSUPPORTED_COMPLETION: Final[dict[str, tuple[Any, ...]]] = {"echo": (False,), "suffix": ("",)}
+UNSUPPORTED_COMPLETION: Final[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
 
 UNSUPPORTED_MESSAGE: Final[dict[str, tuple[Any, ...]]] = {
     "annotations": ([],),
@@ -71,11 +71,34 @@ class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     text: str
 
 
+class RefusalPart(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"
+):
+    """What the assistant would not say, in a turn that is sent back."""
+
+    refusal: str
+
+
+class ImagePart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="image_url"):
+    """Known by name, to be refused with a reason."""
+
+
+class AudioPart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="input_audio"):
+    """Known by name, to be refused with a reason."""
+
+
+class FilePart(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="file"):
+    """Known by name, to be refused with a reason."""
+
+
+Part = TextPart | RefusalPart | ImagePart | AudioPart | FilePart
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[PastCall] | None = None
@@ -190,7 +213,8 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class CompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`POST /v1/completions`. `prompt` is text or token ids, or a list of either; `best_of` may only repeat `n`."""
+    """`POST /v1/completions`. `prompt` is text or token ids, or a list of either; `best_of` may only repeat `n`, and
+    `echo` is for prompts of text, without logprobs."""
 
     prompt: (
         str
@@ -201,7 +225,7 @@ class CompletionRequest(CommonFields, frozen=True, kw_only=True, forbid_unknown_
     )
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
-    echo: Any = None
+    echo: bool | None = None
     suffix: Any = None
 
 

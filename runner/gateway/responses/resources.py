@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ def add_routes(app: App[Any, Any], listener: str, directory: Directory, metrics:
     """Adds the Responses API to a listener's app."""
     responses = Responses(listener, directory, metrics, ResponseStore())
     app.add_route(PATH, responses)
+    app.add_route(f"{PATH}/input_tokens", responses, suffix="input_tokens")
     app.add_route(f"{PATH}/{{response_id}}", responses, suffix="one")
     app.add_route(f"{PATH}/{{response_id}}/input_items", responses, suffix="items")
 
@@ -68,6 +70,19 @@ class Responses:
         self._keep(building.response, fields, turns)
         response.content_type = "application/json"
         response.data = encode_json(building.response)
+
+    async def on_post_input_tokens(self, request: Request, response: Response) -> None:
+        """Counts the tokens of an input, as the model's own template and tokenizer make it."""
+        exchange_of(request).route = f"{PATH}/input_tokens"
+        fields = await read_json(request, responses_decoder, NAMES)
+        route = self._directory.resolve(self._listener, fields.model, fields.adapter_name)
+        turns = [*self._earlier(fields.previous_response_id), *input_turns(fields)]
+        counting = msgspec.structs.replace(generating(fields, route, turns), count_only=True)
+        async with aclosing(route.deployment.generate(counting)) as deltas:
+            usage = (await anext(deltas))[-1].usage
+        assert usage is not None, "the engine answers a count with its usage"
+        response.content_type = "application/json"
+        response.data = encode_json({"object": "response.input_tokens", "input_tokens": usage.prompt_tokens})
 
     async def on_get_one(self, request: Request, response: Response, response_id: str) -> None:
         """An answer that was kept."""

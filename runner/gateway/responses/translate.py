@@ -13,6 +13,7 @@ from runner.gateway.openai.translate import template_effort
 from runner.gateway.responses.wire import (
     NAMES,
     UNSUPPORTED,
+    AllowedTools,
     FunctionCallItem,
     FunctionChoice,
     FunctionOutputItem,
@@ -140,12 +141,14 @@ def _tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
             raise InvalidRequest("`tool_choice` needs `tools`", param="tool_choice")
         return None
     names = [tool.name for tool in request.tools]
-    if isinstance(choice, FunctionChoice) and choice.name not in names:
-        raise InvalidRequest(f"`tool_choice` names `{choice.name}`, which is not in `tools`", param="tool_choice.name")
+    for name in _chosen(request):
+        if name not in names:
+            raise InvalidRequest(f"`tool_choice` names `{name}`, which is not in `tools`", param="tool_choice.name")
     if choice == "none":
         return None
+    allowed = _chosen(request) if isinstance(choice, AllowedTools) else names
     shown: list[dict[str, Any]] = []
-    for tool in request.tools:
+    for tool in (tool for tool in request.tools if tool.name in allowed):
         function: dict[str, Any] = {"name": tool.name}
         for field in ("description", "parameters", "strict"):
             if (value := getattr(tool, field)) is not None:
@@ -154,9 +157,18 @@ def _tools(request: ResponsesRequest) -> list[dict[str, Any]] | None:
     return shown
 
 
+def _chosen(request: ResponsesRequest) -> list[str]:
+    """The names that `tool_choice` gives."""
+    choice = request.tool_choice
+    if isinstance(choice, AllowedTools):
+        return [tool.name for tool in choice.tools]
+    return [choice.name] if isinstance(choice, FunctionChoice) else []
+
+
 def _must_call(request: ResponsesRequest) -> list[str]:
-    if isinstance(request.tool_choice, FunctionChoice):
-        return [request.tool_choice.name]
+    choice = request.tool_choice
+    if isinstance(choice, FunctionChoice) or (isinstance(choice, AllowedTools) and choice.mode == "required"):
+        return _chosen(request)
     return [tool.name for tool in request.tools or ()] if request.tool_choice == "required" else []
 
 

@@ -10,7 +10,7 @@ import pytest
 from runner.gateway.listener import Listener
 from runner.protocol import Delta, ToolCall, Usage
 from runner.telemetry import GatewayMetrics
-from tests.gateway.conftest import spec_of
+from tests.gateway.conftest import client_of, spec_of
 from tests.gateway.fakes import FakeDeployment, FakeDirectory
 
 USER: anthropic.types.MessageParam = {"role": "user", "content": "hi"}
@@ -66,3 +66,18 @@ async def test_errors_are_the_packages_own(client: anthropic.AsyncAnthropic) -> 
 async def test_counting(client: anthropic.AsyncAnthropic, deployment: FakeDeployment) -> None:
     deployment.scripts = [[[Delta(0, "", 0, "stop", Usage(42, 0))]]]
     assert (await client.messages.count_tokens(model="chat", messages=[USER])).input_tokens == 42
+
+
+async def test_models_are_listed_for_each_kind_of_client(
+    client: anthropic.AsyncAnthropic, directory: FakeDirectory, metrics: GatewayMetrics
+) -> None:
+    assert [model.id async for model in client.models.list()] == ["chat", "org/gpt-4o", "chat:pirate", "chat:shout"]
+    assert (await client.models.retrieve("chat:pirate")).display_name == "chat:pirate"
+    with pytest.raises(anthropic.NotFoundError):
+        await client.models.retrieve("unknown")
+    for apis in (("openai", "anthropic"), ("anthropic", "openai")):
+        both = client_of(spec_of(apis=apis), directory, metrics)
+        assert (await both.get("/v1/models")).json["object"] == "list"
+        assert (await both.get("/v1/models/chat")).json["object"] == "model"
+        assert (await both.get("/v1/models", anthropic_version="2023-06-01")).json["has_more"] is False
+        assert (await both.get("/v1/models/chat", anthropic_version="2023-06-01")).json["type"] == "model"

@@ -155,7 +155,28 @@ async def test_pull_of_what_is_here_and_of_what_is_not(client: Client) -> None:
     assert (missing.status_code, missing.json["error"]) == (404, "model 'llama3' not found: it is not in the manifest")
 
 
-@pytest.mark.parametrize("name", ["create", "copy", "delete", "push", "embed", "embeddings"])
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"model": "chat"}, 200),
+        ({"model": "chat:latest", "from": "chat"}, 200),
+        ({"name": "chat", "stream": False, "parameters": {}}, 200),
+        ({"model": "chat", "from": "llama3"}, 501),
+        ({"model": "new", "from": "chat"}, 501),
+        ({"model": "chat", "system": "You are a pirate."}, 501),
+        ({}, 400),
+    ],
+)
+async def test_create_makes_sure_of_what_the_manifest_has(client: Client, fields: Any, status: int) -> None:
+    answer = await client.post("/api/create", fields)
+    assert answer.status_code == status
+    if status == 200:
+        assert json.loads(answer.text.splitlines()[-1]) == {"status": "success"}
+    else:
+        assert isinstance(answer.json["error"], str)
+
+
+@pytest.mark.parametrize("name", ["copy", "delete", "push", "embed", "embeddings"])
 async def test_what_is_not_here_says_so(client: Client, name: str) -> None:
     answer = await client.post(f"/api/{name}", {"model": "chat"})
     assert answer.status_code == 501

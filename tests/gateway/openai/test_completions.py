@@ -101,7 +101,8 @@ async def test_logprobs_are_parallel_lists(client: Client, deployment: FakeDeplo
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"echo": True, "prompt": [1, 2]}, "echo"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": []}, "prompt"),
@@ -126,3 +127,16 @@ async def test_what_says_nothing_new_is_accepted(client: Client, deployment: Fak
     deployment.scripts = [text_script("x")]
     response = await client.complete(echo=False, suffix="", best_of=1)
     assert response.status_code == 200, response.text
+
+
+async def test_echo_puts_the_prompt_before_its_answers(client: Client) -> None:
+    prompts = ["once", "twice \u2028"]
+    whole = (await client.complete(echo=True, prompt=prompts, n=2)).json
+    expected = [f"{prompt}Hello world" for prompt in prompts for _ in range(2)]
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    *chunks, _ = events_of((await client.complete(echo=True, prompt=prompts, n=2, stream=True)).text)
+    texts = dict.fromkeys(range(4), "")
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert list(texts.values()) == expected

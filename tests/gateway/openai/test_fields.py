@@ -119,10 +119,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"verbosity": "low"}, "verbosity"),
     ({"web_search_options": {}}, "web_search_options"),
     ({"store": True}, "store"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0].type",
-    ),
 ]
 
 
@@ -219,7 +215,7 @@ def test_every_field_is_honoured_harmless_or_unsupported() -> None:
     elsewhere = {"model", "adapter_name", "messages", "prompt", "stream", "stream_options", "n", "best_of"}
     elsewhere |= {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"}  # test_tools.py
     elsewhere |= {"max_tokens", "max_completion_tokens", "stop", "logprobs", "top_logprobs", "chat_template_kwargs"}
-    elsewhere |= {"response_format", "structured_outputs"}
+    elsewhere |= {"response_format", "structured_outputs", "echo"}
     sampling = {name for fields, _ in HONOURED for name in fields}
     for struct, unsupported in (
         (wire.ChatRequest, wire.UNSUPPORTED_CHAT),
@@ -227,3 +223,25 @@ def test_every_field_is_honoured_harmless_or_unsupported() -> None:
     ):
         names = {field.name for field in msgspec.structs.fields(struct)}
         assert names - elsewhere - sampling - wire.HARMLESS - set(unsupported) == set()
+
+
+async def test_parts_of_text_and_refusals_are_one_text(client: Client, deployment: FakeDeployment) -> None:
+    parts = [{"type": "text", "text": "I "}, {"type": "refusal", "refusal": "will not"}]
+    answer = await client.chat(messages=[{"role": "assistant", "content": parts}, {"role": "user", "content": "hi"}])
+    assert answer.status_code == 200
+    assert (deployment.requests[0].messages or [])[0] == {"role": "assistant", "content": "I will not"}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}, "images"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "audio"),
+        ({"type": "file", "file": {"file_id": "x"}}, "files"),
+    ],
+)
+async def test_what_is_not_text_is_refused_by_its_kind(client: Client, part: dict[str, Any], kind: str) -> None:
+    answer = await client.chat(messages=[{"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
+    error = answer.json["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "messages[0].content[1]", "unsupported_content")
+    assert kind in error["message"]

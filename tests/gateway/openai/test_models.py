@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from runner.gateway.openai.resources import OTHER_KINDS
 from tests.gateway.conftest import Client
 
 
@@ -33,3 +34,17 @@ async def test_unknown_model(client: Client) -> None:
     assert "gpt-9" in response.json["error"]["message"]
     answer = await client.chat(model="gpt-9")
     assert (answer.status_code, answer.json["error"]["param"]) == (404, "model")
+
+
+@pytest.mark.parametrize("path", OTHER_KINDS)
+async def test_other_kinds_of_models_are_refused_by_name(client: Client, path: str) -> None:
+    for body, kind in ((b'{"model": "chat", "input": "x"}', "application/json"), (b"--x--", "multipart/form-data")):
+        answer = await client.post(path, body, kind)
+        error = answer.json["error"]
+        assert (answer.status_code, error["type"], error["code"]) == (
+            400,
+            "invalid_request_error",
+            "unsupported_endpoint",
+        )
+        assert path in error["message"]
+        assert "/v1/chat/completions" in error["message"]

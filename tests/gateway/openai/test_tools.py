@@ -153,3 +153,20 @@ async def test_reasoning_effort_is_what_templates_call_it(
 ) -> None:
     await client.chat(reasoning_effort=effort)
     assert deployment.requests[0].chat_template_kwargs == expected
+
+
+@pytest.mark.parametrize(("mode", "must"), [("auto", []), ("required", ["b"])])
+async def test_allowed_tools_are_those_that_the_model_sees(
+    client: Client, deployment: FakeDeployment, mode: str, must: list[str]
+) -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("a", "b")]
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools[1:]}}
+    assert (await client.chat(tools=tools, tool_choice=allowed)).status_code == 200
+    flat = [{"type": "function", "name": name} for name in ("a", "b")]
+    choice = {"type": "allowed_tools", "mode": mode, "tools": flat[1:]}
+    body = {"model": "chat", "input": "hi", "tools": flat, "tool_choice": choice}
+    assert (await client.post("/v1/responses", body)).status_code == 200
+    for asked in deployment.requests:
+        assert ([tool["function"]["name"] for tool in asked.tools or ()], asked.must_call) == (["b"], must)
+    refused = await client.chat(tools=tools[:1], tool_choice=allowed)
+    assert (refused.status_code, refused.json["error"]["param"]) == (400, "tool_choice")

@@ -258,3 +258,12 @@ async def test_the_official_package(listener: Listener, deployment: FakeDeployme
         second = await client.responses.create(model="chat", input="On", previous_response_id=first.id)
         assert second.output_text == "Sunny."
         assert (await client.responses.retrieve(second.id)).output_text == "Sunny."
+
+
+async def test_an_input_is_counted(client: Client, deployment: FakeDeployment) -> None:
+    deployment.scripts = [[[Delta(0, "", 0, "stop", Usage(42, 0))]]]
+    answer = await client.post("/v1/responses/input_tokens", {"model": "chat", "input": "hi", "instructions": "Be."})
+    assert answer.json == {"object": "response.input_tokens", "input_tokens": 42}
+    (asked,) = deployment.requests
+    assert asked.count_only
+    assert asked.messages == [{"role": "system", "content": "Be."}, {"role": "user", "content": "hi"}]

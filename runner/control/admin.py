@@ -1,0 +1,91 @@
+"""The runner as its admin API sees it: requests for changes, on the way that every edit takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from functools import partial
+from typing import Any
+
+from runner.control.attempt import Attempt
+from runner.control.drift import Edit
+from runner.control.ledger import Cause
+from runner.control.reconciler import Pass, Reconciler
+from runner.errors import InvalidRequest, Unavailable
+from runner.gateway.admin.control import By, Outcome
+from runner.manifest import drift
+from runner.plan.render import plan_json
+from runner.plan.scope import Scope
+
+Start = Callable[[Coroutine[Any, Any, Pass]], asyncio.Task[Pass]]
+"""Runs a pass that whoever asked for it does not own."""
+
+
+class Admin:
+    """Implements `runner.gateway.admin.control.Control`. `servers` are the names of those that there are."""
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        status: Callable[[], dict[str, Any]],
+        servers: Callable[[], Collection[str]],
+        start: Start,
+    ) -> None:
+        self._reconciler = reconciler
+        self._status = status
+        self._servers = servers
+        self._start = start
+
+    def status(self) -> dict[str, Any]:
+        """See the interface."""
+        return self._status()
+
+    async def plan(self, scope: Scope) -> Outcome:
+        """See the interface."""
+        reconciler = self._reconciler
+        made = await reconciler.preview(reconciler.paths, scope)
+        return Outcome(plan_json(made), reconciler.generation, 0.0, made.drift)
+
+    async def apply(self, scope: Scope, by: By, seconds: float | None) -> Outcome:
+        """See the interface."""
+        reconciler = self._reconciler
+        cause, attempt = Cause("apply", by.user, by.generation), Attempt(seconds)
+        applying = reconciler.apply(reconciler.paths, cause, watch=reconciler.watching, scope=scope, attempt=attempt)
+        return await self._done(applying)
+
+    async def load_model(self, name: str, entry: Mapping[str, Any] | None, servers: tuple[str, ...], by: By) -> Outcome:
+        """See the interface."""
+        known = self._servers()
+        for server in servers:
+            if server not in known:
+                raise InvalidRequest(f"there is no server `{server}`; there are: {', '.join(known)}", param="servers")
+        return await self._change(partial(drift.load_model, name=name, entry=entry, servers=servers), by)
+
+    async def unload_model(self, name: str, by: By) -> Outcome:
+        """See the interface."""
+        return await self._change(partial(drift.unload_model, name=name), by)
+
+    async def load_adapter(self, model: str, name: str, entry: Mapping[str, Any] | None, by: By) -> Outcome:
+        """See the interface."""
+        return await self._change(partial(drift.load_adapter, model=model, name=name, entry=entry), by)
+
+    async def unload_adapter(self, model: str, name: str, by: By) -> Outcome:
+        """See the interface."""
+        return await self._change(partial(drift.unload_adapter, model=model, name=name), by)
+
+    async def _change(self, edit: Edit, by: By) -> Outcome:
+        return await self._done(self._reconciler.change(edit, Cause("api", by.user, by.generation)))
+
+    async def _done(self, passing: Coroutine[Any, Any, Pass]) -> Outcome:
+        # Whoever asked may leave; what they asked for is not left half done by that.
+        work = self._start(passing)
+        try:
+            result = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if work.cancelled():
+                raise Unavailable("the runner is stopping", code="shutting_down") from None
+            raise
+        if result.error is not None:
+            raise result.error
+        assert result.plan is not None, "a pass without an error has a plan"
+        return Outcome(plan_json(result.plan), result.generation, result.seconds, self._reconciler.drift)

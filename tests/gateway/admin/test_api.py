@@ -1,0 +1,136 @@
+"""The admin API's routes: what is asked of the runner, and how it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runner import errors
+from runner.gateway.admin.control import By
+from runner.plan.scope import Scope
+from runner.telemetry import GatewayMetrics
+from tests.gateway.conftest import Client, client_of, spec_of
+from tests.gateway.fakes import FakeControl, FakeDirectory
+
+BY = By("servers.lm")
+
+
+@pytest.fixture
+def control() -> FakeControl:
+    return FakeControl()
+
+
+@pytest.fixture
+def client(directory: FakeDirectory, metrics: GatewayMetrics, control: FakeControl) -> Client:
+    return client_of(spec_of(apis=("openai", "admin")), directory, metrics, control)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "asked"),
+    [
+        ("plan", {}, ("plan", Scope())),
+        ("plan", {"target": ["chat"], "prune": False}, ("plan", Scope(("chat",), prune=False))),
+        ("apply", {}, ("apply", Scope(), BY, None)),
+        ("apply", {"generation": 4, "timeout_seconds": 9}, ("apply", Scope(), By("servers.lm", 4), 9.0)),
+        ("models/load", {"model": "a"}, ("load_model", "a", None, ("lm",), BY)),
+        (
+            "models/load",
+            {"model": "a", "source": "./a", "revision": "main", "config": {"aliases": ["b"]}, "servers": ["x"]},
+            ("load_model", "a", {"source": "./a", "revision": "main", "aliases": ["b"]}, ("x",), BY),
+        ),
+        ("models/unload", {"model": "a", "generation": 3}, ("unload_model", "a", By("servers.lm", 3))),
+        ("adapters/load", {"model": "a", "adapter": "b"}, ("load_adapter", "a", "b", None, BY)),
+        (
+            "adapters/load",
+            {"model": "a", "adapter": "b", "source": "./b", "scale": 2},
+            ("load_adapter", "a", "b", {"source": "./b", "scale": 2.0}, BY),
+        ),
+        ("adapters/unload", {"model": "a", "adapter": "b"}, ("unload_adapter", "a", "b", BY)),
+    ],
+)
+async def test_each_route_asks_for_what_it_says(
+    client: Client, control: FakeControl, path: str, body: Any, asked: tuple[Any, ...]
+) -> None:
+    answer = await client.post(f"/v1/{path}", body)
+    assert (answer.status_code, control.asked) == (200, [asked])
+    assert answer.json == {"generation": 3, "seconds": 0.25, "drift": ["models.x loaded"], "plan": {"actions": []}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": "a/b"}, "model"),
+        ({"model": "a", "config": {"aliases": []}}, "source"),
+        ({"model": "a", "revision": "main"}, "source"),
+        ({"model": "a", "source": "./a", "config": {"source": "./b"}}, "config.source"),
+        ({"model": "a", "source": "./a", "config": {"adapters": ["b"]}}, "config.adapters"),
+        ({"model": "a", "sources": "./a"}, "sources"),
+        ({"model": "a", "generation": -1}, "generation"),
+    ],
+)
+async def test_a_wrong_body_names_its_field(client: Client, control: FakeControl, body: Any, param: str) -> None:
+    answer = await client.post("/v1/models/load", body)
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, param)
+    assert control.asked == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (errors.StaleGeneration("by now it is 5"), 409, "stale_generation"),
+        (errors.Conflict("no", code="not_in_sync"), 409, "not_in_sync"),
+        (errors.Interrupted("too slow"), 409, "timed_out"),
+        (errors.SourceChanged("files changed"), 409, "source_changed"),
+        (errors.ListenerError("taken"), 409, "conflict"),
+        (errors.RunnerError("no room", hint="make some"), 409, "conflict"),
+        (errors.ManifestError([errors.Diagnostic("dev.yaml", 1, 2, "models.a", "is odd", code="E601")]), 422, "E601"),
+        (errors.EngineLoadError("no such architecture"), 422, "cannot_load"),
+        (errors.NotServed("unknown", param="model", code="model_not_found"), 404, "model_not_found"),
+        (errors.EngineDied("it died"), 500, None),
+    ],
+)
+async def test_every_way_to_fail_has_its_status(
+    client: Client, control: FakeControl, error: errors.MlxRunError, status: int, code: str | None
+) -> None:
+    control.outcome = error
+    answer = await client.post("/v1/apply", {})
+    assert (answer.status_code, answer.json["error"]["code"]) == (status, code)
+    assert error.message in answer.json["error"]["message"]
+
+
+async def test_plan_and_apply_need_no_body(client: Client, control: FakeControl) -> None:
+    for path in ("/v1/plan", "/v1/apply"):
+        assert (await client.request("POST", path, headers={"content-length": "0"})).status_code == 200
+    page = {"content-length": "0", "origin": "https://example.com"}
+    assert (await client.request("POST", "/v1/apply", headers=page)).status_code == 415
+    assert (await client.post("/v1/apply", b"target=x", "application/x-www-form-urlencoded")).status_code == 415
+    assert len(control.asked) == 2
+
+
+async def test_it_is_not_there_unless_the_server_has_it(
+    directory: FakeDirectory, metrics: GatewayMetrics, control: FakeControl
+) -> None:
+    client = client_of(spec_of(apis=("openai",)), directory, metrics, control)
+    for path in ("/v1/plan", "/v1/apply", "/v1/models/load", "/v1/adapters/unload"):
+        assert (await client.post(path, {})).status_code in (404, 405)
+    assert (await client.get("/v1/status")).status_code == 404
+    assert control.asked == []
+
+
+async def test_keys_hold_for_it_as_for_the_rest(
+    directory: FakeDirectory, metrics: GatewayMetrics, control: FakeControl
+) -> None:
+    client = client_of(spec_of(apis=("admin",), api_keys=("secret",)), directory, metrics, control)
+    assert (await client.post("/v1/apply", {})).status_code == 401
+    assert (await client.get("/v1/status")).status_code == 401
+    assert (await client.get("/v1/status", authorization="Bearer secret")).json == {"name": "dev"}
+    assert control.asked == []
+
+
+async def test_other_apis_stay_beside_it(client: Client) -> None:
+    assert (await client.get("/v1/models")).json["data"][0]["id"] == "chat"
+    assert (await client.get("/v1/models/chat")).json["id"] == "chat"
+    assert (await client.chat()).status_code == 200
