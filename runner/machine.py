@@ -36,3 +36,13 @@ def cpu_backend() -> bool:
         return False
     site = Path(next(iter(spec.submodule_search_locations))).parent
     return not any(site.glob("mlx_cuda*"))
+
+
+def mlx_version() -> str:
+    """The version of MLX that is installed, "" where none is. By the name of its folder: importing takes longer."""
+    spec = importlib.util.find_spec("mlx")
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    site = Path(next(iter(spec.submodule_search_locations))).parent
+    found = (path.name.removesuffix(".dist-info").partition("-")[2] for path in site.glob("mlx-*.dist-info"))
+    return max(found, default="")

@@ -64,6 +64,8 @@ _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "warned": lambda e: "warning: " + "\n".join(e["warnings"]),
     "listening": lambda e: f"listening at {e['address']}",
     "downloading": lambda e: f"downloading {e['repo']} at {e['revision']}",
+    "converting": lambda e: f"quantising the source, {e['percent']} % written",
+    "converted": lambda e: f"the quantised copy was made in {e['seconds']:.2f} s",
     "action_started": lambda e: f"{e['action']} began: {e['reason']}",
     "action_done": lambda e: f"{e['action']} done in {e['seconds']:.2f} s ({e['disruption']})",
     "applied": lambda e: f"generation {e['generation']} is live{_restored(e)}",

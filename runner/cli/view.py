@@ -78,6 +78,9 @@ class View:
     def _on_downloading(self, event: dict[str, Any]) -> None:
         self._print(f"{event['repo']}: downloading {event['revision']} into the hub cache")
 
+    def _on_converting(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: quantising, {event['percent']} %")
+
     def _on_action_started(self, event: dict[str, Any]) -> None:
         if event["action"] in ("start", "replace", "update", "rename"):
             self._loading.append(event["target"])

@@ -12,11 +12,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from runner.control.backoff import Backoff
+from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
 from runner.control.health import Health
 from runner.control.sources import Sources
@@ -61,6 +63,7 @@ class Deployment:
         self.health = Health(lambda: f"models.{self.name}", on_event, self._backoff.stable)
         self._state = "pending"
         self._sources = Sources()
+        self._conversions = Conversions(options.converted, self._sources, folder.engine_log, on_event)
         self._restart: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._waiting = 0
@@ -153,16 +156,17 @@ class Deployment:
 
         Raises EngineLoadError and EngineDied.
         """
-        engine = EngineProcess(
-            _engine_spec(spec, self._options),
-            self._folder,
-            self._options.engine_command,
-            lambda: self._engine_gone(engine),
-        )
         if self.engine is None:
             self.state = "loading"
-        self._starting = engine
         try:
+            folder = await self._conversions.folder_for(spec)
+            engine = EngineProcess(
+                _engine_spec(spec, folder, self._options),
+                self._folder,
+                self._options.engine_command,
+                lambda: self._engine_gone(engine),
+            )
+            self._starting = engine
             await engine.start()
         except EngineError as error:
             self.last_error = str(error)
@@ -263,8 +267,7 @@ class Deployment:
         """Drain and end the engine for good. `deadline` in seconds, the settings' drain timeout by default."""
         self.state = "stopped"
         self._stop_restarting()
-        if self._starting is not None:
-            await self._starting.kill()
+        await self.abandon_start()
         engine = self._release()
         self._ready.set()  # whoever waits is told
         if engine is not None:
@@ -272,6 +275,7 @@ class Deployment:
 
     async def abandon_start(self) -> None:
         """End an engine that is not up yet; whoever waits for it gets EngineDied."""
+        self._conversions.abandon()
         if self._starting is not None:
             await self._starting.kill()
 
@@ -351,7 +355,7 @@ class Deployment:
         return {
             "name": self.name,
             "state": self.state,
-            "stage": engine.stage if engine else "",
+            "stage": engine.stage if engine else self._conversions.stage,
             "source": self.spec.source,
             "digest": self.spec.weights_digest,
             "aliases": list(self.spec.aliases),
@@ -396,10 +400,10 @@ def absent(name: str) -> dict[str, Any]:
     }
 
 
-def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
+def _engine_spec(spec: ModelSpec, folder: Path, options: Options) -> EngineSpec:
     return EngineSpec(
         model=spec.name,
-        path=str(spec.path),
+        path=str(folder),
         digest=spec.process_digest,
         adapters=tuple(adapter_source(a) for a in spec.adapters),
         max_rows=spec.limits.max_rows,
@@ -410,6 +414,7 @@ def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
         memory_limit_bytes=spec.memory_limit_bytes,
         draft=str(spec.draft.path) if spec.draft else "",
         num_draft_tokens=spec.limits.num_draft_tokens,
+        dtype=spec.dtype,
         kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
         kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,
         orphan_grace=options.orphan_grace,

@@ -111,7 +111,7 @@ class EngineProcess:
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
-        model = load(Path(spec.path), spec.tool_parser, slack, quantisation)
+        model = load(Path(spec.path), spec.tool_parser, slack, quantisation, spec.dtype)
         speculation, notes = speculate(Path(spec.draft), model, slack) if spec.draft else (None, [])
         engine = Engine(
             model,

@@ -28,6 +28,7 @@ from runner.manifest.values import (
 
 Api = Literal["openai", "anthropic", "ollama", "admin"]
 LoadPolicy = Literal["eager", "on_demand"]
+Dtype = Literal["float16", "bfloat16", "float32"]
 _Text = Annotated[str, Field(min_length=1)]
 _INT32 = 2**31 - 1
 
@@ -114,13 +115,49 @@ class Server(_Section):
     )
 
 
+_Bits = Literal[2, 3, 4, 5, 6, 8]
+_GroupSize = Literal[16, 32, 64, 128]
+_Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+class LayerQuantization(_Section):
+    """How to quantise some layers: what it leaves out is as for all."""
+
+    bits: _Bits | None = Field(None, description="Bits per weight.", examples=[8])
+    group_size: _GroupSize | None = Field(None, description="Weights that share one scale.", examples=[64])
+    mode: _Mode | None = Field(None, description="Quantisation mode.", examples=["affine"])
+
+
+def _layer_rule(value: Any) -> Any:
+    if value is None:
+        raise problem("E205", "has no value", "write false, or {bits: 8}")
+    if value is True:
+        raise problem("E203", "should be false, or a mapping with bits, group_size or mode")
+    return None if value is False else value
+
+
+_LayerRule = Annotated[
+    LayerQuantization | None,
+    BeforeValidator(_layer_rule, json_schema_input_type=Literal[False] | LayerQuantization),
+]
+
+
 class Quantization(_Section):
     """How to quantise a source that is not quantised; made once and cached."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.", examples=[4])
-    group_size: Literal[16, 32, 64, 128] = Field(64, description="Weights that share one scale.", examples=[64])
-    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(
-        "affine", description="Quantisation mode.", examples=["affine"]
+    bits: _Bits | None = Field(None, description="Bits per weight. Default: 4, of mxfp8 8.", examples=[4])
+    group_size: _GroupSize | None = Field(
+        None,
+        description="Weights that share one scale. Default: 64, of mxfp4 and mxfp8 32, of nvfp4 16.",
+        examples=[64],
+    )
+    mode: _Mode = Field("affine", description="Quantisation mode.", examples=["affine"])
+    layers: dict[_Text, _LayerRule] = Field(
+        default={},
+        description="Layers that are quantised otherwise, by their path in the model (* stands for anything, and a "
+        "leading *. also for nothing): bits, group_size and mode, or false to leave them as they are. Of several "
+        "that match a layer the first decides.",
+        examples=[{"*.lm_head": {"bits": 8}, "*.down_proj": {"bits": 6}, "model.embed_tokens": False}],
     )
 
 
@@ -294,7 +331,15 @@ class Model(_Section):
         default=[], description="Other ids that requests may use for this model.", examples=[["gpt-4o-mini"]]
     )
     quantization: Quantization | None = Field(
-        None, description="How to quantise the source.", examples=[{"bits": 4, "group_size": 64}]
+        None,
+        description="How to quantise the source: done once, and kept in the cache folder.",
+        examples=[{"bits": 4, "group_size": 64}],
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description="What the model computes in, and what is not quantised is kept in. Default: the source's own, and "
+        "float32 where MLX has no GPU.",
+        examples=["bfloat16"],
     )
     memory_limit: Size | None = Field(
         None, description="The most memory this model's engine may use.", examples=["4GiB"]

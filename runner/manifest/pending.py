@@ -12,7 +12,6 @@ from runner.manifest.tree import KeyPath, Problem
 
 # (path, with * for any key or index; values that are refused, or None for all)
 NOT_YET: Final[tuple[tuple[str, tuple[str, ...] | None], ...]] = (
-    ("models.*.quantization", None),
     ("models.*.load", ("on_demand",)),
     ("models.*.idle_timeout", None),
     ("defaults.load", ("on_demand",)),

@@ -192,6 +192,10 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return "the model's files changed"
     if old.draft != new.draft:
         return _draft_reason(old.draft, new.draft)
+    if old.quantization != new.quantization:
+        return f"quantization {_quantization(old)} → {_quantization(new)}"
+    if old.dtype != new.dtype:
+        return f"dtype {old.dtype or 'of the source'} → {new.dtype or 'of the source'}"
     if old.kv_cache != new.kv_cache:
         return f"KV cache {_kv_cache(old)} → {_kv_cache(new)}"
     return "memory_limit changed"
@@ -201,6 +205,14 @@ def _kv_cache(spec: ModelSpec) -> str:
     return (
         "as computed" if spec.kv_cache is None else f"{spec.kv_cache.bits} bits (groups of {spec.kv_cache.group_size})"
     )
+
+
+def _quantization(spec: ModelSpec) -> str:
+    wanted = spec.quantization
+    if wanted is None:
+        return "as the source is"
+    rules = f", {len(wanted.layers)} rules" if wanted.layers else ""
+    return f"{wanted.mode} {wanted.bits} bits (groups of {wanted.group_size}{rules})"
 
 
 def _draft_reason(old: DraftSpec | None, new: DraftSpec | None) -> str:

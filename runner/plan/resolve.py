@@ -15,7 +15,7 @@ from runner.errors import Diagnostic, ManifestError, NotDownloaded
 from runner.machine import Machine, cpu_backend
 from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Server
+from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization, Server
 from runner.manifest.tree import KeyPath
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, model_digest
 from runner.plan.examine import examine
@@ -30,6 +30,7 @@ from runner.plan.spec import (
     KVCacheSpec,
     ListenerSpec,
     ModelSpec,
+    QuantizationSpec,
 )
 
 __all__ = ["NotDownloaded", "resolve", "survey"]
@@ -131,6 +132,8 @@ class _Resolution:
             memory_limit_bytes=model.memory_limit or 0,
             draft=_draft(model, draft),
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
+            quantization=_quantization(model.quantization),
+            dtype=model.dtype or "",
         )
 
     def _adapter(self, model: str, name: str) -> AdapterSpec | None:
@@ -253,6 +256,14 @@ def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec |
         return None
     folder, weights = found
     return DraftSpec(model.draft.source, folder, weights.digest)
+
+
+def _quantization(section: Quantization | None) -> QuantizationSpec | None:
+    if section is None:
+        return None
+    from runner.plan.quantization import quantization_spec  # noqa: PLC0415 - few manifests need it, every edit waits
+
+    return quantization_spec(section)
 
 
 def _kv_cache(settings: Mapping[str, Any]) -> KVCacheSpec | None:

@@ -6,6 +6,8 @@ whatever else differs between them is changed in place.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,31 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationSpec:
+    """How a source is quantised before it is loaded. `layers` maps patterns of layers' paths to what is other for them
+    (`bits`, `group_size`, `mode`), or to False: those stay as they are."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+    layers: dict[str, dict[str, Any] | bool] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Same value, same weights from the same source. The first pattern that matches decides: their order counts."""
+        key = f"{self.mode}{self.bits}.{self.group_size}"
+        if self.layers:
+            rules = json.dumps([[pattern, rule] for pattern, rule in self.layers.items()], sort_keys=True)
+            key += f".{hashlib.blake2b(rules.encode(), digest_size=8).hexdigest()}"
+        return key
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One deployment, resolved. `weights_digest` stands for the model folder's files, `weights_bytes` counts the draft
-    model's weights too.
+    model's weights too, and is of the weights as they are loaded.
 
+    `quantization` is None where the folder is loaded as it is, `dtype` what the model computes in, "" for its own.
     `kv_cache` is None where keys and values are kept as they are computed. `generation` holds the manifest's defaults
     for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it follows from
     the rest, and is not compared.
@@ -84,6 +107,8 @@ class ModelSpec:
     memory_limit_bytes: int = 0
     draft: DraftSpec | None = None
     kv_cache: KVCacheSpec | None = None
+    quantization: QuantizationSpec | None = None
+    dtype: str = ""
     memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property
@@ -91,7 +116,9 @@ class ModelSpec:
         """Same value, same engine process."""
         draft = "" if self.draft is None else f"-{self.draft.digest}"
         kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
-        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}"
+        packing = "" if self.quantization is None else f"-q{self.quantization.key}"
+        dtype = f"-{self.dtype}" if self.dtype else ""
+        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}{packing}{dtype}"
 
     def adapter(self, name: str) -> AdapterSpec | None:
         """The adapter of that name, or None."""

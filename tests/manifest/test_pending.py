@@ -9,7 +9,6 @@ from runner.manifest.pending import NOT_YET
 from .conftest import Load, Refused
 
 VALUES = {
-    "models.*.quantization": "{bits: 4}",
     "models.*.load": "on_demand",
     "models.*.idle_timeout": "30m",
     "defaults.load": "on_demand",
