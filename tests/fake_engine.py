@@ -2,7 +2,8 @@
 
 It stands in where only the control plane is tested. `{"fake": {...}}` in the model folder's config.json scripts it:
 `load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
-then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself).
+then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself),
+`abort_after` (the same by an abort, with `last_words`), `overrun_after` (the same, for too much memory).
 A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every `token_seconds`.
 """
 
@@ -13,6 +14,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import msgspec
@@ -33,6 +35,7 @@ from runner.protocol import (
     LoadAdapter,
     Loaded,
     LoadFailed,
+    Overrun,
     Rejected,
     Shutdown,
     Stats,
@@ -53,6 +56,7 @@ class FakeEngine:
         self.writer: asyncio.StreamWriter | None = None
         self.loaded = asyncio.Event()
         self.tokens = 0
+        self.budget = spec.budget_bytes
         self.cancelled = 0
         self.connected = asyncio.Event()
         self.gone = asyncio.Event()
@@ -114,8 +118,9 @@ class FakeEngine:
                 self.send(AdapterDropped(key))
             case Shutdown():
                 os._exit(0)
-            case Configure():
-                pass
+            case Configure(memory_limit_bytes=limit):
+                self.budget = limit or self.budget
+                self.stats()
 
     async def answer(self, request: Generate) -> None:
         if request.adapter and request.adapter not in self.adapters:
@@ -126,6 +131,15 @@ class FakeEngine:
             self.tokens += 1
             if self.tokens == self.script.get("die_after"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.tokens == self.script.get("abort_after"):
+                sys.stderr.write(str(self.script["last_words"]))
+                sys.stderr.flush()
+                os.abort()
+            if self.tokens == self.script.get("overrun_after"):
+                self.send(Overrun(200, 100))
+                assert self.writer is not None
+                await self.writer.drain()
+                os._exit(3)
             last = index == count - 1
             usage = Usage(1, count) if last else None
             text = f"{request.adapter or 'base'} "
@@ -151,6 +165,7 @@ class FakeEngine:
                 steps_total=0,
                 cancelled_total=self.cancelled,
                 failed_total=0,
+                budget_bytes=self.budget,
             )
         )
 

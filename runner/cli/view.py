@@ -122,6 +122,18 @@ class View:
     def _on_engine_died(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: the engine (pid {event['pid']}) ended unexpectedly; starting it again")
 
+    def _on_loaded(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: loaded in {event['seconds']:.2f} s")
+
+    def _on_unloaded(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: unloaded ({event['reason']})")
+
+    def _on_load_failed(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: could not be loaded: {event['error']}")
+
+    def _on_engine_out_of_memory(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: {event['reason']}")
+
     def _on_engine_restarted(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: back, pid {event['pid']}")
 

@@ -54,6 +54,10 @@ class ModelMemory(NamedTuple):
         """With one short request: with less, nothing can ever be answered."""
         return self.held + self.first
 
+    def working(self, step: int) -> int:
+        """What computing the first step of `step` tokens takes, beside what it leaves in the caches."""
+        return max(0, self.first - self.kv_per_token * whole_steps(min(step, self.context or step)))
+
     @property
     def kv_max(self) -> int:
         """Every row at its longest, with what the batch has of room beyond them."""

@@ -365,9 +365,24 @@ class Model(_Section):
         examples=[{"temperature": 0.7, "max_tokens": 1024}],
     )
     load: LoadPolicy | None = Field(
-        None, description="eager: load at start. on_demand: load at the first request.", examples=["eager"]
+        None,
+        description="eager: load at start, and stay. on_demand: load at the first request, and give way, while idle, "
+        "to others that need the memory. Default: eager.",
+        examples=["on_demand"],
     )
-    idle_timeout: Duration | None = Field(None, description="Unload after so long without a request.", examples=["30m"])
+    idle_timeout: Duration | None = Field(
+        None,
+        description="Unload after so long without a request; the next one loads it again. Default: never.",
+        examples=["30m"],
+    )
+    priority: int = Field(
+        0,
+        ge=-1000,
+        le=1000,
+        description="Who comes first where memory is short: models of a higher priority are loaded before others that "
+        "wait, and idle ones of a lower priority give way before others.",
+        examples=[10],
+    )
 
 
 class Defaults(_Section):

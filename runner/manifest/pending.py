@@ -11,13 +11,7 @@ from typing import Any, Final
 from runner.manifest.tree import KeyPath, Problem
 
 # (path, with * for any key or index; values that are refused, or None for all)
-NOT_YET: Final[tuple[tuple[str, tuple[str, ...] | None], ...]] = (
-    ("models.*.load", ("on_demand",)),
-    ("models.*.idle_timeout", None),
-    ("defaults.load", ("on_demand",)),
-    ("defaults.idle_timeout", None),
-    ("servers.*.apis.*", ("admin",)),
-)
+NOT_YET: Final[tuple[tuple[str, tuple[str, ...] | None], ...]] = (("servers.*.apis.*", ("admin",)),)
 
 
 def not_yet(data: Any) -> Iterator[Problem]:

@@ -99,7 +99,7 @@ class _Models:
             before=self._held,
             after=total(self._desired),
             peak=max(self._held, self._held + self._incoming - released),
-            most=sum(map(most, self._desired)),
+            most=sum(most(m) for m in self._desired if m.load != "on_demand"),
             limit=self._limit,
         )
 
@@ -119,11 +119,14 @@ class _Models:
         if (old := self._taken.get(new.name)) is not None:
             return _update(old, new)
         if (old := self._replaced.get(new.name)) is not None:
-            disruption = Disruption.DRAIN if old.name in self._first else Disruption.SURGE
+            waits = old.name in self._first or new.load == "on_demand"
+            disruption = Disruption.DRAIN if waits else Disruption.SURGE
             return ReplaceModel(old=old, spec=new, reason=_replace_reason(old, new), disruption=disruption)
         if new.name in self._before:
             heir = next(name for name, taken in self._taken.items() if taken.name == new.name)
             return StartModel(spec=new, reason=f"its engine goes on as models.{heir}")
+        if new.load == "on_demand":
+            return StartModel(spec=new, reason="loads at its first request", disruption=Disruption.NONE)
         return StartModel(spec=new, reason="not running")
 
     def _why_gone(self, name: str) -> str:

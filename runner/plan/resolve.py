@@ -134,6 +134,7 @@ class _Resolution:
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
             quantization=_quantization(model.quantization),
             dtype=model.dtype or "",
+            **self._residence(model),
         )
 
     def _adapter(self, model: str, name: str) -> AdapterSpec | None:
@@ -231,6 +232,13 @@ class _Resolution:
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults
         return _given(defaults.generation if defaults else None) | _given(model.generation)
+
+    def _residence(self, model: Model) -> dict[str, Any]:
+        """When it is loaded, and when it goes."""
+        defaults = self._loaded.manifest.defaults
+        load = model.load or (defaults.load if defaults else None)
+        timeout = model.idle_timeout or (defaults.idle_timeout if defaults else None)
+        return {"load": load or "eager", "idle_timeout": timeout or 0.0, "priority": model.priority}
 
     def settings(self, name: str) -> Mapping[str, Mapping[str, Any]]:
         """A model's sections `kv_cache` and `batching`, with what the defaults say of them."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runner.errors import Diagnostic
 from runner.inspect.memory import ModelMemory
@@ -89,6 +89,8 @@ class ModelSpec:
     model's weights too, and is of the weights as they are loaded.
 
     `quantization` is None where the folder is loaded as it is, `dtype` what the model computes in, "" for its own.
+    `load` is when an engine is started, `idle_timeout` after how many seconds without a request it is ended (0: never),
+    and `priority` who comes first where memory is short: more before less.
     `kv_cache` is None where keys and values are kept as they are computed. `generation` holds the manifest's defaults
     for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it follows from
     the rest, and is not compared.
@@ -109,6 +111,9 @@ class ModelSpec:
     kv_cache: KVCacheSpec | None = None
     quantization: QuantizationSpec | None = None
     dtype: str = ""
+    load: Literal["eager", "on_demand"] = "eager"
+    idle_timeout: float = 0.0
+    priority: int = 0
     memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property

@@ -17,6 +17,7 @@ from runner.gateway.openai.answers import events, whole
 from runner.gateway.openai.shapes import ChatShape, CompletionShape, Head, Shape, encode_json
 from runner.gateway.openai.translate import chat_generates, completion_generates
 from runner.gateway.openai.wire import CHAT_NAMES, COMPLETION_NAMES, CommonFields, chat_decoder, completion_decoder
+from runner.gateway.waiting import begin
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -67,9 +68,10 @@ class _Generating:
         )
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)
-        generation = await start(route, generates, exchange, self._metrics)
         if fields.stream:
-            stream = events(generation, head, exchange)
+            stream = await begin(
+                route, generates, exchange, self._metrics, lambda g: events(g, head, exchange), as_event
+            )
             exchange.defer(stream.aclose)
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
@@ -77,7 +79,7 @@ class _Generating:
             response.stream = stream
         else:
             response.content_type = "application/json"
-            response.data = await whole(generation, head)
+            response.data = await whole(await start(route, generates, exchange, self._metrics), head)
 
 
 class ChatCompletions(_Generating):
@@ -136,4 +138,5 @@ def _card(card: ModelCard) -> dict[str, Any]:
         "root": card.model,
         "adapter": card.adapter,
         "ready": card.ready,
+        "loaded": card.loaded,
     }
