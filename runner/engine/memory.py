@@ -45,7 +45,9 @@ class MemoryBudget:
 
     def held(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes of `rows` in one batch, up to their ends, beside `kept` bytes of other things."""
-        tokens = len(rows) * max((_tokens(row) for row in rows), default=0)
+        # As many as there is room for, not as there are: a batch grows by a third, and its rows by steps.
+        longest = max((_tokens(row) for row in rows), default=0)
+        tokens = (len(rows) + len(rows) // 3) * -(-longest // _PROBE) * _PROBE
         return int(self.weights + kept + self.working + tokens * self.token_bytes)
 
     def excess(self, rows: Sequence[Row], kept: int) -> int:

@@ -114,7 +114,6 @@ class EngineProcess:
 
         spec = self._spec
         self._stage("weights")
-        base = resident()
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
@@ -129,7 +128,6 @@ class EngineProcess:
             speculation,
         )
         engine.budget.granted, engine.budget.working = spec.budget_bytes, spec.working_bytes
-        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base))
         self._stage("adapters")
         for adapter in spec.adapters:
             try:
@@ -138,6 +136,8 @@ class EngineProcess:
                 raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
         self._stage("warmup")
         device, active_bytes = warm_up(engine)
+        base = resident() - active_bytes  # Python and the libraries, all of which have been used by now
+        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base))
         self._loaded = Loaded(
             weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
             active_bytes=active_bytes,

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _FAR: Final = 1.25
 """Times the limit at which the process does not wait for what it works on."""
 
+SLACK: Final = 16 * 2**20
+"""Bytes that a process comes to beside what is counted: the C library's heap, threads, Python's own."""
+
 _FINE: Final = 0.95
 """Of the limit, below which requests are taken up again."""
 
@@ -32,16 +35,20 @@ class Watchdog:
     `closed`: nothing is to be taken up. `over` has what was in use when it was too much, and does not go down again.
     """
 
-    def __init__(self, limit: Callable[[], int], release: Callable[[int], int], used: Callable[[], int]) -> None:
+    def __init__(
+        self, limit: Callable[[], int], release: Callable[[int], int], used: Callable[[], int], slack: int = SLACK
+    ) -> None:
         self.closed = False
         self.over = 0
         self._limit = limit
         self._release = release
         self._used = used
+        self._slack = slack
 
     def look(self, *, busy: bool) -> bool:
         """Whether all is well enough to go on; False asks for the process to be replaced."""
         limit = self._limit()
+        limit += self._slack if limit else 0
         used = self._used() if limit else 0
         if not limit or used <= limit * (_FINE if self.closed else 1.0):
             self.closed = False
