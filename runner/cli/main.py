@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
     "validate": "Check a manifest",
+    "fit": "Show what models take in memory, and how much fits",
     "explain": "Explain the code of a message",
     "status": "Show what is running",
     "history": "Show what was applied, and by whom",

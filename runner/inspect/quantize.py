@@ -49,6 +49,26 @@ _PRECISE: Final[Mapping[str, tuple[str, ...]]] = {
 """Layers that mlx-lm 0.32 keeps at 8 bits in groups of 64 by itself (`quant_predicate` of its models), and where."""
 
 
+_LEFT: Final[Mapping[str, tuple[str, ...]]] = {
+    "bailing_hybrid": ("attention.embed_q", "attention.unembed_out"),
+    "bailing_moe_v3": (
+        "word_embeddings",
+        "lm_head",
+        "attention.q_a_proj",
+        "attention.q_b_proj",
+        "attention.kv_a_proj_with_mqa",
+        "attention.embed_q",
+        "attention.unembed_out",
+        "attention.b_proj",
+    ),
+    "spark2_5": ("self_attn.g_proj",),
+}
+"""Layers that mlx-lm 0.32 does not quantise unless a rule says so."""
+
+_NEVER: Final = frozenset({"afm7"})
+"""Architectures with layers of their own kind, which mlx-lm cannot quantise."""
+
+
 class Wanted(NamedTuple):
     """What a manifest asks for: the packing of all, and of layers whose path matches a pattern, the first that does;
     None leaves them as they are."""
@@ -85,6 +105,8 @@ def misfit(model: ModelFacts, wanted: Wanted) -> Misfit | None:
         return Misfit((), f"the source is quantised already, to {how}", "remove quantization, or take the original")
     if tool := model.config.quantized_elsewhere:
         return Misfit((), f"the source is packed by {tool} already", "remove quantization, or take the original")
+    if model.config.architecture in _NEVER:
+        return Misfit((), f"mlx_lm cannot quantise {model.config.model_type} models", "remove quantization")
     for keys, packing in (((), wanted.packing), *((("layers", name), rule) for name, rule in wanted.layers.items())):
         if packing is not None and (wrong := _impossible(packing)) is not None:
             return wrong._replace(keys=(*keys, *wrong.keys))
@@ -190,7 +212,9 @@ def _decided(path: str, group: Group, config: Config, wanted: Wanted) -> Packing
     if group.shape[-1] % wanted.packing.group_size:
         return None  # whatever rules say, as in mlx_lm.convert
     packing: Packing | None = wanted.packing
-    if any(path.endswith(suffix) for suffix, kinds in _PRECISE.items() if config.architecture in kinds):
+    if path.endswith(_LEFT.get(config.architecture, ())):
+        packing = None
+    elif any(path.endswith(suffix) for suffix, kinds in _PRECISE.items() if config.architecture in kinds):
         packing = Packing(8, 64)
     for pattern, rule in wanted.layers.items():
         if matches(pattern, path):
