@@ -32,6 +32,9 @@ from runner.protocol import AdapterSource, Configure, Delta, EngineSpec, Generat
 
 logger = logging.getLogger(__name__)
 
+_AT_REST = ("idle", "loading", "replacing")
+"""States in which a model that is loaded on demand takes requests without an engine."""
+
 _MAX_WAITING = 1024
 """Requests that may wait for an engine to load; more are told to come back."""
 
@@ -101,8 +104,7 @@ class Deployment:
     @property
     def ready(self) -> bool:
         """Whether it takes requests: an engine has generated a token, or one is loaded when it is asked for."""
-        resting = self._rests and self.state in ("idle", "loading", "replacing") and not self.last_error
-        return self.engine is not None or resting
+        return self.engine is not None or (self._rests and self.state in _AT_REST and not self.last_error)
 
     @property
     def loaded(self) -> bool:
@@ -111,8 +113,8 @@ class Deployment:
 
     @property
     def _rests(self) -> bool:
-        """Whether it may well be that no engine is up."""
-        return self.spec.load == "on_demand" or self.spec.idle_timeout > 0
+        """Whether it is as it should be that no engine is up."""
+        return self.spec.load == "on_demand" or self.state == "idle" or self._demand.loading
 
     @property
     def busy(self) -> bool:

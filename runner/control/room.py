@@ -278,13 +278,22 @@ class Room:
         specs = [holding.spec for holding in self._held if not holding.leaving]
         specs += [coming] if coming is not None else []
         spare = max(0, self.limit - sum(map(_needed, specs)))
-        growth = {id(spec): max(0, most(spec) - least(spec)) for spec in specs}
+        growth = {id(spec): _growth(spec, self.limit) for spec in specs}
         whole = sum(growth.values()) or 1
         return {id(s): least(s) + min(growth[id(s)], spare * growth[id(s)] // whole) for s in specs}
 
 
 def _needed(spec: ModelSpec) -> int:
     return least(spec) + ENGINE_BYTES
+
+
+def _growth(spec: ModelSpec, limit: int) -> int:
+    """Bytes that an engine can come to beyond what it needs at least: all there is where its rows' length is not
+    known."""
+    can_come_to = most(spec)
+    if not spec.memory.context or not spec.memory.exact:
+        can_come_to = spec.memory_limit_bytes or limit
+    return max(0, can_come_to - least(spec))
 
 
 def _keeps_to_it(holding: Holding) -> bool:
