@@ -36,12 +36,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `digest` identifies what cannot change without a new process; `prefix_cache_bytes`, `memory_limit_bytes` are bytes;
     `budget_bytes` is what memory it may come to for now, 0 for as much as the limit, and `working_bytes` of it are
-    left for what is computed; `max_context` is tokens (prompt + completion), 0 for the model's own;
-    `prefill_step_size` is tokens per prefill chunk; `draft` is the folder of a draft model, "" for none, which
-    proposes `num_draft_tokens` at a time at most; `dtype` is what the model computes in, "" for its own (float32 on
-    the CPU); `kv_bits` quantise the KV cache, in groups of `kv_group_size` values, 0 not; `tool_parser` names the
-    convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long, in seconds, the engine
-    waits without a runner before it exits.
+    left for what is computed; `row_bytes` is the most that a row keeps however long it gets, 0 if not known;
+    `max_context` is tokens (prompt + completion), 0 for the model's own; `prefill_step_size` is tokens per prefill
+    chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
+    `dtype` is what the model computes in, "" for its own (float32 on the CPU); `kv_bits` quantise the KV cache, in
+    groups of `kv_group_size` values, 0 not; `tool_parser` names the convention of tool calls, "" for what the chat
+    template tells; `orphan_grace` is how long, in seconds, the engine waits without a runner before it exits.
     """
 
     model: str
@@ -56,6 +56,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int = 0
     budget_bytes: int = 0
     working_bytes: int = 0
+    row_bytes: int = 0
     draft: str = ""
     num_draft_tokens: int = 0
     dtype: str = ""

@@ -570,6 +570,7 @@ def _engine_spec(spec: ModelSpec, folder: Path, options: Options, budget: int) -
         prefix_cache_bytes=spec.limits.prefix_cache_bytes,
         memory_limit_bytes=spec.memory_limit_bytes,
         budget_bytes=budget,
+        row_bytes=spec.memory.kv_row if spec.memory.exact and spec.memory.context else 0,
         working_bytes=spec.memory.working(spec.limits.prefill_step_size),
         draft=str(spec.draft.path) if spec.draft else "",
         num_draft_tokens=spec.limits.num_draft_tokens,

@@ -28,8 +28,10 @@ _AHEAD: Final = 256
 class MemoryBudget:
     """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row.
 
-    `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the limit.
-    `working` bytes are left for what is computed. With neither limit nor grant everything fits.
+    `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the
+    limit. `working` bytes are left for what is computed. A row takes `row_bytes` at most, however long it gets: where
+    windows bound most layers that is far less than its tokens would; 0 where nobody knows. With neither limit nor
+    grant everything fits.
     """
 
     limit: int
@@ -37,6 +39,7 @@ class MemoryBudget:
     token_bytes: float
     granted: int = 0
     working: int = 0
+    row_bytes: int = 0
 
     @property
     def most(self) -> int:
@@ -47,8 +50,10 @@ class MemoryBudget:
         """Bytes of `rows` in one batch, up to their ends, beside `kept` bytes of other things."""
         # As many as there is room for, not as there are: a batch grows by a third, and its rows by steps.
         longest = max((_tokens(row) for row in rows), default=0)
-        tokens = (len(rows) + len(rows) // 3) * -(-longest // _PROBE) * _PROBE
-        return int(self.weights + kept + self.working + tokens * self.token_bytes)
+        each = -(-longest // _PROBE) * _PROBE * self.token_bytes
+        if self.row_bytes:
+            each = min(each, self.row_bytes)
+        return int(self.weights + kept + self.working + (len(rows) + len(rows) // 3) * each)
 
     def excess(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes by which that exceeds what may be used now; 0 or less fits."""

@@ -128,6 +128,7 @@ class EngineProcess:
             speculation,
         )
         engine.budget.granted, engine.budget.working = spec.budget_bytes, spec.working_bytes
+        engine.budget.row_bytes = spec.row_bytes
         self._stage("adapters")
         for adapter in spec.adapters:
             try:

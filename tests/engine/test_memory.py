@@ -65,3 +65,4 @@ def test_the_batch_is_counted_padded(model_folder: ModelFolder, token_bytes: flo
     rows = [driver.engine._admission.row(generate(i, prompt=[5] * n, max_tokens=4), 0) for i, n in enumerate((10, 30))]
     assert MemoryBudget(1000, 100, 2.0).excess(rows, 50) == 100 + 50 + 2 * STEP * 2 - 1000
     assert MemoryBudget(1000, 100, 2.0).excess([], 50) == -850
+    assert MemoryBudget(1000, 100, 2.0, row_bytes=300).excess(rows, 50) == 100 + 50 + 2 * 300 - 1000
