@@ -4,7 +4,8 @@
 
     MlxRunError                 what to tell the user, in one or two lines
     ├── ManifestError           the manifest is wrong: a list of diagnostics with file:line:column
-    │   └── NotDownloaded       all that is wrong is that hub sources are not in the hub's cache yet
+    │   ├── NotDownloaded       all that is wrong is that hub sources are not in the hub's cache yet
+    │   └── DownloadFailed      hub sources could not be brought there
     ├── UsageError              the command line asks for what cannot be
     ├── Interrupted             whoever asked for something gave it up
     ├── RunnerError             the command cannot be carried out
@@ -92,6 +93,14 @@ class NotDownloaded(ManifestError):  # noqa: N818 - a condition, read as `except
         super().__init__(diagnostics)
         self.repo = repo
         self.revision = revision
+
+
+class DownloadFailed(ManifestError):  # noqa: N818
+    """Hub sources could not be brought into the cache. `passing`: trying again later may help."""
+
+    def __init__(self, diagnostics: list[Diagnostic], *, passing: bool = False) -> None:
+        super().__init__(diagnostics)
+        self.passing = passing
 
 
 class UsageError(MlxRunError):

@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=duration, metavar="5m", help="undo it when it is not done after so long")
     parser.add_argument("--dry-run", action="store_true", help="show the plan; change nothing and download nothing")
     add_scope(parser)
+    add_frozen(parser)
     parser.add_argument("--json", action="store_true", help="print events as lines of JSON, a result line at the end")
     parser.add_argument("--no-watch", dest="watch", action="store_false", help="take later edits by `apply` only")
     parser.add_argument(
@@ -39,6 +40,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "example:\n  mlx-run apply configs/dev.yaml\n"
         "  mlx-run apply -f base.yaml -f prod.yaml\n"
         "  mlx-run apply --wait --timeout 5m --json -f prod.yaml"
+    )
+
+
+def add_frozen(parser: argparse.ArgumentParser) -> None:
+    """Whether the lock has to hold."""
+    parser.add_argument(
+        "--frozen", action="store_true", help="refuse what NAME.lock.yaml does not have, or has otherwise (`lock`)"
     )
 
 
@@ -87,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             prune=arguments.prune,
             json=arguments.json,
             watch=arguments.watch,
+            frozen=arguments.frozen,
             generation=arguments.generation,
         )
         return apply(wish, compiler, began)
@@ -100,7 +109,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     from runner.cli.plan_text import render_plan  # noqa: PLC0415
     from runner.cli.result import print_result  # noqa: PLC0415
 
-    made = preview(manifests(arguments), target=arguments.target, prune=arguments.prune)
+    made = preview(manifests(arguments), target=arguments.target, prune=arguments.prune, frozen=arguments.frozen)
     if arguments.json:
         print_result(plan=made, changed=False)
     else:

@@ -41,6 +41,7 @@ class Wish:
     json: bool = False
     watch: bool = True
     generation: int | None = None
+    frozen: bool = False
 
     def request(self) -> dict[str, Any]:
         """As the runner that is up gets it."""
@@ -50,6 +51,7 @@ class Wish:
             "prune": self.prune,
             "timeout_seconds": self.timeout,
             "watch": self.watch,
+            "frozen": self.frozen,
             "generation": self.generation,
             "user": this_user(),
         }
@@ -59,6 +61,7 @@ class Wish:
         words = [word for path in self.paths for word in ("--file", str(path))]
         words += [word for target in self.target for word in ("--target", target)]
         words += [] if self.prune else ["--prune=false"]
+        words += ["--frozen"] if self.frozen else []
         words += [] if self.timeout is None else [f"--timeout={self.timeout:f}"]
         return words if self.watch else [*words, "--no-watch"]
 
@@ -73,7 +76,7 @@ def _apply(wish: Wish, compiler: Compiler, view: View | JsonView) -> int:
     if not wish.detach:
         # While the manifest is being read, and only where this process may need it: 100 ms of imports.
         import_module("runner.control.runner")
-    compiled = compiler.compile(wish.paths)
+    compiled = compiler.compile(wish.paths, frozen=wish.frozen)
     error = compiled.error()
     if compiled.options is None or (error is not None and compiled.missing is None):
         assert error is not None, "a manifest without options is wrong"
@@ -125,7 +128,16 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wis
     with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log:
         configure_logging(options.log_level, stream=log)
         scope = Scope(wish.target, wish.prune)
-        result = run(compiled, options, compiler, view.show, watch=wish.watch, scope=scope, timeout=wish.timeout)
+        result = run(
+            compiled,
+            options,
+            compiler,
+            view.show,
+            watch=wish.watch,
+            scope=scope,
+            timeout=wish.timeout,
+            frozen=wish.frozen,
+        )
     raise_for(result)
     return 0
 

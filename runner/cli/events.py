@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from runner.cli.locate import add_files, add_name, find, wanted
+from runner.cli.text import format_bytes
 from runner.control import client
 
 Event = dict[str, Any]
@@ -52,6 +53,11 @@ def _said(message: str) -> str:
     return f": {message}" if message else ""
 
 
+def _share(event: Event) -> str:
+    done, total = event["done_bytes"], event["total_bytes"]
+    return f"{format_bytes(done)} of {format_bytes(total)} are here"
+
+
 def _plain(event: Event) -> str:
     """An event that has no words of its own: its name, and its fields."""
     fields = [f"{k}={v}" for k, v in event.items() if k not in ("event", "time", "target")]
@@ -66,6 +72,10 @@ _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "downloading": lambda e: f"downloading {e['repo']} at {e['revision']}",
     "converting": lambda e: f"quantising the source, {e['percent']} % written",
     "converted": lambda e: f"the quantised copy was made in {e['seconds']:.2f} s",
+    "download_progress": lambda e: f"{e['repo']}: {_share(e)}",
+    "downloaded": lambda e: (
+        f"downloaded {e['repo']} at {e['revision']}: {format_bytes(e['bytes'])}, commit {e['commit']}"
+    ),
     "action_started": lambda e: f"{e['action']} began: {e['reason']}",
     "action_done": lambda e: f"{e['action']} done in {e['seconds']:.2f} s ({e['disruption']})",
     "applied": lambda e: f"generation {e['generation']} is live{_restored(e)}",

@@ -13,13 +13,13 @@ from typing import Final
 
 from runner.errors import ManifestError, RunnerError, UsageError
 from runner.gateway.sockets import is_free
+from runner.hub.cache import hub_cache
 from runner.inspect.files import DigestCache
 from runner.machine import Machine, this_machine
 from runner.manifest.load import load_manifest
 from runner.manifest.report import render_diagnostics
 from runner.manifest.values import format_size
 from runner.plan.candidates import Candidate, Fit, fit, fitting, in_hub_cache, named
-from runner.plan.hub import hub_cache
 from runner.plan.resolve import look
 from runner.plan.starter import KEY_VARIABLE, LIMIT_PERCENT, Chosen, Starter, compose, recommended
 

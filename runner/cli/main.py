@@ -20,6 +20,9 @@ COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
     "apply": "Make it so: start or change what a manifest declares",
     "plan": "Show what apply would do",
+    "pull": "Download what a manifest needs, or one repository",
+    "models": "Show models that are here or on the hub, and make room",
+    "lock": "Pin each source to a commit and its files' digests",
     "validate": "Check a manifest",
     "fit": "Show what models take in memory, and how much fits",
     "explain": "Explain the code of a message",
@@ -58,7 +61,16 @@ def _width() -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse exits with 2 after a wrong command line, which to CI means that a plan has changes."""
+    """argparse exits with 2 after a wrong command line, which to CI means that a plan has changes.
+
+    `mixed`: of a command (`MIXED`) whose words of several kinds may have options between them.
+    """
+
+    mixed = False
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """What a command line says."""
+        return self.parse_intermixed_args(arguments) if self.mixed else self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -75,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _top_level(arguments)
     command, parser = load_command(name)
     try:
-        code: int = command.run(parser.parse_args(arguments[1:]))
+        code: int = command.run(parser.parse(arguments[1:]))
     except ManifestError as error:
         from runner.manifest.report import render_diagnostics  # noqa: PLC0415 - only a wrong manifest pays for it
 
@@ -93,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def load_command(name: str) -> tuple[Any, argparse.ArgumentParser]:
+def load_command(name: str) -> tuple[Any, _Parser]:
     """One of COMMANDS: its module, and a parser with its options."""
     command = importlib.import_module(f"runner.cli.{name}")
     parser = _Parser(
@@ -102,6 +114,7 @@ def load_command(name: str) -> tuple[Any, argparse.ArgumentParser]:
         formatter_class=_Help,
     )
     command.configure(parser)
+    parser.mixed = getattr(command, "MIXED", False)
     return command, parser
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.cli.apply import add_scope
+from runner.cli.apply import add_frozen, add_scope
 from runner.cli.locate import add_manifest, manifests
 from runner.cli.plan_text import render_plan
 from runner.control import client
@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     add_manifest(parser)
     add_scope(parser)
+    add_frozen(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON (schemas/plan.schema.json)")
     parser.add_argument("--diff", action="store_true", help="show each field that changes; never a secret")
     parser.add_argument("-o", "--out", metavar="PATH", type=Path, help="write the plan as JSON to this file too")
@@ -47,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 2 when there is something to do and `--detailed-exitcode` asks; ManifestError: it cannot be used."""
-    made = preview(manifests(arguments), target=arguments.target, prune=arguments.prune)
+    made = preview(manifests(arguments), target=arguments.target, prune=arguments.prune, frozen=arguments.frozen)
     text = json.dumps(made, indent=2)
     if arguments.out is not None:
         _save(arguments.out, text)
@@ -55,12 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if arguments.detailed_exitcode and made["actions"] else 0
 
 
-def preview(paths: tuple[Path, ...], *, target: Sequence[str] = (), prune: bool = True) -> dict[str, Any]:
+def preview(
+    paths: tuple[Path, ...], *, target: Sequence[str] = (), prune: bool = True, frozen: bool = False
+) -> dict[str, Any]:
     """The plan for a manifest, as JSON: by the runner of its name if that is up, for it knows what is observed.
 
     Raises ManifestError, RunnerError for a target that is none, and what the control socket's client does.
     """
-    compiled = compile_manifest((paths, None, None))
+    compiled = compile_manifest((paths, None, None, frozen))
     desired = compiled.desired or compiled.provisional
     if desired is None or compiled.options is None:
         error = compiled.error()
@@ -68,7 +71,7 @@ def preview(paths: tuple[Path, ...], *, target: Sequence[str] = (), prune: bool 
         raise error
     folder = StateFolder(compiled.options.state_dir, compiled.name, create=False)
     if client.is_up(folder.control_socket):
-        asked = {"target": list(target), "prune": prune}
+        asked = {"target": list(target), "prune": prune, "frozen": frozen}
         answer = client.request(folder.control_socket, "plan", timeout=None, manifests=list(map(str, paths)), **asked)
         made: dict[str, Any] = answer["plan"]
         return made

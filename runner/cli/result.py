@@ -32,7 +32,7 @@ class JsonView:
         """Print an event; the first that ends an apply is followed by the result."""
         if "event" not in event:
             return
-        _print(event)
+        print_line(event)
         if event["event"] == "planned":
             self._plan = event["plan"]
         elif event["event"] in ("applied", "unchanged") and not self._ended:
@@ -51,7 +51,7 @@ class JsonView:
         """Print the result of an apply that came to nothing."""
         if not self._ended:
             self._ended = True
-            _print({"event": "result", "time": round(time.time(), 3), "ok": False, "error": _error(error)})
+            print_line({"event": "result", "time": round(time.time(), 3), "ok": False, "error": _error(error)})
 
     def summary(self, name: str) -> None:
         """Nothing: the result has been said."""
@@ -62,7 +62,7 @@ def print_result(
 ) -> None:
     """The result line of an apply that succeeded, or was not to be seen through (`changed` None)."""
     fields = {"changed": changed, "generation": generation, "seconds": seconds, "plan": plan}
-    _print({"event": "result", "time": round(time.time(), 3), "ok": True, **fields})
+    print_line({"event": "result", "time": round(time.time(), 3), "ok": True, **fields})
 
 
 def _error(error: MlxRunError) -> dict[str, Any]:
@@ -72,5 +72,5 @@ def _error(error: MlxRunError) -> dict[str, Any]:
     return data
 
 
-def _print(line: dict[str, Any]) -> None:
+def print_line(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)

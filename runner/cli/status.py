@@ -113,6 +113,8 @@ def _render(status: dict[str, Any], *, verbose: bool) -> str:
     lines = ["  ".join(parts)]
     if not status["watching"]:
         lines += ["", "  Edits wait for the next `mlx-run apply` (--no-watch)."]
+    if status.get("frozen"):
+        lines += ["", "  Held to its lock file (--frozen), edits too."]
     if not status["in_sync"]:
         lines += ["", *_problem_lines(status)]
     if status["warnings"]:
@@ -157,7 +159,10 @@ def _model_lines(model: dict[str, Any], now: float, *, verbose: bool) -> list[st
     if model["restarts"]:
         parts.append(f"{model['restarts']} restarts")
     lines = ["  ".join(parts)]
-    lines.append(f"    {model['source']}")
+    commits = dict(model["commits"])
+    of_model = commits.pop("model", "")
+    lines.append(f"    {model['source']}" + (f"@{of_model if verbose else of_model[:12]}" if of_model else ""))
+    lines += [f"    {what}: commit {commit}" for what, commit in commits.items() if verbose]
     if model["adapters"]:
         default = model["default_adapter"]
         names = [a["name"] + (" (default)" if a["name"] == default else "") for a in model["adapters"]]

@@ -97,7 +97,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
     if not arguments.no_files:
         machine = arguments.machine or this_machine()
         seen = look(loaded, machine, cache)
-        found += [*seen.wrong, *seen.desired.warnings]
+        found += [*seen.wrong, *seen.desired.warnings, *loaded.warnings]
         if arguments.machine is None:
             found += [diagnose(loaded, problem) for problem in check_ports(loaded, _own_ports(loaded))]
         notes = tuple(_not_checked(seen))

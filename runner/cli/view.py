@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from runner.cli.plan_text import render_plan
+from runner.cli.text import format_bytes
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -24,6 +25,7 @@ class View:
         self._watch = watch
         self._began = began
         self._loading: list[str] = []
+        self._coming: dict[str, str] = {}
         self._spinner: Status | None = None
         self._settled = False
 
@@ -76,7 +78,19 @@ class View:
         self._print(f"{event['target']}: {event['address']}")
 
     def _on_downloading(self, event: dict[str, Any]) -> None:
-        self._print(f"{event['repo']}: downloading {event['revision']} into the hub cache")
+        self._print(f"{event['repo']}: downloading {event['revision']} into the hub's cache")
+        self._coming[event["repo"]] = ""
+        self._update_spinner()
+
+    def _on_download_progress(self, event: dict[str, Any]) -> None:
+        done, total = event["done_bytes"], event["total_bytes"]
+        self._coming[event["repo"]] = f" {format_bytes(done)} of {format_bytes(total)}"
+        self._update_spinner()
+
+    def _on_downloaded(self, event: dict[str, Any]) -> None:
+        self._coming.pop(event["repo"], None)
+        self._print(f"{event['repo']}: {format_bytes(event['bytes'])} are here, commit {event['commit'][:12]}")
+        self._update_spinner()
 
     def _on_converting(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: quantising, {event['percent']} %")
@@ -116,6 +130,7 @@ class View:
     def _on_apply_failed(self, event: dict[str, Any]) -> None:
         self._stop_spinner()
         self._loading.clear()
+        self._coming.clear()
         if self._settled:
             self._print(f"The edit is not in effect, what ran goes on:\n{event['error']}")
 
@@ -150,12 +165,14 @@ class View:
     # ------------------------------------------------------------- spinner
 
     def _update_spinner(self) -> None:
-        if not self._loading:
+        if not self._loading and not self._coming:
             self._stop_spinner()
             return
         if not sys.stdout.isatty():
             return
-        text = f"loading {', '.join(self._loading)}"
+        doing = [f"loading {', '.join(self._loading)}"] if self._loading else []
+        doing += [f"downloading {repo}{share}" for repo, share in self._coming.items()]
+        text = ", ".join(doing)
         if self._spinner is None:
             # Imported here: by now the listeners are open, so nobody waits for it.
             from rich.console import Console  # noqa: PLC0415

@@ -29,9 +29,9 @@ def compile_manifest(request: Request, cache: DigestCache | None = None) -> Comp
 
     `cache` is what earlier requests to this process have read.
     """
-    paths, name, sealed = request
+    paths, name, sealed, frozen = request
     cache = cache or _unsealed(sealed)
-    compiled = _compile(paths, name, cache)
+    compiled = _compile(paths, name, cache, frozen=frozen)
     return replace(compiled, digests=pickle.dumps(cache, pickle.HIGHEST_PROTOCOL))
 
 
@@ -43,15 +43,15 @@ def _unsealed(digests: bytes | None) -> DigestCache:
     return cache
 
 
-def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache) -> Compiled:
+def _compile(paths: tuple[Path, ...], name: str | None, digests: DigestCache, *, frozen: bool) -> Compiled:
     inputs = Inputs()
     known: dict[str, Any] = {"paths": paths, "inputs": inputs}
     try:
         known["options"] = _options()
-        loaded = load_manifest(paths, os.environ, inputs)
+        loaded = load_manifest(paths, os.environ, inputs, frozen=frozen)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), **known)
-    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models)}
+    known |= {"name": loaded.manifest.name, "models": tuple(loaded.manifest.models), "hub_token": loaded.hub_token}
     try:
         _check_name(loaded, name)
         for folder in _local_sources(loaded):

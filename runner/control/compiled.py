@@ -10,9 +10,9 @@ from runner.manifest.inputs import Inputs
 from runner.options import Options
 from runner.plan.spec import Desired
 
-Request = tuple[tuple[Path, ...], str | None, bytes | None]
-"""The manifest's files, merged left to right, the only name that it may have (None: any), and what was read before: the
-process keeps nothing between two lives."""
+Request = tuple[tuple[Path, ...], str | None, bytes | None, bool]
+"""The manifest's files, merged left to right, the only name that it may have (None: any), what was read before (the
+process keeps nothing between two lives), and whether its lock has to be there and to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Compiled:
     far as reading came. `name` and the names of the `models` are known once the manifest itself is sound. `warnings`
     keep nothing from running. `missing` is a hub repository and revision to download first; with it, `provisional` is
     the desired state with stand-ins for what is not there yet. `digests` is what was read of models' folders, sealed:
-    the runner has no use for it but to hand it to the next process.
+    the runner has no use for it but to hand it to the next process. `hub_token` is what private repositories are read
+    with, empty for what the hub's library finds by itself.
     """
 
     paths: tuple[Path, ...]
@@ -37,6 +38,7 @@ class Compiled:
     provisional: Desired | None = None
     options: Options | None = None
     digests: bytes | None = None
+    hub_token: str = field(default="", repr=False)
 
     def error(self) -> ManifestError | None:
         """What is wrong, None when nothing is."""

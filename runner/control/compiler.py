@@ -39,11 +39,12 @@ class Compiler:
         with self._lock:
             self._start()
 
-    def compile(self, paths: Sequence[Path], name: str | None = None) -> Compiled:
-        """Read, merge, check and resolve a manifest's files. Raises RunnerError when the process fails."""
+    def compile(self, paths: Sequence[Path], name: str | None = None, *, frozen: bool = False) -> Compiled:
+        """Read, merge, check and resolve a manifest's files; `frozen`: as its lock has them, or not at all. Raises
+        RunnerError when the process fails."""
         with self._lock:
             stream = self._start()
-            request: Request = (tuple(paths), name, self._digests)
+            request: Request = (tuple(paths), name, self._digests, frozen)
             try:
                 pickle.dump(request, stream)
                 stream.flush()

@@ -39,14 +39,18 @@ class EventLog:
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event and hand it to whoever listens."""
         logger.info(event, extra={f"event_{k}" if k in _RESERVED else k: v for k, v in fields.items()})
+        self.recent.append(self.tell(event, **fields))
+
+    def tell(self, event: str, **fields: Any) -> Event:
+        """Hand an event to whoever listens, and keep it nowhere: how far something has come is of the moment."""
         item: Event = {"event": event, "time": round(time.time(), 3), **fields}
-        self.recent.append(item)
         if self._observer is not None:
             self._observer(item)
         for queue in self._subscribers:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(item)
+        return item
 
     @contextmanager
     def subscribe(self) -> Iterator[asyncio.Queue[Event]]:

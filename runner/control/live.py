@@ -15,9 +15,10 @@ from runner.control.room import Room
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
 from runner.gateway.listener import Listener
+from runner.hub.cache import commit_of
 from runner.options import Options
 from runner.plan.planner import Observed
-from runner.plan.spec import Desired, ListenerSpec
+from runner.plan.spec import Desired, ListenerSpec, ModelSpec
 from runner.telemetry import GatewayMetrics
 
 Emit = Callable[..., None]
@@ -75,7 +76,9 @@ class Live:
         """Every model that is served, coming or wanted."""
         served = {name: d.status() for name, d in (*self.coming.items(), *self.deployments.items())}
         served |= {name: absent(name) for name in self.wanted.names if name not in served}
+        specs = {name: d.spec for name, d in (*self.coming.items(), *self.deployments.items())}
         for name, status in served.items():
+            status["commits"] = _commits(specs[name]) if name in specs else {}
             status["conditions"] = {**self.wanted.of(name).as_json, **status["conditions"]}
         return list(served.values())
 
@@ -146,3 +149,10 @@ def _run(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> Non
     task = asyncio.create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+
+
+def _commits(spec: ModelSpec) -> dict[str, str]:
+    """Which commits of hub repositories a model, its draft and its adapters are; folders have none."""
+    folders = {"model": spec.path} | ({"draft": spec.draft.path} if spec.draft is not None else {})
+    folders |= {f"adapters.{adapter.name}": adapter.path for adapter in spec.adapters}
+    return {what: commit for what, folder in folders.items() if (commit := commit_of(folder))}

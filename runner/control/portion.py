@@ -6,7 +6,7 @@ from runner.control.compiled import Compiled
 from runner.plan.planner import Observed, plan
 from runner.plan.render import VERBS
 from runner.plan.scope import Scope, require_targets, within
-from runner.plan.spec import Desired
+from runner.plan.spec import Desired, Download
 
 
 class Portion:
@@ -22,12 +22,11 @@ class Portion:
             require_targets(self.scope, whole, observed)
         return within(self.scope, whole, observed)
 
-    def missing(self, compiled: Compiled, observed: Observed) -> tuple[str, str] | None:
-        """The repository and revision that has to be downloaded first. Raises RunnerError as `of` does."""
-        if self.scope.whole or compiled.provisional is None:
-            return compiled.missing
-        needed = within(self.scope, compiled.provisional, observed).downloads
-        return (needed[0].repo, needed[0].revision) if needed else None
+    def missing(self, compiled: Compiled, observed: Observed) -> tuple[Download, ...]:
+        """What has to be downloaded first. Raises RunnerError as `of` does."""
+        if compiled.provisional is None:
+            return ()
+        return within(self.scope, compiled.provisional, observed).downloads
 
     def settle(self, whole: Desired, observed: Observed) -> None:
         """See what is left out, now that the rest is live. Where that is nothing, nothing is held back later either."""

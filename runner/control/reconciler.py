@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from runner.control.attempt import Attempt
 from runner.control.backoff import Backoff
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
-from runner.control.conditions import concerns, is_within
+from runner.control.conditions import concerns
 from runner.control.events import EventLog
 from runner.control.executor import Executor
+from runner.control.fetching import Fetching
 from runner.control.ledger import Cause, Intent, Ledger
 from runner.control.live import Live
 from runner.control.portion import Portion
 from runner.control.who import this_user
 from runner.errors import (
     Diagnostic,
+    DownloadFailed,
     EngineDied,
     ListenerError,
     ManifestError,
@@ -42,9 +44,6 @@ from runner.plan.scope import WHOLE, Scope
 from runner.plan.spec import Desired
 
 logger = logging.getLogger(__name__)
-
-Download = Callable[[str, str], Awaitable[None]]
-"""Brings a repository at a revision into the hub cache. Raises EngineLoadError."""
 
 _REST_AFTER = 10.0
 """Seconds after a pass until the compiler's process rests: edits come in bursts."""
@@ -67,12 +66,13 @@ class Reconciler:
     """Owns the passes over one manifest. `paths` may change when an apply hands over other files of the same name."""
 
     def __init__(
-        self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, download: Download
+        self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, fetching: Fetching | None = None
     ) -> None:
         self.paths = compiled.paths
         self.last: Pass | None = None
         self.inputs = compiled.inputs
         self.watching = True
+        self.frozen = False
         self.warnings: tuple[Diagnostic, ...] = ()
         self._live = live
         self._ledger = Ledger(live.folder)
@@ -81,7 +81,7 @@ class Reconciler:
         self._adopted = False
         self._portion = Portion()
         self._events = events
-        self._download = download
+        self._fetch = fetching or Fetching(events, live.wanted, live.folder.log)
         self._compiler = compiler
         self._rest: asyncio.TimerHandle | None = None
         self._pending = False
@@ -122,36 +122,46 @@ class Reconciler:
         *,
         watch: bool = True,
         scope: Scope = WHOLE,
+        frozen: bool = False,
         attempt: Attempt | None = None,
     ) -> Pass:
-        """A pass over `paths`, which are the manifest from now on unless they cannot be used; followed if `watch`.
+        """A pass over `paths`, which are the manifest from now on unless they cannot be used; followed if `watch`, and
+        held to their lock if `frozen`.
 
         Only what is within `scope` is touched, now and by later edits, until an apply without one. Raises
         StaleGeneration, and Interrupted or RunnerError where it is given up before it has begun.
         """
         attempt = attempt or Attempt()
-        return await attempt.run(self._apply(paths, cause, watch, Portion(scope), attempt))
+        return await attempt.run(self._apply(paths, cause, Portion(scope), attempt, watch=watch, frozen=frozen))
 
     async def _apply(
-        self, paths: tuple[Path, ...], cause: Cause, watch: bool, portion: Portion, attempt: Attempt
+        self,
+        paths: tuple[Path, ...],
+        cause: Cause,
+        portion: Portion,
+        attempt: Attempt,
+        *,
+        watch: bool,
+        frozen: bool,
     ) -> Pass:
         async with self._lock:
             self._ledger.require(cause.generation)
             before = (self.paths, self.inputs, self._seen)
             held, self._portion = self._portion, portion
+            was_frozen, self.frozen = self.frozen, frozen
             self.paths = paths
             result = await self._reconcile(None, cause, attempt)
             if result.error is None:
                 self.watching = watch
             else:
-                self._portion = held
+                self._portion, self.frozen = held, was_frozen
                 if paths != before[0]:
                     self.paths, self.inputs, self._seen = before
             return result
 
-    async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE) -> Plan:
+    async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE, *, frozen: bool = False) -> Plan:
         """The plan that `apply` would execute now; provisional where it would download first. Raises MlxRunError."""
-        compiled = await self._compile(paths)
+        compiled = await self._compile(paths, frozen=frozen)
         self._let_rest()
         desired = compiled.desired or compiled.provisional
         if desired is None:
@@ -186,7 +196,9 @@ class Reconciler:
 
     def retry_delay(self) -> float | None:
         """Seconds until the last pass deserves another try; None when only an edit can help, or nothing is wrong."""
-        if self.last is not None and isinstance(self.last.error, EngineDied | ListenerError | SourceChanged):
+        error = self.last.error if self.last is not None else None
+        passing = isinstance(error, DownloadFailed) and error.passing
+        if passing or isinstance(error, EngineDied | ListenerError | SourceChanged):
             return self._retry.failed(time.monotonic())
         return None
 
@@ -338,8 +350,9 @@ class Reconciler:
             against=Against("runner", self.generation),
         )
 
-    async def _compile(self, paths: tuple[Path, ...]) -> Compiled:
-        return await asyncio.to_thread(self._compiler.compile, paths, self._name)
+    async def _compile(self, paths: tuple[Path, ...], *, frozen: bool | None = None) -> Compiled:
+        frozen = self.frozen if frozen is None else frozen
+        return await asyncio.to_thread(self._compiler.compile, paths, self._name, frozen=frozen)
 
     def _let_rest(self) -> None:
         if self._rest is not None:
@@ -348,15 +361,18 @@ class Reconciler:
         self._rest = loop.call_later(_REST_AFTER, loop.run_in_executor, None, self._compiler.stop)
 
     async def _desired(self, compiled: Compiled) -> Desired:
-        """The desired state, downloading what is missing. Raises ManifestError and EngineLoadError."""
+        """The desired state, downloading what is missing. Raises ManifestError."""
         fetched: set[tuple[str, str]] = set()
         if compiled.provisional is not None:
             await self._adopt(compiled.provisional)
-        while (missing := self._portion.missing(compiled, self._observe())) is not None and missing not in fetched:
-            fetched.add(missing)
-            await self._fetch(compiled, *missing)
+        while missing := self._portion.missing(compiled, self._observe()):
+            coming = [download for download in missing if (download.repo, download.revision) not in fetched]
+            if not coming:
+                break  # it is not whole on the hub either
+            fetched |= {(download.repo, download.revision) for download in coming}
+            await self._fetch(compiled, coming)
             compiled = await self._compile(compiled.paths)
-        if compiled.provisional is not None and missing is None:
+        if compiled.provisional is not None and not missing:
             return compiled.provisional  # what is not there is left out
         error = compiled.error()
         if error is not None:
@@ -364,18 +380,6 @@ class Reconciler:
             raise error
         assert compiled.desired is not None, "a manifest is either wrong or resolved"
         return compiled.desired
-
-    async def _fetch(self, compiled: Compiled, repo: str, revision: str) -> None:
-        wanted = compiled.provisional.downloads if compiled.provisional else ()
-        targets = [at for d in wanted if (d.repo, d.revision) == (repo, revision) for at in d.targets]
-        names = [name for name in compiled.models if any(is_within(at, name) for at in targets)]
-        self._events.emit("downloading", repo=repo, revision=revision)
-        self._live.wanted.not_downloaded(names, "Downloading", f"{repo} at {revision}")
-        try:
-            await self._download(repo, revision)
-        except MlxRunError as error:
-            self._live.wanted.not_downloaded(names, "DownloadFailed", error.message)
-            raise
 
     def _tell_models(self, error: MlxRunError | None) -> None:
         """Let each deployment know whether what is wanted of it is in effect. Told before the pass's own verdict is."""
@@ -399,6 +403,7 @@ class Reconciler:
             "manifest": str(self.paths[0]),
             "manifests": [str(path) for path in self.paths],
             "watching": self.watching,
+            "frozen": self.frozen,
             **self._ledger.status(),
             # Not while an edit is being looked at: what was true of the last manifest says nothing of this one.
             "settled": settled,

@@ -19,7 +19,6 @@ from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
 from runner.control.control_socket import ControlSocket, error_json
-from runner.control.download import download
 from runner.control.events import Event, EventLog
 from runner.control.ledger import Cause, Via
 from runner.control.live import Live
@@ -51,14 +50,16 @@ class Runner:
         watch: bool = True,
         scope: Scope = WHOLE,
         timeout: float | None = None,
+        frozen: bool = False,
     ) -> None:
         self._compiled = compiled
         self._folder = StateFolder(options.state_dir, compiled.name)
         self._events = EventLog(on_event)
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
-        self._reconciler = Reconciler(compiled, self._live, self._events, compiler, self._download)
+        self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
+        self._reconciler.frozen = frozen
         self._scope = scope
         self._first = Attempt(timeout)
         self._given_up: Interrupted | None = None
@@ -161,16 +162,13 @@ class Runner:
         await asyncio.to_thread(self._compiler.stop)
         self._events.emit("stopped")
 
-    async def _download(self, repo: str, revision: str) -> None:
-        await download(repo, revision, self._folder.log)
-
     # ------------------------------------------------------------- control requests
 
     async def _status(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {"done": True, **self.status()}
 
     async def _plan(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        made = await self._reconciler.preview(_manifests(request), _scope(request))
+        made = await self._reconciler.preview(_manifests(request), _scope(request), frozen=bool(request.get("frozen")))
         yield {"done": True, "plan": plan_json(made), "generation": self._reconciler.generation}
 
     async def _apply(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -181,6 +179,7 @@ class Runner:
             _cause("apply", request),
             watch=bool(request.get("watch", True)),
             scope=_scope(request),
+            frozen=bool(request.get("frozen")),
             attempt=attempt,
         )
         try:
@@ -329,6 +328,7 @@ def run(
     watch: bool = True,
     scope: Scope = WHOLE,
     timeout: float | None = None,
+    frozen: bool = False,
 ) -> Pass:
     """Run a runner in this process until it is told to stop; the first pass may take `timeout` seconds.
 
@@ -336,7 +336,7 @@ def run(
     """
 
     async def main() -> Pass:
-        runner = Runner(compiled, options, compiler, on_event, watch=watch, scope=scope, timeout=timeout)
+        runner = Runner(compiled, options, compiler, on_event, watch=watch, scope=scope, timeout=timeout, frozen=frozen)
         return await runner.run()
 
     return asyncio.run(main())

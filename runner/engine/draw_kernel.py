@@ -17,7 +17,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
-"""Environment variable that turns the kernel on, with 1: it has not been measured yet, so it is off by itself."""
+"""Environment variable that turns the kernel off, with 0."""
 
 THREADS: Final = 1024
 
@@ -240,7 +240,7 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array) -> mx.arra
 
 @cache
 def _available() -> bool:
-    return os.environ.get(SWITCH) == "1" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
+    return os.environ.get(SWITCH) != "0" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
 @cache

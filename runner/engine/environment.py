@@ -1,8 +1,10 @@
-"""What the process environment must hold before MLX is imported on Linux without a GPU.
+"""What the process environment must hold before MLX is imported on Linux.
 
 The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slower than OpenBLAS's, and `mx.compile`
-on the CPU calls a C++ compiler (14 s for the first sampled token). Neither can be changed once MLX is imported, so
-the engine decides here, from the files of the installation alone, and starts itself again with what it found.
+on the CPU calls a C++ compiler (14 s for the first sampled token). MLX's CUDA backend keeps a few hundred CUDA graphs
+and attention plans, and by default ends with an exception once it has missed them twice as often as it has room, which
+a server of many shapes does some day. Nothing of this can be changed once MLX is imported, so the engine decides here,
+from the files of the installation alone, and starts itself again with what it found. What the user has set stays.
 """
 
 from __future__ import annotations
@@ -19,6 +21,15 @@ from runner.machine import cpu_backend as cpu_backend
 PREPARED: Final = "MLX_RUN_ENGINE_PREPARED"
 """Set in the environment of an engine that has started itself again, so that it does so only once."""
 
+CUDA: Final = {
+    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
+    "MLX_CUDA_GRAPH_CACHE_SIZE": "2048",
+    "MLX_CUDA_SDPA_CACHE_SIZE": "1024",
+    # cuDNN's attention plans an execution for each new shape, which takes much longer than a prompt's attention does.
+    "MLX_CUDA_USE_CUDNN_SDPA": "0",
+}
+"""How the CUDA backend is set up, where the user has not said otherwise."""
+
 _DEBIAN: Final = "sudo apt-get install libopenblas0-pthread"
 
 
@@ -27,6 +38,16 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Costs a directory listing or two and imports nothing of MLX.
     """
+    if PREPARED in environ:
+        return {}
+    if cpu_backend():
+        return cpu_environment(environ)
+    cuda = CUDA if sys.platform == "linux" else {}
+    return {name: value for name, value in cuda.items() if name not in environ}
+
+
+def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The same for Linux without a GPU; empty elsewhere."""
     if PREPARED in environ or not cpu_backend():
         return {}
     added: dict[str, str] = {}

@@ -175,6 +175,7 @@ class EngineProcess:
     def _serve(self, engine: Engine) -> None:
         # Until now there was nothing to finish, and a SIGTERM ended the process as it always does.
         signal.signal(signal.SIGTERM, lambda *_: self._transport.inbox.put(Shutdown(0.0)))
+        self._transport.wake_on_signals()
         self._orphaned_at = time.monotonic()
         while True:
             for event in self._events(engine):

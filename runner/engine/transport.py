@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import selectors
+import signal
 import socket
 import threading
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Woken:
-    """The engine has something to do that came from none of the runners."""
+    """There is something to look at that came from none of the runners: work for the engine, or a signal."""
 
 
 Event = Connected | Disconnected | Woken | ToEngine
@@ -76,6 +77,7 @@ class Transport:
         finally:
             os.umask(previous)
         self._closing, self._close = socket.socketpair()
+        self._signals = False
         self._reader = threading.Thread(target=self._read_loop, name="engine-reader", daemon=True)
         self._writer = threading.Thread(target=self._write_loop, name="engine-writer", daemon=True)
 
@@ -105,8 +107,20 @@ class Transport:
             self._greeting = greeting
             self._enqueue(self._connection, encode_frame(message))
 
+    def wake_on_signals(self) -> None:
+        """Have signals put a `Woken` into the inbox. Called by the main thread.
+
+        One that arrives just before the main thread waits for the inbox would else be handled by nobody: its handler
+        runs when the main thread goes on, and what it waits in is not interrupted by what came before.
+        """
+        self._close.setblocking(False)
+        signal.set_wakeup_fd(self._close.fileno(), warn_on_full_buffer=False)
+        self._signals = True
+
     def close(self, timeout: float) -> None:
         """Write what is queued, for at most `timeout` seconds, then close and remove the socket."""
+        if self._signals:
+            signal.set_wakeup_fd(-1)
         self._outbox.put(None)
         self._writer.join(timeout)
         self._path.unlink(missing_ok=True)
@@ -123,6 +137,9 @@ class Transport:
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is self._closing:
+                        if self._closing.recv(64):
+                            self.inbox.put(Woken())  # a signal
+                            continue
                         self._hang_up()
                         return
                     if key.fileobj is self._listener:

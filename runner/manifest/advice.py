@@ -48,9 +48,13 @@ def _left_behind(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) 
 def _unpinned(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> Iterator[Diagnostic]:
     if not _is_on_the_hub(loaded, path, entry) or re.fullmatch(_COMMIT, entry.revision or ""):
         return
+    if loaded.pin(path, entry.source, entry.revision) is not None:
+        return
     at = (*path, "source" if entry.revision is None else "revision")
     message = f"{entry.source} ({entry.revision or 'main'}) can become another version, since it is no commit"
-    yield _warning(loaded, "W601", at, message, "give revision: and the 40 hex digits of a commit")
+    yield _warning(
+        loaded, "W601", at, message, "run `mlx-run lock`, or give revision: and the 40 hex digits of a commit"
+    )
 
 
 def _is_on_the_hub(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> bool:

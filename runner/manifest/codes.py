@@ -11,6 +11,7 @@ E4xx   not supported yet
 E5xx   variables, secrets and access
 E6xx   sources and folders
 E7xx   memory
+E8xx   downloads and the lock file
 Wnnn   warnings, in the same groups
 =====  ==========================================
 """
@@ -31,6 +32,7 @@ GROUPS: Final = {
     "5": "variables, secrets and access",
     "6": "sources and folders",
     "7": "memory",
+    "8": "downloads and the lock file",
 }
 """The first digit of a code → what it is about."""
 

@@ -15,6 +15,10 @@ from typing import Final
 MAX_BYTES: Final = 1024 * 1024
 """The largest file that is read: a manifest, or what it names."""
 
+LOCK_SUFFIX: Final = ".lock.yaml"
+LOCK_BYTES: Final = 16 * MAX_BYTES
+"""The largest lock file that is read: it has a line for each file of each model, and a program writes it."""
+
 State = str | None
 """Tells one state of something from another; None while there is nothing that can be read."""
 
@@ -34,7 +38,7 @@ class Inputs:
     patterns: dict[str, State] = field(default_factory=dict)
 
     def read(self, path: Path) -> bytes:
-        """At most MAX_BYTES + 1 bytes of a file, so that one that is too large can be told.
+        """At most MAX_BYTES + 1 bytes of a file (of a lock LOCK_BYTES + 1), so that one that is too large can be told.
 
         Raises OSError, also for a pipe or a device, which could keep its reader waiting.
         """
@@ -81,7 +85,7 @@ def _content(path: Path) -> bytes:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         parts: list[bytes] = []
-        left = MAX_BYTES + 1
+        left = (LOCK_BYTES if path.name.endswith(LOCK_SUFFIX) else MAX_BYTES) + 1
         while left and (part := file.read(left)):
             parts.append(part)
             left -= len(part)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import Diagnostic, ManifestError
 from runner.manifest.adapter_folders import find_adapters
@@ -14,13 +14,17 @@ from runner.manifest.checks import check
 from runner.manifest.env_files import with_env_files
 from runner.manifest.fill import fill
 from runner.manifest.inputs import Inputs
+from runner.manifest.lock import Lock, LockedSource, lock_path, read_lock
 from runner.manifest.models import Manifest, Model, Server
 from runner.manifest.overlay import merge
 from runner.manifest.pending import not_yet
 from runner.manifest.shape import validate
 from runner.manifest.source import read_source
-from runner.manifest.tree import KeyPath, Problem, Tree
+from runner.manifest.tree import KeyPath, Problem, Tree, dotted
 from runner.manifest.walk import read_tree
+
+_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - its name
+"""The variable with which private repositories are read, as the hub's own tools have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Loaded:
 
     `paths` are those of the manifest and its overlays, absolute; `inputs` are all files whose content matters. `digest`
     is of their contents and of the variables that were filled in; it covers secrets, so keep it in memory. `warnings`
-    are what merging and reading found; `runner.manifest.advice` has more.
+    are what merging and reading found; `runner.manifest.advice` has more. `hub_token` is HF_TOKEN, as the environment
+    or an env file has it. `lock` is what the lock file beside says; `frozen`: the lock has to be there and to hold.
     """
 
     manifest: Manifest
@@ -37,6 +42,9 @@ class Loaded:
     inputs: Inputs
     digest: str
     tree: Tree = field(repr=False, compare=False)
+    hub_token: str = field(default="", repr=False)
+    lock: Lock | None = field(default=None, repr=False)
+    frozen: bool = False
 
     @property
     def path(self) -> Path:
@@ -46,7 +54,7 @@ class Loaded:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that were read, or looked for: the manifest's, then those that they name."""
-        return tuple(self.inputs.files)
+        return tuple(path for path in self.inputs.files if path != lock_path(self.paths))
 
     @property
     def warnings(self) -> tuple[Diagnostic, ...]:
@@ -58,6 +66,10 @@ class Loaded:
         """The adapters that a pattern of folders found, as `("models", "chat", "adapters", "pirate")`. They may be
         half-copied, which is no error."""
         return frozenset(self.tree.found)
+
+    def pin(self, path: KeyPath, source: str, revision: str | None) -> LockedSource | None:
+        """What the lock says of the source at a path, None where it says nothing of this one."""
+        return self.lock.pin(dotted(path), source, revision) if self.lock is not None else None
 
     def warn(self, path: KeyPath, message: str, hint: str = "", *, code: str) -> None:
         """Add to the warnings."""
@@ -72,7 +84,9 @@ class Loaded:
         return self.tree.folder(path)
 
 
-def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs | None = None) -> Loaded:
+def load_manifest(
+    paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs | None = None, *, frozen: bool = False
+) -> Loaded:
     """Read and check a manifest, or several files merged left to right; `env` fills in `${…}`.
 
     Raises ManifestError with everything that is wrong, in the order of the files; `inputs`, if given, then has what was
@@ -80,7 +94,8 @@ def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: 
     models exist is for `runner.plan.resolve`.
     """
     inputs = Inputs() if inputs is None else inputs
-    tree = _read(paths, env, inputs)
+    tree, env = _read(paths, env, inputs)
+    lock = read_lock([source.path for source in tree.sources], inputs)
     find_adapters(tree, inputs)
     manifest, problems = validate(tree)
     unfilled = [p for p in tree.problems if _is_in(tree.data, p.path)]
@@ -95,7 +110,8 @@ def load_manifest(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: 
         problems = [p for p in problems if p.code != "E501"]
     if manifest is None or problems or tree.wrong:
         raise ManifestError(tree.in_order([*tree.wrong, *map(tree.diagnostic, problems)]))
-    return Loaded(manifest, tuple(s.path for s in tree.sources), inputs, _digest(tree, inputs), tree)
+    paths = tuple(source.path for source in tree.sources)
+    return Loaded(manifest, paths, inputs, _digest(tree, inputs), tree, env.get(_TOKEN, ""), lock, frozen)
 
 
 def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
@@ -103,15 +119,15 @@ def manifest_name(paths: Path | Sequence[Path], env: Mapping[str, str]) -> str:
 
     Raises ManifestError where the files cannot be read, or name none.
     """
-    tree = _read(paths, env, Inputs())
+    tree, _ = _read(paths, env, Inputs())
     name = tree.data.get("name") if isinstance(tree.data, dict) else None
     if isinstance(name, str) and ("name",) not in {p.path for p in tree.problems}:
         return name
     raise ManifestError([tree.diagnostic(Problem("E202", ("name",), "gives the runner no name", "write name: dev"))])
 
 
-def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> Tree:
-    """The merged document, with variables filled in."""
+def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) -> tuple[Tree, Mapping[str, str]]:
+    """The merged document, with variables filled in, and all of these."""
     trees, wrong = [], []
     for path in [paths] if isinstance(paths, Path) else paths:
         try:
@@ -121,8 +137,9 @@ def _read(paths: Path | Sequence[Path], env: Mapping[str, str], inputs: Inputs) 
     if wrong:
         raise ManifestError(wrong)
     tree = merge(trees)
-    fill(tree, with_env_files(tree, env, inputs), inputs)
-    return tree
+    env = with_env_files(tree, env, inputs)
+    fill(tree, env, inputs)
+    return tree, env
 
 
 def _check(tree: Tree, manifest: Manifest | None, problems: list[Problem]) -> list[Problem]:

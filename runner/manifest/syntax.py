@@ -34,6 +34,7 @@ class SyntaxLoader(_Loader):
 
 # code, libyaml's and PyYAML's words for a problem, and ours; the first that is part of the problem counts
 _WORDS: Final = (
+    ("E113", "maximum nesting depth", "is nested too deeply", ""),
     ("E106", "tab character", "a tab is used for indentation", "indent with spaces"),
     ("E105", "mapping values are not allowed", 'a ":" is not allowed here', "check the indentation, or quote the text"),
     ("E105", "sequence entries are not allowed", 'a "-" list entry is not allowed here', "put it in a line of its own"),

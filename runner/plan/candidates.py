@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from runner.hub.cache import snapshot
+from runner.hub.store import Stored, newest, stored
 from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import BadFolder, DigestCache
 from runner.inspect.memory import ModelMemory
 from runner.inspect.model import ModelFacts, read_model
 from runner.plan.digests import model_digest
-from runner.plan.hub import snapshot, snapshots
 
 CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048)
 ROWS: Final = (32, 16, 8, 4, 2, 1)
@@ -76,10 +77,13 @@ def fit(candidate: Candidate, budget: int, *, float32: bool) -> Fit | None:
 
 def in_hub_cache(cache: Path, digests: DigestCache) -> list[Candidate]:
     """What was downloaded and has weights, those that can chat first, and of these the largest first."""
+    by_repository: dict[str, list[Stored]] = {}
+    for held in stored(cache):
+        by_repository.setdefault(held.repo, []).append(held)
     found = [
-        examine(folder, digests, source=repo, revision=folder.name)
-        for repo, folder in snapshots(cache)
-        if any(folder.glob("model*.safetensors"))
+        examine(one.folder, digests, source=repo, revision=one.commit)
+        for repo, one in ((repo, newest(held)) for repo, held in by_repository.items())
+        if any(one.folder.glob("model*.safetensors"))
     ]
     return sorted(found, key=lambda c: (bool(c.problem), not c.chats, -c.stored, c.source))
 

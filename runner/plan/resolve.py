@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
+from runner.hub.cache import blobs_left, bytes_left, hub_cache, listed_files, listing_file, snapshot, snapshot_folder
+from runner.hub.jobs import Kind
+from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
-from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization, Server
-from runner.manifest.tree import KeyPath
-from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, model_digest
+from runner.manifest.tree import KeyPath, Problem
+from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.examine import examine
-from runner.plan.hub import bytes_left, hub_cache, is_partial, snapshot, snapshot_folder
 from runner.plan.memory import memory_budget
+from runner.plan.pinned import check_files, check_locked
+from runner.plan.sources import Source, download, entries, source_at
 from runner.plan.spec import (
     AdapterSpec,
     Desired,
@@ -92,29 +95,29 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
         warnings=tuple(d for d in found if d.severity == "warning"),
     )
     wrong = resolution.wrong + [d for d in found if d.severity == "error"]
-    return Look(desired, wrong, [first for first, _ in resolution.missing.values()])
+    return Look(desired, wrong, [d.place for d in desired.downloads if d.place is not None])
 
 
 class _Resolution:
     """One pass. `wrong` and `missing` fill as sources are looked up: the latter has hub repositories and revisions that
-    are not in the cache, with the first place that asks for each and the paths of all; `absent` has their folders."""
+    are not in the cache, with the reason and what asks for each; `absent` has their folders."""
 
     def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path) -> None:
         self.wrong: list[Diagnostic] = []
         self.absent: set[Path] = set()
-        self.missing: dict[tuple[str, str], tuple[Diagnostic, list[str]]] = {}
+        self.missing: dict[tuple[str, str], tuple[str, list[Source]]] = {}
         self.found_folders: set[Path] = set()
         self._loaded = loaded
         self._cache = cache
         self._hub = hub
 
     def model(self, name: str, model: Model) -> ModelSpec | None:
-        path: KeyPath = ("models", name)
-        found = self._digest(path, model.source, model.revision, model_digest)
-        adapters = [self._adapter(name, adapter) for adapter in model.adapters]
+        held = {path: source_at(self._loaded, path, entry) for path, entry in entries(name, model)}
+        found = self._digest(held["models", name], model_digest)
+        adapters = [self._adapter(held["models", name, "adapters", adapter]) for adapter in model.adapters]
         draft = None
         if model.draft is not None:
-            draft = self._digest((*path, "draft"), model.draft.source, model.draft.revision, model_digest)
+            draft = self._digest(held["models", name, "draft"], model_digest)
         if found is None or (model.draft is not None and draft is None):
             return None
         folder, weights = found
@@ -137,20 +140,21 @@ class _Resolution:
             **self._residence(model),
         )
 
-    def _adapter(self, model: str, name: str) -> AdapterSpec | None:
+    def _adapter(self, source: Source) -> AdapterSpec | None:
+        _, model, _, name = map(str, source.path)
         entry = self._loaded.manifest.models[model].adapters[name]
-        path: KeyPath = ("models", model, "adapters", name)
-        if path in self._loaded.found:
-            found = self._found_adapter(path, self._folder(path, entry.source) or Path(entry.source))
+        if source.found:
+            found = self._found_adapter(source, source.folder or Path(source.text))
         else:
-            found = self._digest(path, entry.source, entry.revision, adapter_digest)
+            found = self._digest(source, adapter_digest)
         if found is None:
             return None
         folder, files = found
         return AdapterSpec(name=name, path=folder, digest=files.digest, scale=entry.scale)
 
-    def _found_adapter(self, path: KeyPath, folder: Path) -> tuple[Path, FolderDigest] | None:
+    def _found_adapter(self, source: Source, folder: Path) -> tuple[Path, FolderDigest] | None:
         """An adapter that nobody listed: where it is not whole it is left out, or stays what it was."""
+        path = source.path
         self.found_folders.add(folder)
         try:
             digest = adapter_digest(folder, self._cache)
@@ -166,45 +170,48 @@ class _Resolution:
                 self._loaded.warn(path, f"is left out: {error.message}", error.hint, code="W612")
             return None
         self._cache.whole[folder] = digest
+        self._compare(check_locked(self._loaded, source))
+        self._compare(check_files(self._loaded, source, folder, self._cache))
         return folder, digest
 
     def _digest(
-        self,
-        path: KeyPath,
-        source: str,
-        revision: str | None,
-        digest: Callable[[Path, DigestCache], FolderDigest],
+        self, source: Source, digest: Callable[[Path, DigestCache], FolderDigest]
     ) -> tuple[Path, FolderDigest] | None:
         """The folder of a source and its digest, or None with a diagnostic."""
-        at = (*path, "source") if (*path, "source") in self._loaded.tree.values else path
-        repo = self._hub_repo(at, source, revision)
-        if repo is None:
-            folder = self._folder(at, source)
-            if folder is None:
-                hint = "a path begins with ./ or ../, a Hugging Face repository is org/name"
-                message = f'there is no folder "{source}" beside the manifest'
-                self.wrong.append(self._loaded.at(at, message, hint, code="E601"))
-                return None
-        else:
-            held = snapshot(self._hub, repo, revision or "main")
-            if held is None:
-                return self._not_downloaded(at, path, repo, revision or "main")
-            folder = held
+        self._compare(check_locked(self._loaded, source))
+        folder = snapshot(self._hub, source.text, source.branch) if source.is_repository else source.folder
+        if folder is None:
+            if source.is_repository:
+                return self._not_downloaded(source, "is not in the hub's cache")
+            hint = "a path begins with ./ or ../, a Hugging Face repository is org/name"
+            message = f'there is no folder "{source.text}" beside the manifest'
+            self.wrong.append(self._loaded.at(source.at, message, hint, code="E601"))
+            return None
         try:
-            return folder, digest(folder, self._cache)
+            found = digest(folder, self._cache)
+            if source.is_repository and (gone := _not_fetched(folder, source.kind, self._cache)):
+                return self._not_downloaded(source, f"is in the hub's cache without {gone}")
+            self._compare(check_files(self._loaded, source, folder, self._cache))
+            return folder, found
         except BadFolder as error:
-            if repo is not None and error.incomplete and is_partial(self._hub, repo):
-                return self._not_downloaded(at, path, repo, revision or "main")
-            self.wrong.append(self._loaded.at(at, error.message, error.hint, code=error.code))
+            if source.is_repository and error.incomplete:
+                return self._not_downloaded(source, f"is not whole in the hub's cache: {error.message}")
+            self.wrong.append(self._loaded.at(source.at, error.message, error.hint, code=error.code))
             return None
 
-    def _not_downloaded(self, at: KeyPath, path: KeyPath, repo: str, revision: str) -> tuple[Path, FolderDigest]:
+    def _compare(self, problems: Iterable[Problem]) -> None:
+        """Note what the lock has against a source; where there is no lock, that is said once."""
+        for problem in problems:
+            found = self._loaded.at(problem.path, problem.message, problem.hint, code=problem.code)
+            if problem.code.startswith("W"):
+                self._loaded.tree.warnings.append(found._replace(severity="warning"))
+            elif found not in self.wrong:
+                self.wrong.append(found)
+
+    def _not_downloaded(self, source: Source, why: str) -> tuple[Path, FolderDigest]:
         """A stand-in: what it will be is not known, only that it is none of what there is."""
-        if (repo, revision) not in self.missing:
-            message = f"{repo} ({revision}) is not in the hub's cache, or not all of it"
-            found = self._loaded.at(at, message, "it has to be downloaded first", code="E604")
-            self.missing[repo, revision] = (found, [])
-        self.missing[repo, revision][1].append(".".join(str(part) for part in path))
+        repo, revision = source.text, source.branch
+        self.missing.setdefault((repo, revision), (f"{repo} ({revision}) {why}", []))[1].append(source)
         folder = snapshot_folder(self._hub, repo, revision)
         self.absent.add(folder)
         return folder, FolderDigest(f"{repo}@{revision}", 0)
@@ -212,22 +219,16 @@ class _Resolution:
     def downloads(self) -> tuple[Download, ...]:
         """What is missing, with how much of it there is still to come."""
         return tuple(
-            Download(repo, revision, bytes_left(self._hub, repo, revision), tuple(paths))
-            for (repo, revision), (_, paths) in self.missing.items()
+            download(self._loaded, *key, found, why, self._left(*key, found))
+            for key, (why, found) in self.missing.items()
         )
 
-    def _folder(self, at: KeyPath, source: str) -> Path | None:
-        """Where a path leads, or None where a bare name is no folder. Links are kept: what they point to may change."""
-        folder = self._loaded.folder(at) / Path(source).expanduser()
-        if not source.startswith((".", "/", "~")) and not folder.is_dir():
-            return None
-        tidy = Path(os.path.normpath(folder))
-        return tidy if tidy.exists() and tidy.samefile(folder) else folder
-
-    def _hub_repo(self, at: KeyPath, source: str, revision: str | None) -> str | None:
-        """The repository that a source names, or None where it is a folder. A revision makes it a repository."""
-        is_folder = is_path(source) or (revision is None and self._folder(at, source) is not None)
-        return None if is_folder else source
+    def _left(self, repo: str, revision: str, found: list[Source]) -> int | None:
+        """Bytes that are to come: by the lock, which has all files, else by the weights' index where that is here."""
+        files = {name: f for source in found if source.locked for name, f in source.locked.files.items()}
+        if not files:
+            return bytes_left(self._hub, repo, revision)
+        return blobs_left(self._hub, repo, {f.digest.partition(":")[2]: f.size for f in files.values()})
 
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults
@@ -257,6 +258,13 @@ class _Resolution:
             prefix_cache_bytes=cache.get("prefix_cache", PREFIX_CACHE_BYTES),
             num_draft_tokens=model.draft.num_draft_tokens if model.draft else 0,
         )
+
+
+def _not_fetched(folder: Path, kind: Kind, cache: DigestCache) -> str:
+    """A file of a snapshot that serving takes and another tool did not bring along; empty where there is none."""
+    version = file_version(listing_file(folder))
+    listed = cache.remember("listing", version, listed_files) if version is not None else ()
+    return next((name for name in needed(listed, (kind,)) if not (folder / name).exists()), "")
 
 
 def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec | None:

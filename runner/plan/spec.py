@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner.errors import Diagnostic
+from runner.hub.jobs import Kind
 from runner.inspect.memory import ModelMemory
 
 
@@ -158,13 +159,15 @@ class ListenerSpec:
 class Download:
     """A hub repository that is not in the cache, or not all of it. `bytes_left` None where nothing says how much.
 
-    `targets` are the dotted paths of what needs it.
+    `targets` are the dotted paths of what needs it, as `kinds`; `place` is the first of them in the manifest.
     """
 
     repo: str
     revision: str
     bytes_left: int | None
     targets: tuple[str, ...]
+    kinds: tuple[Kind, ...] = ("model",)
+    place: Diagnostic | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
 
 Every row samples the same way, from logits of the type that a model gives on this device (bfloat16 on a GPU, float32 on
 the CPU), spread as a trained model's are: a few tokens have nearly all of the probability. With `--flat` they are as of
-random weights: filters keep tens of thousands. On CUDA, `MLX_RUN_DRAW_KERNEL=1` draws in one launch.
+random weights: filters keep tens of thousands. On CUDA, `MLX_RUN_DRAW_KERNEL=0` draws by separate operations.
 
 A figure is the median over `repeat` runs of `steps` steps, each of which is dispatched before the one before it is
 read, as in the engine. `host` is the part of it that the host is busy, `ops` the number of operations in the graph of a

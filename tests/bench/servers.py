@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.bench.job import Target
-from runner.engine.environment import engine_environment
+from runner.engine.environment import cpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300.0
@@ -47,9 +47,9 @@ def process(command: list[str], log: Path, environment: Mapping[str, str]) -> It
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours for all: the same BLAS and the same number of its threads."""
+    """On the CPU ours for all: the same BLAS and the same number of its threads. On CUDA each sets up its own."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **engine_environment(os.environ), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
+    return {**os.environ, **cpu_environment(os.environ), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
 
 
 def wait_until(target: Target, path: str, status: int, started: subprocess.Popen[bytes], log: Path) -> None:

@@ -262,8 +262,9 @@ async def test_a_download_that_fails_says_why(scene: Scene, monkeypatch: pytest.
     scene.write(f"{ONE}\nother: {{source: org/name}}")
     assert (await scene.event("downloading"))["repo"] == "org/name"
     failed = await scene.event("apply_failed")
-    assert "org/name (main) could not be downloaded: LocalEntryNotFoundError" in failed["error"]
-    assert "point `source` at a local folder" in failed["error"]
+    place = "dev.yaml:8:19: models.other.source: org/name (main) cannot be had: HF_HUB_OFFLINE says"
+    assert place in failed["error"]
+    assert "[E801]" in failed["error"]
     assert (await text(scene)).startswith("base ")
 
 

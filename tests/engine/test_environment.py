@@ -30,11 +30,23 @@ def test_leaves_alone_what_the_user_has_set() -> None:
     assert environment.engine_environment(environ) == {}
 
 
-def test_adds_nothing_twice_nor_without_a_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adds_nothing_twice() -> None:
     assert environment.engine_environment({environment.PREPARED: "1.0"}) == {}
+
+
+def test_sets_cuda_up_but_for_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "cpu_backend", lambda: False)
-    assert environment.engine_environment({}) == {}
+    monkeypatch.setattr(sys, "platform", "linux")
+    added = environment.engine_environment({"MLX_CUDA_GRAPH_CACHE_SIZE": "7"})
+    assert added["MLX_ENABLE_CACHE_THRASHING_CHECK"] == "0"
+    assert "MLX_CUDA_GRAPH_CACHE_SIZE" not in added
+    assert environment.cpu_environment({}) == {}
     assert environment.notes({}) == []
+
+
+def test_adds_nothing_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert environment.engine_environment({}) == {}
 
 
 def test_a_cuda_build_is_not_the_cpu_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,4 +326,5 @@ def test_memory_is_flat_under_churn(models: dict[str, LoadedModel]) -> None:
             after.append(active_memory())
         assert driver.engine.stats().prefix_cache_bytes <= limit
     assert driver.engine.stats().prefix_cache_bytes > limit / 2, "the limit was never reached"
-    assert max(after) - min(after) < limit / 4
+    # Less than before is other tests' garbage going; a leak would show as more.
+    assert after[-1] - min(after) < limit / 4

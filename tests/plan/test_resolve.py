@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -215,11 +216,20 @@ def test_a_repository_that_is_not_in_the_cache(place: Place, tmp_path: Path) -> 
 
 def test_a_repository_of_which_only_a_part_is_in_the_cache(place: Place, tmp_path: Path) -> None:
     text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: org/chat}}\n"
-    hub_snapshot(tmp_path / "hub", "org/chat", {"config.json": b"{}"})
-    assert "holds no model*.safetensors" in place.wrong(text)[0].message
-    write(tmp_path / "hub" / "models--org--chat" / "blobs" / "abc.incomplete", "")
-    with pytest.raises(NotDownloaded):
+    folder = hub_snapshot(tmp_path / "hub", "org/chat", {"config.json": b'{"model_type": "llama"}'})
+    with pytest.raises(NotDownloaded) as caught:
         place.resolve(text)
+    assert "is not whole in the hub's cache" in str(caught.value)
+    assert "holds no model*.safetensors" in str(caught.value)
+    hub_snapshot(tmp_path / "hub", "org/chat", {"model.safetensors": safetensors({"w": 4})})
+    assert place.resolve(text).models[0].path == folder
+    names = ("config.json", "model.safetensors", "tokenizer.json", "README.md", "a.bin")
+    listed = {"files": {name: {"size": 1} for name in names}}
+    write(tmp_path / "hub" / "models--org--chat" / "trees" / f"{'c' * 40}.json", json.dumps(listed))
+    with pytest.raises(NotDownloaded, match=r"in the hub's cache without tokenizer\.json"):
+        place.resolve(text)
+    hub_snapshot(tmp_path / "hub", "org/chat", {"tokenizer.json": b"{}"})
+    assert place.resolve(text).downloads == ()
 
 
 def test_what_is_wrong_comes_before_what_is_missing(place: Place) -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from runner.engine.adapters.stack import Stack
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
-"""Environment variable that turns the kernel on, with 1: it has not been measured yet, so it is off by itself."""
+"""Environment variable that turns the kernel off, with 0."""
 
 MOST_TOKENS: Final = 8
 """Tokens of a row in one call up to which the kernel is used: longer calls are worth real products."""
@@ -130,7 +130,7 @@ def add_changes(x: mx.array, y: mx.array, stack: Stack, slots: mx.array) -> mx.a
 
 @cache
 def _available() -> bool:
-    return os.environ.get(SWITCH) == "1" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
+    return os.environ.get(SWITCH) != "0" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
 @cache

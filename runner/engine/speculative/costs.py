@@ -55,6 +55,10 @@ class Costs:
             self._plain[rows].append(seconds)
             self._drift.append(seconds / self._target(rows))
         else:
+            # A round is a plain step and more: one that takes less tells that plain steps were slow when measured.
+            most = seconds - self._proposing(rows, length)
+            if 0 < most < self._plain_step(rows):
+                self._plain[rows].append(most)
             self._errors[_class(rows), length].append(seconds / self._predicted(rows, length))
 
     def step(self, rows: int, length: int) -> float:

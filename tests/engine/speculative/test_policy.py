@@ -150,7 +150,7 @@ def test_a_draft_that_becomes_good_is_found_again_at_little_cost() -> None:
 
 
 def test_a_machine_that_was_busy_when_plain_steps_were_measured_does_not_keep_a_bad_draft_on() -> None:
-    policy = Policy(measured(CPU))
+    policy = Policy(CPU.costs())
     for _ in range(9):
         policy.took(1, 0, 3 * CPU.step(1, 0, random.Random(0)), steady=True)
     row, dice, lengths = Acceptance(), random.Random(3), []

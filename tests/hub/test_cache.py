@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.plan.hub import hub_cache, is_partial, snapshot
-
-from .folders import hub_snapshot, write
+from runner.hub.cache import hub_cache, is_offline, snapshot
+from tests.plan.folders import hub_snapshot, write
 
 
 @pytest.mark.parametrize(
@@ -52,9 +51,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert snapshot(tmp_path, "org/name", "odd") is None
 
 
-def test_a_download_that_was_not_finished(tmp_path: Path) -> None:
-    hub_snapshot(tmp_path, "org/name", {"config.json": b"{}"})
-    assert not is_partial(tmp_path, "org/name")
-    write(tmp_path / "models--org--name" / "blobs" / "abc.incomplete", "x")
-    assert is_partial(tmp_path, "org/name")
-    assert not is_partial(tmp_path, "org/other")
+def test_whether_the_hub_may_be_asked() -> None:
+    assert [is_offline({"HF_HUB_OFFLINE": word}) for word in ("1", "true", "YES", "0", "")] == [True] * 3 + [False] * 2
+    assert is_offline({"TRANSFORMERS_OFFLINE": "1"})
+    assert not is_offline({})
