@@ -130,7 +130,7 @@ def judge(found: dict[str, Any]) -> None:
 
 
 async def test_more_models_than_there_is_room_for(scene: Scene) -> None:
-    judge(await ten_models(scene, 8.0, clients=4))
+    judge(await ten_models(scene, 5.0, clients=4))
 
 
 @pytest.mark.nightly

@@ -23,7 +23,7 @@ STEP = 64
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("bounded", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_two_hundred_against_room_for_ten(bounded: bool, tmp_path: Path) -> None:
     chosen = random.Random(7)
     loaded = load(build_model(tmp_path, config=WIDE))
