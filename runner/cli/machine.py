@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Final
 
 from runner.machine import Machine
 from runner.manifest.values import parse_size
 
-METAVAR = "memory=SIZE[,device=gpu|cpu]"
+METAVAR: Final = "memory=SIZE[,device=gpu|cpu]"
+
+_LEAST_MEMORY: Final = 2**20
+"""Bytes below which no machine is meant: somebody left the unit out."""
 
 
 def machine_of(text: str) -> Machine:
@@ -27,4 +31,6 @@ def machine_of(text: str) -> Machine:
         memory = parse_size(given.get("memory", ""))
     except ValueError:
         raise argparse.ArgumentTypeError("give memory=SIZE, such as memory=16GiB") from None
+    if memory < _LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"memory={given['memory']} is {memory} bytes: give a unit, such as 16GiB")
     return Machine(memory, float32=device == "cpu")

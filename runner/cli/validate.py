@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from runner.cli.locate import add_files
 from runner.cli.machine import machine_of
@@ -24,6 +25,9 @@ from runner.plan.examine import diagnose
 from runner.plan.memory import memory_budget
 from runner.plan.ports import check_ports
 from runner.plan.resolve import Look, look
+
+_NOTES: Final = 3
+"""The most sources that are named which could not be checked; the forms for programs name all."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +96,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
     except ManifestError as error:
         return _Checked(report._replace(diagnostics=tuple(error.diagnostics)))
     found = advise(loaded)
-    summary = [f"{len(loaded.manifest.models)} models, {len(loaded.manifest.servers)} servers"]
+    summary = [f"{_counted(loaded.manifest.models, 'model')}, {_counted(loaded.manifest.servers, 'server')}"]
     table = ""
     if not arguments.no_files:
         machine = arguments.machine or this_machine()
@@ -101,7 +105,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
         if arguments.machine is None:
             found += [diagnose(loaded, problem) for problem in check_ports(loaded, _own_ports(loaded))]
         notes = tuple(_not_checked(seen))
-        summary += notes
+        summary += notes if len(notes) <= _NOTES else (f"{notes[0]}; {len(notes) - 1} more were not checked either",)
         report = report._replace(notes=notes)
         if arguments.memory:
             table, report = _with_memory(loaded, machine, seen, report)
@@ -117,6 +121,10 @@ def _with_memory(loaded: Loaded, machine: Machine, seen: Look, report: FileRepor
     budget = memory_budget(loaded.manifest.memory, machine.memory)
     models = seen.desired.models
     return memory_table(models, budget), report._replace(memory=memory_json(models, budget))
+
+
+def _counted(things: Sized, what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _not_checked(seen: Look) -> Iterator[str]:

@@ -7,8 +7,9 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-from runner.manifest.models import Adapter, Draft, Model, Server
+from runner.manifest.models import Adapter, Draft, Model
 from runner.manifest.names import PLAIN_MODEL
+from runner.manifest.servers import Server
 from runner.manifest.suggest import suggest
 from runner.manifest.tree import KeyPath, Problem
 

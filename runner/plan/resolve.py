@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +18,8 @@ from runner.hub.jobs import Kind
 from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization, Server
+from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization
+from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath, Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.examine import examine
@@ -35,6 +37,7 @@ from runner.plan.spec import (
     ModelSpec,
     QuantizationSpec,
 )
+from runner.plan.tls import BadCertificate, read_tls
 
 __all__ = ["NotDownloaded", "resolve", "survey"]
 
@@ -89,7 +92,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache) -> Look:
     desired = Desired(
         name=loaded.manifest.name,
         models=models,
-        listeners=tuple(_listener(loaded, name, server) for name, server in loaded.manifest.servers.items()),
+        listeners=tuple(resolution.listener(name, server) for name, server in loaded.manifest.servers.items()),
         memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
         downloads=resolution.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
@@ -139,6 +142,17 @@ class _Resolution:
             dtype=model.dtype or "",
             **self._residence(model),
         )
+
+    def listener(self, name: str, server: Server) -> ListenerSpec:
+        spec = _listener(self._loaded, name, server)
+        if server.tls is None:
+            return spec
+        try:
+            return replace(spec, tls=read_tls(*certificate(self._loaded, name, server.tls)))
+        except BadCertificate as error:
+            at = ("servers", name, "tls", error.file)
+            self.wrong.append(self._loaded.at(at, error.message, error.hint, code="E511"))
+            return spec
 
     def _adapter(self, source: Source) -> AdapterSpec | None:
         _, model, _, name = map(str, source.path)
@@ -294,6 +308,7 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
 
 
 def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
+    """All but its certificate."""
     at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
     return ListenerSpec(
@@ -306,6 +321,15 @@ def _listener(loaded: Loaded, name: str, server: Server) -> ListenerSpec:
         api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
         allow_origins=tuple(server.cors.allow_origins) if server.cors else (),
     )
+
+
+def certificate(loaded: Loaded, server: str, tls: Tls) -> tuple[Path, Path]:
+    """Where the certificate of a server and its key are."""
+    at = ("servers", server, "tls")
+    cert, key = (
+        loaded.folder((*at, name)) / Path(file).expanduser() for name, file in (("cert", tls.cert), ("key", tls.key))
+    )
+    return cert, key
 
 
 def _source(loaded: Loaded, path: KeyPath) -> str:

@@ -99,6 +99,7 @@ def _server(chance: random.Random, port: int, names: list[str]) -> Data:
         "cors",
         lambda: {"allow_origins": chance.choice([["*"], ["http://localhost:3000", "tauri://x"]])},
     )
+    _maybe(chance, server, "tls", lambda: {"cert": "./tls/cert.pem", "key": "./tls/key.pem"}, 0.2)
     _maybe(chance, server, "x-why", lambda: None, 0.1)
     return server
 
