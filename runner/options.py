@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 PREFIX = "MLX_RUN_"
 STATE_DIR_VARIABLE = f"{PREFIX}STATE_DIR"
+CACHE_DIR_VARIABLE = f"{PREFIX}CACHE_DIR"
 
 DRAIN_TIMEOUT: Final = 30.0
 LOAD_WAIT: Final = 30.0
@@ -32,6 +33,17 @@ def state_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "mlx-run"
 
 
+def cache_dir() -> Path:
+    """`MLX_RUN_CACHE_DIR`, or the platform's folder for what can be made again."""
+    configured = os.environ.get(CACHE_DIR_VARIABLE)
+    if configured:
+        return Path(configured).absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx-run"
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(base) if base else Path.home() / ".cache") / "mlx-run"
+
+
 class Options(NamedTuple):
     """The fields of `runner.settings.Settings`, which describes them. Times are seconds.
 
@@ -44,3 +56,9 @@ class Options(NamedTuple):
     drain_timeout: float = DRAIN_TIMEOUT
     orphan_grace: float = 5.0
     load_wait: float = LOAD_WAIT
+    cache_dir: Path | None = None
+
+    @property
+    def converted(self) -> Path:
+        """Where quantised copies of models are kept."""
+        return (self.cache_dir or cache_dir()) / "converted"

@@ -35,10 +35,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that an engine process needs to serve one model. Written as JSON beside its socket, mode 0600.
 
     `digest` identifies what cannot change without a new process; `prefix_cache_bytes`, `memory_limit_bytes` are bytes;
+    `budget_bytes` is what memory it may come to for now, 0 for as much as the limit, and `working_bytes` of it are
+    left for what is computed; `row_bytes` is the most that a row keeps however long it gets, 0 if not known;
     `max_context` is tokens (prompt + completion), 0 for the model's own; `prefill_step_size` is tokens per prefill
     chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
-    `kv_bits` quantise the KV cache, in groups of `kv_group_size` values, 0 not;
-    `chat_template` is a file in place of the model's own, "" for that;
+    `dtype` is what the model computes in, "" for its own (float32 on the CPU); `kv_bits` quantise the KV cache, in
+    groups of `kv_group_size` values, 0 not; `chat_template` is a file in place of the model's own, "" for that;
     `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
     in seconds, the engine waits without a runner before it exits.
     """
@@ -53,8 +55,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int = 0
     prefix_cache_bytes: int = 0
     memory_limit_bytes: int = 0
+    budget_bytes: int = 0
+    working_bytes: int = 0
+    row_bytes: int = 0
     draft: str = ""
     num_draft_tokens: int = 0
+    dtype: str = ""
     kv_bits: int = 0
     kv_group_size: int = 64
     chat_template: str = ""
@@ -159,6 +165,7 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True, tag="configure"):
     max_context: int | None = None
     prefix_cache_bytes: int | None = None
     num_draft_tokens: int | None = None
+    memory_limit_bytes: int | None = None
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -308,8 +315,10 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """The engine's counters, sent when they changed, at most every half second, and once more when it goes idle.
 
-    `*_total` only grow. `rows` are decoding, `prefilling` are in prefill, `waiting` are queued. Of
-    `drafted_tokens_total`, which the draft model proposed, the model accepted `accepted_tokens_total`.
+    `budget_bytes` is the memory limit that it keeps to now, 0 for none, and `reserved_bytes` what it needs for its
+    weights and for the requests it works on up to their ends. `*_total` only grow. `rows` are decoding, `prefilling`
+    are in prefill, `waiting` are queued. Of `drafted_tokens_total`, which the draft model proposed, the model accepted
+    `accepted_tokens_total`.
     """
 
     rows: int
@@ -328,11 +337,30 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     failed_total: int
     drafted_tokens_total: int = 0
     accepted_tokens_total: int = 0
+    budget_bytes: int = 0
+    reserved_bytes: int = 0
+
+
+class Overrun(msgspec.Struct, frozen=True, tag="overrun"):
+    """The process uses more memory than it may, in bytes, and ends so that another can begin anew."""
+
+    used: int
+    limit: int
 
 
 ToEngine = Generate | Cancel | LoadAdapter | DropAdapter | Configure | Shutdown
 FromEngine = (
-    Hello | Loading | Loaded | LoadFailed | AdapterLoaded | AdapterRefused | AdapterDropped | Step | Rejected | Stats
+    Hello
+    | Loading
+    | Loaded
+    | LoadFailed
+    | AdapterLoaded
+    | AdapterRefused
+    | AdapterDropped
+    | Step
+    | Rejected
+    | Stats
+    | Overrun
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runner.options import DRAIN_TIMEOUT, LOAD_WAIT, Options, state_dir
+from runner.options import DRAIN_TIMEOUT, LOAD_WAIT, Options, cache_dir, state_dir
 
 
 class Settings(BaseSettings):
@@ -24,7 +24,9 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(default=DRAIN_TIMEOUT, ge=0, description="Seconds that running requests get.")
     orphan_grace: float = Field(default=5.0, ge=0, description="Seconds an engine waits without its runner.")
     load_wait: float = Field(default=LOAD_WAIT, ge=0, description="Seconds a request waits for its model.")
+    cache_dir: Path = Field(default_factory=cache_dir, description="Quantised copies of models.")
 
     def options(self) -> Options:
         """The same values without pydantic."""
-        return Options(**{**self.model_dump(), "state_dir": self.state_dir.absolute()})
+        folders = {"state_dir": self.state_dir.absolute(), "cache_dir": self.cache_dir.absolute()}
+        return Options(**{**self.model_dump(), **folders})

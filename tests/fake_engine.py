@@ -2,9 +2,10 @@
 
 It stands in where only the control plane is tested. `{"fake": {...}}` in the model folder's config.json scripts it:
 `load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
-then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself), `tokens` (the most
-of an answer, which ends by itself). A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every
-`token_seconds`.
+then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself),
+`abort_after` (the same by an abort, with `last_words`), `overrun_after` (the same, for too much memory), `tokens` (the
+most of an answer, which ends by itself). A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one
+every `token_seconds`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import msgspec
@@ -34,6 +36,7 @@ from runner.protocol import (
     LoadAdapter,
     Loaded,
     LoadFailed,
+    Overrun,
     Rejected,
     Shutdown,
     Stats,
@@ -54,6 +57,7 @@ class FakeEngine:
         self.writer: asyncio.StreamWriter | None = None
         self.loaded = asyncio.Event()
         self.tokens = 0
+        self.budget = spec.budget_bytes
         self.cancelled = 0
         self.connected = asyncio.Event()
         self.gone = asyncio.Event()
@@ -115,8 +119,9 @@ class FakeEngine:
                 self.send(AdapterDropped(key))
             case Shutdown():
                 os._exit(0)
-            case Configure():
-                pass
+            case Configure(memory_limit_bytes=limit):
+                self.budget = limit or self.budget
+                self.stats()
 
     async def answer(self, request: Generate) -> None:
         if request.adapter and request.adapter not in self.adapters:
@@ -129,6 +134,15 @@ class FakeEngine:
             self.tokens += 1
             if self.tokens == self.script.get("die_after"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.tokens == self.script.get("abort_after"):
+                sys.stderr.write(str(self.script["last_words"]))
+                sys.stderr.flush()
+                os.abort()
+            if self.tokens == self.script.get("overrun_after"):
+                self.send(Overrun(200, 100))
+                assert self.writer is not None
+                await self.writer.drain()
+                os._exit(3)
             last = index == count - 1
             usage = Usage(1, count) if last else None
             text = f"{request.adapter or 'base'} "
@@ -154,6 +168,7 @@ class FakeEngine:
                 steps_total=0,
                 cancelled_total=self.cancelled,
                 failed_total=0,
+                budget_bytes=self.budget,
             )
         )
 

@@ -70,6 +70,8 @@ _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "warned": lambda e: "warning: " + "\n".join(e["warnings"]),
     "listening": lambda e: f"listening at {e['address']}",
     "downloading": lambda e: f"downloading {e['repo']} at {e['revision']}",
+    "converting": lambda e: f"quantising the source, {e['percent']} % written",
+    "converted": lambda e: f"the quantised copy was made in {e['seconds']:.2f} s",
     "download_progress": lambda e: f"{e['repo']}: {_share(e)}",
     "downloaded": lambda e: (
         f"downloaded {e['repo']} at {e['revision']}: {format_bytes(e['bytes'])}, commit {e['commit']}"
@@ -86,6 +88,13 @@ _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "apply_failed": lambda e: f"the manifest is not in effect, what ran goes on:\n{e['error']}",
     "listener_lost": lambda e: f"could not be opened again, and is tried until it can:\n{e['error']}",
     "source_changed": lambda e: f"planned again, because {e['error']}",
+    "loading": lambda _: "loading, because a request asks for it",
+    "loaded": lambda e: f"loaded in {e['seconds']:.2f} s",
+    "load_failed": lambda e: f"could not be loaded:\n{e['error']}",
+    "unloaded": lambda e: f"unloaded: {e['reason']}",
+    "evicted": lambda e: f"gives way, because {e['reason']}",
+    "engine_over_memory": lambda e: f"used {e['used']:,} bytes of {e['limit']:,}, and starts again",
+    "engine_out_of_memory": lambda e: f"ended for lack of memory: {e['reason']}",
     "engine_died": lambda e: f"the engine (pid {e['pid']}) ended unexpectedly",
     "engine_backoff": lambda e: f"to be started again in {e['seconds']:.2f} s",
     "engine_restarted": lambda e: f"back, pid {e['pid']}",

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "models": "Show models that are here or on the hub, and make room",
     "lock": "Pin each source to a commit and its files' digests",
     "validate": "Check a manifest",
+    "fit": "Show what models take in memory, and how much fits",
     "explain": "Explain the code of a message",
     "status": "Show what is running",
     "history": "Show what was applied, and by whom",

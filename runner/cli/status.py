@@ -20,6 +20,8 @@ from runner.errors import NotRunning, UsageError
 _BEAT = 1.0
 """Seconds between two looks while nothing happens: ages and counts change without an event."""
 
+_RESTING = ("idle", "loading")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
@@ -90,7 +92,12 @@ def _screen() -> Iterator[None]:
 
 
 def _well(status: dict[str, Any]) -> bool:
-    return bool(status["in_sync"]) and all(m["state"] == "ready" for m in status["models"])
+    return bool(status["in_sync"]) and all(map(_is_as_wanted, status["models"]))
+
+
+def _is_as_wanted(model: dict[str, Any]) -> bool:
+    """Ready, or not loaded because nobody asks for it."""
+    return model["state"] == "ready" or (model["on_demand"] and model["state"] in _RESTING and not model["last_error"])
 
 
 def _render(status: dict[str, Any], *, verbose: bool) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from runner.cli.locate import add_files
+from runner.cli.machine import machine_of
 from runner.control import client
 from runner.control.state_folder import StateFolder
 from runner.errors import ManifestError, MlxRunError, UsageError
@@ -19,15 +20,11 @@ from runner.machine import Machine, this_machine
 from runner.manifest.advice import advise
 from runner.manifest.load import Loaded, load_manifest
 from runner.manifest.report import FileReport, render_diagnostics
-from runner.manifest.values import parse_size
 from runner.options import state_dir
 from runner.plan.examine import diagnose
 from runner.plan.memory import memory_budget
 from runner.plan.ports import check_ports
 from runner.plan.resolve import Look, look
-
-_LEAST_MEMORY: Final = 2**20
-"""Bytes below which no machine is meant: somebody left the unit out."""
 
 _NOTES: Final = 3
 """The most sources that are named which could not be checked; the forms for programs name all."""
@@ -49,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for",
         dest="machine",
-        type=_machine,
+        type=machine_of,
         metavar="memory=SIZE[,device=gpu|cpu]",
         help="check for another machine; without a GPU, MLX computes in float32 (default: gpu)",
     )
@@ -64,28 +61,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "  mlx-run validate --strict --format sarif configs/*.yaml > mlx-run.sarif\n\n"
         "`mlx-run explain CODE` explains the code at the end of a message."
     )
-
-
-def _machine(text: str) -> Machine:
-    """`memory=16GiB,device=cpu`, as a type for argparse."""
-    given = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        given[key.strip()] = value.strip()
-    if unknown := given.keys() - {"memory", "device"}:
-        raise argparse.ArgumentTypeError(
-            f'there is no "{min(unknown)}"; give memory=SIZE, and device=gpu or device=cpu'
-        )
-    device = given.get("device", "gpu")
-    if device not in ("gpu", "cpu"):
-        raise argparse.ArgumentTypeError(f'device is gpu or cpu, not "{device}"')
-    try:
-        memory = parse_size(given.get("memory", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError("give memory=SIZE, such as memory=16GiB") from None
-    if memory < _LEAST_MEMORY:
-        raise argparse.ArgumentTypeError(f"memory={given['memory']} is {memory} bytes: give a unit, such as 16GiB")
-    return Machine(memory, float32=device == "cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,9 @@ class View:
         self._print(f"{event['repo']}: {format_bytes(event['bytes'])} are here, commit {event['commit'][:12]}")
         self._update_spinner()
 
+    def _on_converting(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: quantising, {event['percent']} %")
+
     def _on_action_started(self, event: dict[str, Any]) -> None:
         if event["action"] in ("start", "replace", "update", "rename"):
             self._loading.append(event["target"])
@@ -133,6 +136,18 @@ class View:
 
     def _on_engine_died(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: the engine (pid {event['pid']}) ended unexpectedly; starting it again")
+
+    def _on_loaded(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: loaded in {event['seconds']:.2f} s")
+
+    def _on_unloaded(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: unloaded ({event['reason']})")
+
+    def _on_load_failed(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: could not be loaded: {event['error']}")
+
+    def _on_engine_out_of_memory(self, event: dict[str, Any]) -> None:
+        self._print(f"{event['target']}: {event['reason']}")
 
     def _on_engine_restarted(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: back, pid {event['pid']}")

@@ -34,7 +34,9 @@ async def adopt_engines(live: Live, desired: Desired) -> None:
             continue
         wanted = desired.model(spec.model)
         serves = wanted is not None and wanted.process_digest == spec.digest and wanted.name not in live.deployments
-        deployment = Deployment(wanted if serves and wanted else _unwanted(spec), live.folder, live.options, live.emit)
+        deployment = Deployment(
+            wanted if serves and wanted else _unwanted(spec), live.folder, live.options, live.emit, live.room
+        )
         try:
             engine = await deployment.take_over(spec, engine_id)
         except (OSError, EngineDied) as error:

@@ -12,21 +12,28 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from runner.control.backoff import Backoff
+from runner.control.conversion import Conversions
+from runner.control.demand import Demand
 from runner.control.engine_process import EngineProcess
 from runner.control.health import Health
+from runner.control.room import Holding, Room
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
-from runner.errors import EngineError, NotServed, Unavailable
+from runner.errors import EngineDied, EngineError, NotServed, RequestError, Unavailable
 from runner.options import Options
 from runner.plan.spec import AdapterSpec, ModelSpec
 from runner.protocol import AdapterSource, Configure, Delta, EngineSpec, Generate, Stats
 
 logger = logging.getLogger(__name__)
+
+_AT_REST = ("idle", "loading", "replacing")
+"""States in which a model that is loaded on demand takes requests without an engine."""
 
 _MAX_WAITING = 1024
 """Requests that may wait for an engine to load; more are told to come back."""
@@ -45,10 +52,12 @@ class Standing:
 class Deployment:
     """Implements `runner.gateway.backend.Deployment`.
 
-    `state` is pending, loading, ready, backoff, replacing, stopped.
+    `state` is pending, loading, ready, idle (loads at the next request), backoff, replacing, stopped.
     """
 
-    def __init__(self, spec: ModelSpec, folder: StateFolder, options: Options, on_event: Callable[..., None]) -> None:
+    def __init__(
+        self, spec: ModelSpec, folder: StateFolder, options: Options, on_event: Callable[..., None], room: Room
+    ) -> None:
         self.spec = spec
         self.last_error = ""
         self.restarts = 0
@@ -60,7 +69,13 @@ class Deployment:
         self._backoff = Backoff()
         self.health = Health(lambda: f"models.{self.name}", on_event, self._backoff.stable)
         self._state = "pending"
+        self._room = room
+        self._demand = Demand(self, on_event)
+        self._using = 0
+        self._explaining: asyncio.Task[None] | None = None
+        self._unloading: dict[EngineProcess, asyncio.Task[None]] = {}
         self._sources = Sources()
+        self._conversions = Conversions(options.converted, self._sources, folder.engine_log, on_event)
         self._restart: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._waiting = 0
@@ -75,7 +90,9 @@ class Deployment:
     @state.setter
     def state(self, state: str) -> None:
         self._state = state
-        self.health.follow(state, self.last_error, adopted=self.engine is not None and self.engine.adopted)
+        self.health.follow(
+            state, self.last_error, adopted=self.engine is not None and self.engine.adopted, on_demand=self._rests
+        )
 
     # ------------------------------------------------------------- gateway's side
 
@@ -86,8 +103,28 @@ class Deployment:
 
     @property
     def ready(self) -> bool:
-        """Whether an engine has generated a token and takes requests."""
+        """Whether it takes requests: an engine has generated a token, or one is loaded when it is asked for."""
+        return self.engine is not None or (self._rests and self.state in _AT_REST and not self.last_error)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether an engine is up."""
         return self.engine is not None
+
+    @property
+    def _rests(self) -> bool:
+        """Whether it is as it should be that no engine is up."""
+        return self.spec.load == "on_demand" or self.state == "idle" or self._demand.loading
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in its engine, or wait for it."""
+        return self._using > 0
+
+    @property
+    def used_at(self) -> float:
+        """When a request last ended, by `time.monotonic`."""
+        return self._demand.used_at
 
     @property
     def stats(self) -> Stats | None:
@@ -96,14 +133,21 @@ class Deployment:
 
     async def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
         """See the interface."""
-        engine = self.engine
-        if engine is None:
-            engine = await self._wait_for_engine()
-        if request.adapter:
-            request = self._with_current_adapter(request)
-        async with aclosing(engine.connection.generate(request)) as deltas:
-            async for some in deltas:
-                yield some
+        self._using += 1
+        try:
+            engine = self.engine
+            if engine is None:
+                engine = await self._wait_for_engine()
+            if request.adapter:
+                request = self._with_current_adapter(request)
+            async with aclosing(engine.connection.generate(request)) as deltas:
+                async for some in deltas:
+                    yield some
+        finally:
+            self._using -= 1
+            if not self._using:
+                self._demand.used()
+                self._room.touch()
 
     async def _wait_for_engine(self) -> EngineProcess:
         if self.state == "stopped":
@@ -114,7 +158,7 @@ class Deployment:
         try:
             # Not wait_for: before Python 3.12 it can lose a cancellation that comes as its wait completes.
             async with asyncio.timeout(self._options.load_wait):
-                await self._ready.wait()
+                await self._be_ready()
         except TimeoutError:
             reason = f": {self.last_error.splitlines()[0]}" if self.last_error else ""
             raise Unavailable(
@@ -127,6 +171,15 @@ class Deployment:
         if self.engine is None:
             raise Unavailable(f"the model {self.name!r} is not ready ({self.state})", retry_after=1.0)
         return self.engine
+
+    async def _be_ready(self) -> None:
+        """Return once an engine is up, or none will be. Raises why a load that was asked for came to nothing."""
+        while self.engine is None and self.state != "stopped":
+            if self.state == "idle":
+                self._demand.ask()
+            await self._ready.wait()
+            if self.engine is None and self.state == "idle" and self._demand.failure is not None:
+                raise self._demand.failure
 
     def _not_served(self) -> NotServed:
         return NotServed(f"the model {self.name!r} is not served any more", param="model", code="model_not_found")
@@ -153,22 +206,29 @@ class Deployment:
 
         Raises EngineLoadError and EngineDied.
         """
-        engine = EngineProcess(
-            _engine_spec(spec, self._options),
-            self._folder,
-            self._options.engine_command,
-            lambda: self._engine_gone(engine),
-        )
         if self.engine is None:
             self.state = "loading"
-        self._starting = engine
         try:
-            await engine.start()
+            folder = await self._conversions.folder_for(spec)
+            return await self._start(spec, folder, await self._room.enter(self, spec))
         except EngineError as error:
             self.last_error = str(error)
             raise
+
+    async def _start(self, spec: ModelSpec, folder: Path, place: Holding) -> EngineProcess:
+        engine_spec = _engine_spec(spec, folder, self._options, place.budget)
+        command = self._options.engine_command
+        engine = EngineProcess(engine_spec, self._folder, command, lambda: self._engine_gone(engine))
+        self._starting = place.engine = engine
+        try:
+            await engine.start()
+        except BaseException:
+            self._room.leave(place)
+            raise
         finally:
-            self._starting = None
+            if self._starting is engine:
+                self._starting = None
+        self._room.watch(place, engine)
         return engine
 
     async def take_over(self, spec: EngineSpec, engine_id: str) -> EngineProcess:
@@ -179,6 +239,7 @@ class Deployment:
         command = self._options.engine_command
         engine = EngineProcess(spec, self._folder, command, lambda: self._engine_gone(engine))
         await engine.adopt(engine_id)
+        self._room.note(engine, self.spec)
         return engine
 
     def switch(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
@@ -189,12 +250,14 @@ class Deployment:
 
     def _serve(self, spec: ModelSpec, engine: EngineProcess) -> EngineProcess | None:
         self._stop_restarting()
+        self._demand.cancel()
         old, self.engine = self.engine, engine
         self.adopt(spec)
         self.last_error = ""
         self.state = "ready"
         self._backoff.started(time.monotonic())
         self._ready.set()
+        self._demand.used()
         if not engine.alive:  # it died between its first token and now
             self._engine_gone(engine)
         return old
@@ -206,6 +269,8 @@ class Deployment:
             self.health.sources_changed("")
         self.spec = spec
         self._remember_adapters(spec)
+        if self.engine is not None:
+            self._demand.rearm()
         if changed and self.engine is not None and self.engine.alive:
             limits = spec.limits
             self.engine.configure(
@@ -222,6 +287,7 @@ class Deployment:
     async def park(self) -> None:
         """Drain and end the engine while requests wait for its successor."""
         self._stop_restarting()
+        self._demand.cancel()
         self.state = "replacing"
         engine = self._release()
         if engine is not None:
@@ -233,12 +299,43 @@ class Deployment:
 
     async def unpark(self, spec: ModelSpec) -> None:
         """Serve `spec` again. An engine that does not come up is tried again, as after a crash."""
+        if spec.load == "on_demand":
+            self.rest(spec)
+            return
         try:
             self.switch(spec, await self.bring_up(spec))
         except EngineError as error:
             logger.warning("engine did not come back", extra={"model": spec.name, "error": str(error)})
             self.adopt(spec)
             self._keep_alive()
+
+    def rest(self, spec: ModelSpec) -> EngineProcess | None:
+        """Serve `spec` with an engine that is loaded at the next request. Returns the one that served, for the caller
+        to end."""
+        self._stop_restarting()
+        self._demand.cancel()
+        engine = self._release()
+        self.adopt(spec)
+        self.last_error = ""
+        self.state = "idle"
+        self._wake()
+        return engine
+
+    def _wake(self) -> None:
+        """Have those that wait look at how things are."""
+        self._ready.set()
+        self._ready.clear()
+
+    async def be_loaded(self) -> None:
+        """Have an engine up, whoever asks for it. Raises EngineDied where none comes up."""
+        if self.engine is None and self.state in ("idle", "loading"):
+            try:
+                self._demand.ask()
+            except RequestError as error:
+                raise EngineDied(error.message) from None
+            await self._demand.wait()
+        if self._demand.failure is not None and self.engine is None:
+            raise EngineDied(self._demand.failure.message)
 
     @property
     def standing(self) -> Standing:
@@ -263,15 +360,19 @@ class Deployment:
         """Drain and end the engine for good. `deadline` in seconds, the settings' drain timeout by default."""
         self.state = "stopped"
         self._stop_restarting()
-        if self._starting is not None:
-            await self._starting.kill()
+        self._demand.cancel()
+        await self.abandon_start()
         engine = self._release()
         self._ready.set()  # whoever waits is told
-        if engine is not None:
-            await engine.drain(self._options.drain_timeout if deadline is None else deadline)
+        deadline = self._options.drain_timeout if deadline is None else deadline
+        for unloading in self._unloading.values():
+            unloading.cancel()
+        ending = [*self._unloading, *([engine] if engine is not None else [])]
+        await asyncio.gather(*(one.drain(deadline) for one in ending))
 
     async def abandon_start(self) -> None:
         """End an engine that is not up yet; whoever waits for it gets EngineDied."""
+        self._conversions.abandon()
         if self._starting is not None:
             await self._starting.kill()
 
@@ -291,11 +392,61 @@ class Deployment:
             return
         self.engine = None
         self._ready.clear()
-        self.last_error = f"the engine (pid {engine.pid}) ended unexpectedly"
-        self.state = "backoff"
+        self.last_error = f"the engine (pid {engine.pid}) {_how_it_ended(engine)}"
+        self.state = "idle" if self.spec.load == "on_demand" else "backoff"
         self.health.died(self.last_error)
         self._on_event("engine_died", target=f"models.{self.name}", pid=engine.pid)
-        self._keep_alive()
+        self._explaining = asyncio.create_task(self._explain(engine))
+        if self.spec.load == "on_demand":
+            self._wake()  # it is loaded again by the next request, or by one that waits
+        else:
+            self._keep_alive()
+
+    async def _explain(self, engine: EngineProcess) -> None:
+        """Say where it was memory that an engine died of; the process's end tells, which comes after its socket's."""
+        target = f"models.{self.name}"
+        if engine.overrun is not None:
+            self._on_event("engine_over_memory", target=target, used=engine.overrun.used, limit=engine.overrun.limit)
+            return
+        await engine.gone()
+        if engine.lacked_memory:
+            self.health.died(engine.lacked_memory)
+            if self.engine is None:
+                self.last_error = engine.lacked_memory
+            self._on_event("engine_out_of_memory", target=target, reason=engine.lacked_memory)
+
+    async def load(self) -> None:
+        """Bring up an engine of the current spec and serve from it. Raises EngineError."""
+        while True:
+            engine, changed = await self._bring_up_again()
+            if engine.spec.digest == self.spec.process_digest:
+                break
+            await engine.kill()  # an edit came meanwhile
+        self._serve(self.spec, engine)
+        self.health.recovered()
+        self.health.sources_changed(changed)
+
+    def load_failed(self, error: EngineError) -> None:
+        """A load that was asked for came to nothing."""
+        self.last_error = str(error)
+        self.state = "idle"
+        self._wake()
+
+    def unload(self, reason: str) -> None:
+        """End the engine once it has finished what it works on; the next request loads another."""
+        engine = self.rest(self.spec)
+        if engine is None:
+            return
+        self._on_event("unloaded", target=f"models.{self.name}", reason=reason)
+        self._room.leaving(engine)
+
+        async def finish() -> None:
+            if engine.alive:
+                await engine.connection.wait_idle()
+            await engine.drain(self._options.drain_timeout)
+
+        task = self._unloading[engine] = asyncio.create_task(finish())
+        task.add_done_callback(lambda _: self._unloading.pop(engine, None))
 
     def _keep_alive(self) -> None:
         if self._restart is None:
@@ -351,7 +502,9 @@ class Deployment:
         return {
             "name": self.name,
             "state": self.state,
-            "stage": engine.stage if engine else "",
+            "on_demand": self._rests,
+            "loaded": self.loaded,
+            "stage": engine.stage if engine else self._conversions.stage,
             "source": self.spec.source,
             "digest": self.spec.weights_digest,
             "aliases": list(self.spec.aliases),
@@ -377,6 +530,12 @@ class Deployment:
         }
 
 
+def _how_it_ended(engine: EngineProcess) -> str:
+    if engine.overrun is None:
+        return "ended unexpectedly"
+    return f"used {engine.overrun.used:,} bytes where {engine.overrun.limit:,} are its limit, and starts again"
+
+
 def absent(name: str) -> dict[str, Any]:
     """The status of a model that is wanted and has no deployment yet: the same fields, with nothing in them."""
     nothing = Health(lambda: f"models.{name}", lambda *_, **__: None, 0.0)
@@ -390,16 +549,18 @@ def absent(name: str) -> dict[str, Any]:
         "notes": [],
         "name": name,
         "state": "pending",
+        "on_demand": False,
+        "loaded": False,
         "default_adapter": None,
         "draft": None,
         "conditions": nothing.as_json,
     }
 
 
-def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
+def _engine_spec(spec: ModelSpec, folder: Path, options: Options, budget: int) -> EngineSpec:
     return EngineSpec(
         model=spec.name,
-        path=str(spec.path),
+        path=str(folder),
         digest=spec.process_digest,
         adapters=tuple(adapter_source(a) for a in spec.adapters),
         max_rows=spec.limits.max_rows,
@@ -408,8 +569,12 @@ def _engine_spec(spec: ModelSpec, options: Options) -> EngineSpec:
         max_context=spec.limits.max_context,
         prefix_cache_bytes=spec.limits.prefix_cache_bytes,
         memory_limit_bytes=spec.memory_limit_bytes,
+        budget_bytes=budget,
+        row_bytes=spec.memory.kv_row if spec.memory.exact and spec.memory.context else 0,
+        working_bytes=spec.memory.working(spec.limits.prefill_step_size),
         draft=str(spec.draft.path) if spec.draft else "",
         num_draft_tokens=spec.limits.num_draft_tokens,
+        dtype=spec.dtype,
         kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
         kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,
         chat_template=str(spec.chat_template.path) if spec.chat_template else "",

@@ -62,6 +62,7 @@ class Directory:
                 size=spec.weights_bytes,
                 digest=spec.weights_digest,
                 max_context=spec.limits.max_context,
+                loaded=entry.deployment.loaded,
             )
             for model_id in (spec.name, *spec.aliases):
                 cards.append(replace(base, id=model_id))

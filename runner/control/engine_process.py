@@ -18,6 +18,7 @@ import msgspec
 
 from runner.control.atomic import write_atomically
 from runner.control.connection import EngineConnection
+from runner.control.postmortem import lack_of_memory, oom_kills
 from runner.control.state_folder import StateFolder
 from runner.errors import EngineDied, EngineLoadError
 from runner.processes import python_module
@@ -35,6 +36,7 @@ from runner.protocol import (
     Loaded,
     LoadFailed,
     Loading,
+    Overrun,
     Shutdown,
     Stats,
 )
@@ -55,7 +57,8 @@ class EngineProcess:
     """A process that serves one model: a child, or one that an earlier runner left behind (`adopt`).
 
     `stage` is what it does until it is ready. `loaded` is set once the model has generated a token. `on_exit` is called
-    once when it serves no more, whatever the reason.
+    once when it serves no more, whatever the reason. `overrun` is set where it ended because it used too much memory,
+    and `lacked_memory` says so, once it is gone, where there was none left to be had.
     """
 
     def __init__(self, spec: EngineSpec, folder: StateFolder, command: str, on_exit: Callable[[], None]) -> None:
@@ -64,6 +67,8 @@ class EngineProcess:
         self.stage = "starting"
         self.loaded: Loaded | None = None
         self.stats: Stats | None = None
+        self.overrun: Overrun | None = None
+        self.lacked_memory = ""
         self.started_at = time.time()
         self.loaded_at: float | None = None
         self._folder = folder
@@ -72,6 +77,8 @@ class EngineProcess:
         self._draining = False
         self.hello: Hello | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._killed = False
+        self._written_before = self._kills_before = 0
         self._exited = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -141,6 +148,7 @@ class EngineProcess:
         write_atomically(spec_path, msgspec.json.encode(self.spec))
         command = shlex.split(self._command) if self._command else python_module("runner.engine")
         with self._folder.engine_log(self.spec.model).open("ab") as log:
+            self._written_before, self._kills_before = log.tell(), oom_kills()
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 "--spec",
@@ -168,12 +176,20 @@ class EngineProcess:
 
     async def _wait_exit(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
+        self.lacked_memory = lack_of_memory(
+            code,
+            killed_by_us=self._killed,
+            kills_before=self._kills_before,
+            log=self._folder.engine_log(self.spec.model),
+            written_before=self._written_before,
+        )
         self._exited.set()
         logger.info("engine exited", extra={"model": self.spec.model, "pid": process.pid, "code": code})
         self._folder.forget_engine(self.id)
         if self._connection is not None:
             self._connection.close()
-        self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}", hint=self._log_hint()))
+        why = f": {self.lacked_memory}" if self.lacked_memory else ""
+        self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}{why}", hint=self._log_hint()))
         self._gone()
 
     def _log_hint(self) -> str:
@@ -218,6 +234,8 @@ class EngineProcess:
                 self._settle(key, EngineLoadError(reason))
             case Stats():
                 self.stats = message
+            case Overrun():
+                self.overrun = message
             case _:
                 pass
 
@@ -253,6 +271,14 @@ class EngineProcess:
         self.spec = msgspec.structs.replace(self.spec, model=model)
         write_atomically(self._folder.engine_spec(self.id), msgspec.json.encode(self.spec))
 
+    def budget(self, memory_limit: int) -> None:
+        """Have it keep to so many bytes from now on."""
+        self.connection.send(Configure(memory_limit_bytes=memory_limit))
+
+    async def gone(self) -> None:
+        """Return once the process has ended."""
+        await self._exited.wait()
+
     def configure(self, limits: Configure) -> None:
         """Change limits in place."""
         self.connection.send(limits)
@@ -282,6 +308,7 @@ class EngineProcess:
         """End the process now and wait until it is gone."""
         if self.pid is None:
             return
+        self._killed = True
         self._signal(signal.SIGKILL)
         if self._watch is not None:
             if asyncio.current_task() is not self._watch:

@@ -70,6 +70,7 @@ class Executor:
         raises.
         """
         assert not self._desired.downloads, "what is not there yet cannot be carried out"
+        self._live.room.limit = self._desired.memory_limit_bytes
         try:
             await self._prepare()
             self._require_life()
@@ -131,7 +132,7 @@ class Executor:
 
     def _add_deployment(self, action: StartModel) -> None:
         live, name = self._live, action.spec.name
-        deployment = live.coming[name] = Deployment(action.spec, live.folder, live.options, live.emit)
+        deployment = live.coming[name] = Deployment(action.spec, live.folder, live.options, live.emit, live.room)
 
         async def remove() -> None:
             live.coming.pop(name, None)
@@ -155,6 +156,8 @@ class Executor:
         started = time.monotonic()
         self._began(action)
         if isinstance(action, UpdateModel):
+            if action.old.load == "on_demand" and action.spec.load == "eager":
+                await self._live.deployments[action.old.name].be_loaded()
             await self._load_adapters(action)
             _require_same(await self._live.sources.changed_adapters(action.spec.name, action.load))
         else:
@@ -164,6 +167,10 @@ class Executor:
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
         spec = action.spec
         deployments = self._live.coming if isinstance(action, StartModel) else self._live.deployments
+        if spec.load == "on_demand":
+            if self._first:
+                deployments[spec.name].rest(spec)  # requests may load it already
+            return
         engine = await deployments[spec.name].bring_up(spec)
         self._undo.append(engine.kill)
         _require_same(await self._live.sources.changed([spec]))
@@ -199,6 +206,7 @@ class Executor:
         if not self._live.closing:
             await asyncio.gather(*(_attempt(undo) for undo in self._bring_back))
         if self._live.committed is not None:
+            self._live.room.limit = self._live.committed.memory_limit_bytes
             self._live.publish(self._live.committed.listeners)
 
     # ------------------------------------------------------------- commit
@@ -257,6 +265,9 @@ class Executor:
             case StartModel() | ReplaceModel():
                 if isinstance(action, StartModel):
                     live.deployments[name] = live.coming[name]
+                if action.spec.load == "on_demand" and not self._first:
+                    old = live.deployments[name].rest(action.spec)
+                    return [partial(old.drain, live.options.drain_timeout)] if old else []
                 if name in self._engines:
                     old = live.deployments[name].switch(action.spec, self._engines[name])
                     return [partial(old.drain, live.options.drain_timeout)] if old else []

@@ -11,6 +11,7 @@ from runner.control.conditions import Conditions, Status
 _AWAY: Final[dict[str, str]] = {
     "pending": "NotStarted",
     "loading": "Loading",
+    "idle": "Idle",
     "backoff": "BackingOff",
     "replacing": "MakingRoom",
     "stopped": "Stopped",
@@ -34,13 +35,17 @@ class Health:
         self._died = ""
         self._recovery: asyncio.TimerHandle | None = None
 
-    def follow(self, state: str, error: str, *, adopted: bool) -> None:
-        """The deployment's state, and what last went wrong with it."""
-        if state == "ready":
+    def follow(self, state: str, error: str, *, adopted: bool, on_demand: bool = False) -> None:
+        """The deployment's state, and what last went wrong with it. `on_demand`: not being loaded is not
+        unusual."""
+        if on_demand and state in ("idle", "loading", "replacing") and not error:
+            self.conditions.set("Loaded", "false", _AWAY[state])
+            self.conditions.set("Ready", "true", "LoadsOnDemand")
+        elif state == "ready":
             self.conditions.set("Loaded", "true", "Adopted" if adopted else "WeightsInMemory")
             self.conditions.set("Ready", "true", "GeneratedToken")
         else:
-            reason, message = _AWAY[state], error if state == "backoff" else ""
+            reason, message = _AWAY[state], error if state in ("backoff", "idle") else ""
             self.conditions.set("Loaded", "false", reason, message)
             self.conditions.set("Ready", "false", reason, message)
         if state == "stopped":

@@ -11,6 +11,7 @@ from typing import Any
 from runner.control.conditions import Wanted
 from runner.control.deployment import Deployment, Standing, absent
 from runner.control.directory import Directory
+from runner.control.room import Room
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
 from runner.gateway.admin.control import Control
@@ -51,6 +52,7 @@ class Live:
         self.directory = Directory()
         self.admin: Control | None = None
         self.metrics = GatewayMetrics()
+        self.room = Room(self._tenants, options.load_wait, emit)
         self.deployments: dict[str, Deployment] = {}
         self.coming: dict[str, Deployment] = {}
         self.listeners: dict[str, Listener] = {}
@@ -60,6 +62,9 @@ class Live:
         self.closing = False
         self._background: set[asyncio.Task[None]] = set()
         self._attempts: set[asyncio.Task[None]] = set()
+
+    def _tenants(self) -> list[Deployment]:
+        return [*self.deployments.values()]
 
     def observe(self, memory_bytes: int) -> Observed:
         """The specs that are live, for the planner."""

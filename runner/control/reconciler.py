@@ -372,6 +372,7 @@ class Reconciler:
         if intent.plan.empty:
             await record()
             self._live.committed = intent.desired
+            self._live.room.limit = intent.desired.memory_limit_bytes
             self._tell_models(None)
             self._events.emit("unchanged", generation=self.generation)
             return

@@ -71,6 +71,7 @@ class Admission:
             stops=StopStrings(request.stop),
             parser=parser,
             preface=preface,
+            open_ended=not request.max_tokens,
             one_call=not request.parallel_tool_calls,
             asked=self._grammar(request, text),
         )

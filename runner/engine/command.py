@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from runner.engine.oom import be_first
 from runner.engine.process import EngineProcess, read_spec
 from runner.engine.transport import Transport
 from runner.telemetry import configure_logging
@@ -29,6 +30,7 @@ def serve(arguments: Sequence[str], started: float) -> int:
     configure_logging("info")
     # A Ctrl-C goes to the whole process group: what becomes of the engines is the runner's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    be_first()
     try:
         spec = read_spec(given.spec)
         transport = Transport(given.socket)

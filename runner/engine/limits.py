@@ -31,8 +31,9 @@ class Limits:
         )
 
     def changed(self, change: Configure) -> Limits:
-        """These, with what `change` names replaced."""
+        """These, with what `change` names replaced; memory is not among them."""
         given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not None}
+        given.pop("memory_limit_bytes", None)
         return replace(self, **given)
 
 

@@ -54,20 +54,23 @@ def load(
     slack: int = 0,
     quantisation: Quantisation | None = None,
     chat_template: str = "",
+    dtype: str = "",
 ) -> LoadedModel:
     """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells;
     `chat_template` is a file in place of its own, "" for that.
 
-    `slack` is how many tokens its caches can take back where it has sliding windows. On the CPU everything is computed
-    in float32, where it is several times faster. Raises EngineLoadError: the folder is not a model, or one that cannot
-    be served.
+    `slack` is how many tokens its caches can take back where it has sliding windows. `dtype` is what the model
+    computes in, "" for its own: but on the CPU that is float32 then, which is several times faster there. Raises
+    EngineLoadError: the folder is not a model, or one that cannot be served.
     """
     config = _read_config(folder)
     notes: list[str] = []
     try:
-        model, config = _load_weights(folder, config, notes)
-        if mx.default_device() == mx.Device(mx.cpu):
-            model.set_dtype(mx.float32)
+        model, config = load_weights(folder, config, notes)
+        if not dtype and mx.default_device() == mx.Device(mx.cpu):
+            dtype = "float32"
+        if dtype:
+            model.set_dtype(getattr(mx, dtype))
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
         mx.eval(model.parameters())
         tokenizer, render = _load_tokenizer(folder, config, notes)
@@ -126,7 +129,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Any, dict[str, Any]]:
+def load_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Any, dict[str, Any]]:
     try:
         if "__float__" in json.dumps(config):
             raise NotNarrow("config.json has tagged numbers")

@@ -19,7 +19,7 @@ from runner.engine.decoding import Decoding
 from runner.engine.grammar.service import Grammars
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
-from runner.engine.memory import MemoryBudget, cache_bytes_per_token
+from runner.engine.memory import MemoryBudget, cache_bytes_per_token, open_ended
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
@@ -40,6 +40,9 @@ from runner.protocol import (
 
 logger = logging.getLogger(__name__)
 
+_WITHIN_EVERY: Final = 16
+"""Steps between two looks at what the rows have come to; they are counted with more than that ahead."""
+
 _CLEAR_EVERY: Final = 512
 """Steps between two returns of unused buffers to the system, as in mlx-lm."""
 
@@ -48,7 +51,8 @@ class Engine:
     """Serves one loaded model. Every method is called by the thread that loaded it.
 
     `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
-    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused.
+    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while it is
+    `closed`, those that wait are not taken up, unless nothing else is worked on.
     """
 
     def __init__(
@@ -72,12 +76,11 @@ class Engine:
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
         self._decoding = Decoding(loaded, self._batch, speculation, self._send)
-        self._budget: MemoryBudget | None = None
-        if memory_limit:
-            weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
-            if speculation is not None:
-                weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
-            self._budget = MemoryBudget(memory_limit, weights, token_bytes)
+        weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
+        if speculation is not None:
+            weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
+        self.budget = MemoryBudget(memory_limit, weights, token_bytes)
+        self.closed = False
 
     # ------------------------------------------------------------- the step
 
@@ -100,6 +103,8 @@ class Engine:
             logger.exception("step failed")
             self._abandon(f"the engine failed: {error}")
         self._decoding.counters.steps += 1
+        if self._decoding.counters.steps % _WITHIN_EVERY == 0:
+            self._stay_within()
         if self._decoding.counters.steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
 
@@ -135,14 +140,25 @@ class Engine:
 
     def _has_room(self, row: Row) -> bool:
         """Whether memory has room for one more row, kept prefixes given up for it if need be."""
-        if self._budget is None:
-            return True
         rows = [*self._batch.rows, *self._prefiller.active, row]
-        excess = self._budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
+        if self.closed and len(rows) > 1:
+            return False
+        excess = self.budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
         if excess > 0:
             excess -= self._prefixes.release(excess)
         # A row by itself was found to fit when it was submitted.
         return excess <= 0 or len(rows) == 1
+
+    def _stay_within(self) -> None:
+        """Kept prefixes give way to rows that grow, and then the longest that asked for no length ends."""
+        rows = [*self._batch.rows, *self._prefiller.active]
+        excess = self.budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
+        if excess > 0 and excess - self._prefixes.release(excess) > 0 and (row := open_ended(self._batch.rows)):
+            row.max_tokens = min(row.max_tokens, len(row.generated) + 1)
+
+    def release(self, nbytes: int) -> int:
+        """Give up kept prefixes for at least so many bytes, or all of them; returns how many that were."""
+        return self._prefixes.release(nbytes)
 
     def _send(self, deltas: list[Delta]) -> None:
         if deltas:
@@ -206,12 +222,12 @@ class Engine:
         if waiting >= self.limits.max_queue:
             raise Unavailable(f"{waiting} requests are waiting already", code="queue_full")
         row = self._admission.row(request, self.max_context)
-        if self._budget is not None and (excess := self._budget.excess([row], self._bank.nbytes)) > 0:
-            raise InvalidRequest(
-                f"{len(row.prompt)} tokens and the answer need {excess / 2**20:.0f} MiB more than memory_limit leaves",
-                param="max_tokens",
-                code="memory_limit_exceeded",
-            )
+        if (excess := self.budget.excess([row], self._bank.nbytes)) > 0:
+            needs = f"{len(row.prompt)} tokens and the answer need {max(1, excess >> 20)} MiB more than"
+            if self.budget.never([row], self._bank.nbytes):
+                message = f"{needs} memory_limit leaves"
+                raise InvalidRequest(message, param="max_tokens", code="memory_limit_exceeded")
+            raise Unavailable(f"{needs} other models leave now", param="max_tokens", code="memory_full")
         if request.adapter:
             row.adapter = self._bank.acquire(request.adapter)
             if row.adapter is None:
@@ -285,6 +301,9 @@ class Engine:
         """Change limits in place. Rows above a lower `max_rows` finish."""
         self.limits = self.limits.changed(change)
         self._prefixes.resize(self.limits.prefix_cache_bytes)
+        if change.memory_limit_bytes is not None:
+            self.budget.granted = change.memory_limit_bytes
+            self._stay_within()
 
     def stats(self) -> Stats:
         """The counters now."""
@@ -305,4 +324,6 @@ class Engine:
             failed_total=self._decoding.counters.failed,
             drafted_tokens_total=self._decoding.counters.drafted,
             accepted_tokens_total=self._decoding.counters.accepted,
+            budget_bytes=self.budget.most,
+            reserved_bytes=self.budget.held([*self._batch.rows, *self._prefiller.active], self._bank.nbytes),
         )

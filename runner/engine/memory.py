@@ -1,8 +1,9 @@
 """How many rows a declared memory limit has room for.
 
 MLX takes its own limit as a hint, and on Metal an allocation too many ends the process; what holds is not to start a
-row whose tokens have no room. What is counted is exact where it can be (weights, adapters, kept prefixes) and an upper
-bound for the batch, whose rows are padded to the longest.
+row whose tokens have no room, up to its end. One that asked for no length ends when there is no more room, as it would
+at the end of the model's context. What is counted is exact where it can be (weights, adapters, kept prefixes) and an
+upper bound for the batch, whose rows are padded to the longest.
 """
 
 from __future__ import annotations
@@ -20,27 +21,58 @@ _PROBE: Final = 256
 """Tokens. Upstream's caches grow by as many at a time."""
 
 _AHEAD: Final = 256
-"""Tokens that a running row is counted with beyond those it has: its end is not known."""
+"""Tokens that a row which asked for no length is counted with beyond those it has: its end is not known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MemoryBudget:
-    """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row."""
+    """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row.
+
+    `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the
+    limit. `working` bytes are left for what is computed. A row takes `row_bytes` at most, however long it gets: where
+    windows bound most layers that is far less than its tokens would; 0 where nobody knows. With neither limit nor
+    grant everything fits.
+    """
 
     limit: int
     weights: int
     token_bytes: float
+    granted: int = 0
+    working: int = 0
+    row_bytes: int = 0
+
+    @property
+    def most(self) -> int:
+        """Bytes that may be used now, 0 for any number."""
+        return min((size for size in (self.limit, self.granted) if size), default=0)
+
+    def held(self, rows: Sequence[Row], kept: int) -> int:
+        """Bytes of `rows` in one batch, up to their ends, beside `kept` bytes of other things."""
+        # As many as there is room for, not as there are: a batch grows by a third, and its rows by steps.
+        longest = max((_tokens(row) for row in rows), default=0)
+        each = -(-longest // _PROBE) * _PROBE * self.token_bytes
+        if self.row_bytes:
+            each = min(each, self.row_bytes)
+        return int(self.weights + kept + self.working + (len(rows) + len(rows) // 3) * each)
 
     def excess(self, rows: Sequence[Row], kept: int) -> int:
-        """Bytes by which `rows` in one batch, beside `kept` bytes of other things, exceed the limit; 0 or less fits."""
-        tokens = len(rows) * max((_tokens(row) for row in rows), default=0)
-        return int(self.weights + kept + tokens * self.token_bytes) - self.limit
+        """Bytes by which that exceeds what may be used now; 0 or less fits."""
+        return self.held(rows, kept) - self.most if self.most else -1
+
+    def never(self, rows: Sequence[Row], kept: int) -> bool:
+        """Whether it exceeds the limit itself, which does not change."""
+        return bool(self.limit) and self.held(rows, kept) > self.limit
+
+
+def open_ended(rows: Sequence[Row]) -> Row | None:
+    """The longest of those that asked for no length, and so may end when memory does; None where there is none."""
+    return max((row for row in rows if row.open_ended and not row.done), key=_tokens, default=None)
 
 
 def _tokens(row: Row) -> int:
-    """Tokens that a row holds, or will soon."""
-    held = len(row.prompt) + len(row.generated)
-    return min(held + _AHEAD, len(row.prompt) + row.max_tokens)
+    """Tokens that a row will hold at its end; of one that asked for no length, those that it will hold soon."""
+    end = len(row.prompt) + row.max_tokens
+    return min(len(row.prompt) + len(row.generated) + _AHEAD, end) if row.open_ended else end
 
 
 def cache_bytes_per_token(model: Any, layout: Layout) -> float:

@@ -37,16 +37,19 @@ from runner.protocol import (
     Loaded,
     LoadFailed,
     Loading,
+    Overrun,
     Shutdown,
     Stats,
 )
 
 if TYPE_CHECKING:
     from runner.engine.loop import Engine
+    from runner.engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL: Final = 0.5
+_WATCH_INTERVAL: Final = 0.1
 _FLUSH_TIMEOUT: Final = 2.0
 """Seconds that frames under way get when the process ends."""
 
@@ -65,6 +68,8 @@ class EngineProcess:
         self._orphaned_at = started
         self._stats_at = 0.0
         self._stats: Stats | None = None
+        self._watchdog: Watchdog | None = None
+        self._watched_at = 0.0
 
     def run(self) -> int:
         """Load, serve, and return the exit code: 0, 1 when the model cannot be loaded, 3 when it cannot go on."""
@@ -105,13 +110,14 @@ class EngineProcess:
         from runner.engine.memory import ask_for  # noqa: PLC0415
         from runner.engine.speculative.loading import slack_for, speculate  # noqa: PLC0415
         from runner.engine.startup import warm_up  # noqa: PLC0415
+        from runner.engine.watchdog import Watchdog, in_use_beside, resident  # noqa: PLC0415
 
         spec = self._spec
         self._stage("weights")
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
-        model = load(Path(spec.path), spec.tool_parser, slack, quantisation, spec.chat_template)
+        model = load(Path(spec.path), spec.tool_parser, slack, quantisation, spec.chat_template, spec.dtype)
         speculation, notes = speculate(Path(spec.draft), model, slack) if spec.draft else (None, [])
         engine = Engine(
             model,
@@ -121,6 +127,8 @@ class EngineProcess:
             lambda: self._transport.inbox.put(Woken()),
             speculation,
         )
+        engine.budget.granted, engine.budget.working = spec.budget_bytes, spec.working_bytes
+        engine.budget.row_bytes = spec.row_bytes
         self._stage("adapters")
         for adapter in spec.adapters:
             try:
@@ -129,6 +137,8 @@ class EngineProcess:
                 raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
         self._stage("warmup")
         device, active_bytes = warm_up(engine)
+        base = resident() - active_bytes  # Python and the libraries, all of which have been used by now
+        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base))
         self._loaded = Loaded(
             weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
             active_bytes=active_bytes,
@@ -174,7 +184,24 @@ class EngineProcess:
                 return
             if engine.busy:
                 engine.step()
+            self._watch(engine)
             self._report(engine)
+
+    def _watch(self, engine: Engine) -> None:
+        """Look at what is really in use, now and then. Raises EngineDied where only a new process helps."""
+        now = time.monotonic()
+        if now < self._watched_at + _WATCH_INTERVAL and engine.busy:
+            return
+        self._watched_at = now
+        assert self._watchdog is not None, "made with the engine"
+        goes_on = self._watchdog.look(busy=engine.busy)
+        engine.closed = self._watchdog.closed
+        if not goes_on:
+            used, most = self._watchdog.over, engine.budget.most
+            reason = f"it used {used:,} bytes, and its limit is {most:,}"
+            self._transport.send(Overrun(used, most))
+            engine.fail_all(f"the engine starts again: {reason}")
+            raise EngineDied(reason)
 
     def _events(self, engine: Engine) -> Iterator[Event]:
         """What has arrived; waits for something when there is nothing to compute."""
@@ -220,6 +247,7 @@ class EngineProcess:
                 self._transport.send(AdapterDropped(key))
             case Configure():
                 engine.configure(event)
+                self._stats_at = 0.0  # who changes limits waits for what comes of it
             case Shutdown(deadline=deadline):
                 engine.draining = True
                 stop_at = time.monotonic() + deadline

@@ -22,13 +22,13 @@ from runner.protocol import Delta, FinishReason, Grammar, Sampling, TokenLogprob
 class Row:
     """A request's tokens and how it ends.
 
-    `max_tokens` already fits the context. `generated` are the tokens that have been read back from the device;
-    `unread` says that a plain step is making one more. `beyond` are those that came after the end. `cached` prompt
-    tokens came from the prefix cache, `accepted` of the generated ones from the draft, which proposed `rejected` more;
-    `acceptance` is how often that goes well. `grammar` is how far the answer has come in the one that it has to match,
-    `preface` what may come before the answer. `done` rows leave the batch; `completed` ones were neither cancelled nor
-    failed. `parser` takes the text apart, None where all of it is content; the answer ends with its first call if
-    `one_call`. `asked` is the grammar before it is compiled.
+    `max_tokens` already fits the context; `open_ended` rows asked for no length. `generated` are the tokens that have
+    been read back from the device; `unread` says that a plain step is making one more. `beyond` are those that came
+    after the end. `cached` prompt tokens came from the prefix cache, `accepted` of the generated ones from the draft,
+    which proposed `rejected` more; `acceptance` is how often that goes well. `grammar` is how far the answer has come
+    in the one that it has to match, `preface` what may come before the answer. `done` rows leave the batch;
+    `completed` ones were neither cancelled nor failed. `parser` takes the text apart, None where all of it is
+    content; the answer ends with its first call if `one_call`. `asked` is the grammar before it is compiled.
     """
 
     id: int
@@ -42,6 +42,7 @@ class Row:
     parser: Parser | None = None
     preface: Preface | None = None
     one_call: bool = False
+    open_ended: bool = False
     asked: Grammar | None = None
     adapter: Resident | None = None
     grammar: RowGrammar | None = None

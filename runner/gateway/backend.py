@@ -23,7 +23,12 @@ class Deployment(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether an engine has generated a token and takes requests."""
+        """Whether it takes requests: an engine has generated a token, or one is loaded when it is asked for."""
+        ...
+
+    @property
+    def loaded(self) -> bool:
+        """Whether an engine is up."""
         ...
 
     @property
@@ -71,6 +76,7 @@ class ModelCard:
     digest: str = ""
     max_context: int = 0
     architecture: str = ""
+    loaded: bool = False
 
 
 class Directory(Protocol):

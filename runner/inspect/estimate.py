@@ -44,8 +44,10 @@ def model_memory(
     *,
     float32: bool,
     layers: Layers | None = None,
+    fused: bool | None = None,
 ) -> ModelMemory:
-    """`float32`: everything is computed in it, as the engine does on the CPU.
+    """`float32`: everything is computed in it, as the engine does on the CPU. `fused`: attention over a prompt needs no
+    matrix of scores where the heads allow it; None for wherever it is not computed in float32.
 
     `layers` are the model's, None where they are not known: adapters count as they are stored then.
     """
@@ -53,6 +55,7 @@ def model_memory(
     longest = longest_context(model, limits)
     step = min(limits.prefill_step, longest) if longest else limits.prefill_step
     kv = _Rows(model, draft, limits, float32=float32)
+    fused = not float32 if fused is None else fused
     return ModelMemory(
         weights=resident_bytes(model.tensors, float32=float32),
         adapters=_adapter_bytes(layers, adapters, itemsize),
@@ -62,8 +65,8 @@ def model_memory(
         rows=limits.rows,
         context=longest,
         prefix_cache=limits.prefix_cache,
-        prefill=_prefill_peak(model, step, longest or step, limits, itemsize, float32=float32),
-        first=kv.row(step) + _prefill_peak(model, step, step, limits, itemsize, float32=float32),
+        prefill=_prefill_peak(model, step, longest or step, limits, itemsize, fused=fused),
+        first=kv.row(step) + _prefill_peak(model, step, step, limits, itemsize, fused=fused),
         exact=model.layout is not None and model.layout.known,
     )
 
@@ -101,7 +104,7 @@ class _Rows:
         return sum(layout.row_bytes(tokens, size, bits, group) for layout, size in self._parts)
 
 
-def _prefill_peak(model: ModelFacts, step: int, context: int, limits: Limits, itemsize: int, *, float32: bool) -> int:
+def _prefill_peak(model: ModelFacts, step: int, context: int, limits: Limits, itemsize: int, *, fused: bool) -> int:
     """Bytes beside the caches while `step` tokens are prefilled.
 
     Fitted to `mx.get_peak_memory` (tests/inspect/test_estimate.py): about sixteen arrays as wide as the model and three
@@ -111,7 +114,7 @@ def _prefill_peak(model: ModelFacts, step: int, context: int, limits: Limits, it
     hidden, inner = _width(config, "hidden"), _inner(config, model.tensors)
     scores = 0
     heads = model.layout.head_dims if model.layout is not None else ()
-    if float32 or limits.kv_bits or any(dim not in _FUSED_HEADS for dim in heads):
+    if not fused or limits.kv_bits or any(dim not in _FUSED_HEADS for dim in heads):
         scores = _width(config, "heads") * context
     logits = limits.rows * config.vocabulary * 3 * 4
     return max(step * (16 * hidden + 3 * inner + scores) * itemsize, logits)

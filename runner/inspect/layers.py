@@ -100,9 +100,12 @@ def _no_linear_layer(path: str, group: Group, config: Config) -> str | None:
         return "a norm"
     if len(group.shape) == 3 and not _EXPERTS.search(path):
         return "no linear layer"
-    if path.endswith(".mlp.gate") and config.architecture in _OWN_GATE.split():
-        return "a router"
-    return None
+    return "a router" if is_own_gate(path, config) else None
+
+
+def is_own_gate(path: str, config: Config) -> bool:
+    """Whether a module with a weight is a router of its architecture's own class, and so no linear layer."""
+    return path.endswith(".mlp.gate") and config.architecture in _OWN_GATE.split()
 
 
 def _inputs(path: str, weight: Group, scales: Iterable[Group], config: Config) -> Iterator[tuple[int, int]]:

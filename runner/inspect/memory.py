@@ -54,6 +54,10 @@ class ModelMemory(NamedTuple):
         """With one short request: with less, nothing can ever be answered."""
         return self.held + self.first
 
+    def working(self, step: int) -> int:
+        """What computing the first step of `step` tokens takes, beside what it leaves in the caches."""
+        return max(0, self.first - self.kv_per_token * whole_steps(min(step, self.context or step)))
+
     @property
     def kv_max(self) -> int:
         """Every row at its longest, with what the batch has of room beyond them."""
@@ -74,10 +78,10 @@ class ModelMemory(NamedTuple):
             at_once -= 1
         return at_once
 
-    def context_within(self, limit: int) -> int:
-        """How long one row can be within so many bytes, in tokens."""
+    def context_within(self, limit: int, rows: int = 1) -> int:
+        """How long each of so many rows can be at once within so many bytes, in tokens."""
         if not self.kv_per_token:
             return self.context
         fixed = self.kv_row - self.kv_per_token * whole_steps(self.context)
-        room = limit - self.held - self.prefill - fixed
+        room = (limit - self.held - self.prefill) // slots(rows) - fixed
         return max(0, min(self.context, room // self.kv_per_token // STEP * STEP))

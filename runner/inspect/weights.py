@@ -20,6 +20,11 @@ _LEFT_OUT: Final = re.compile(
 """What no text model of mlx-lm keeps: other modalities, extra heads, tables that are computed, scales of FP8."""
 
 _HEAD: Final = re.compile(r"(^|\.)lm_head\.")
+_OWN_HEAD: Final = frozenset(
+    ["gemma3", "glm4_moe", "glm4_moe_lite", "helium", "kimi_k25", "qwen2_moe", "solar_open", "step3p5"]
+)
+"""Architectures that keep a head which the files have, whatever the configuration says of it being tied."""
+
 _BLOCK: Final = re.compile(r"(^|\.)layers\.\*\.")
 _ITEM: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _FP8: Final = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -28,7 +33,7 @@ _NORM: Final = re.compile(r"norm\w*\.weight$|(^|\.)ln_\w+\.weight$")
 
 def kept(tensors: Tensors, config: Config) -> tuple[Group, ...]:
     """The tensors that the model keeps."""
-    tied = config.get("tie_word_embeddings") is True
+    tied = config.get("tie_word_embeddings") is True and config.architecture not in _OWN_HEAD
     beyond = -1 << config.layers if config.get("num_hidden_layers") is not None else 0
     found = []
     for group in tensors.groups:

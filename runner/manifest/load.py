@@ -18,7 +18,6 @@ from runner.manifest.inputs import Inputs
 from runner.manifest.lock import Lock, LockedSource, lock_path, read_lock
 from runner.manifest.models import Manifest, Model
 from runner.manifest.overlay import merge
-from runner.manifest.pending import not_yet
 from runner.manifest.servers import Server
 from runner.manifest.shape import validate
 from runner.manifest.source import Source, read_source
@@ -110,10 +109,6 @@ def load_manifest(
     unfilled = [p for p in tree.problems if _is_in(tree.data, p.path)]
     places = {p.path for p in unfilled}
     problems = [p for p in problems if p.path not in places] + unfilled
-    refused = list(not_yet(tree.data))
-    for later in refused:  # what is wrong inside of it does not matter
-        problems = [p for p in problems if p.path[: len(later.path)] != later.path]
-    problems += refused
     problems += _check(tree, manifest, problems)
     if any(p.code == "E508" for p in problems):  # what an env file would have set is no error of its own
         problems = [p for p in problems if p.code != "E501"]

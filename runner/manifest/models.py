@@ -1,8 +1,7 @@
 """What a manifest may say, as frozen pydantic models. The JSON schema that editors use is generated from them.
 
 Validation is strict (the text "8080" is no port) and its errors are rewritten by `runner.manifest.report`, so the
-models hold shapes and ranges only; what needs two places of the document at once is in `runner.manifest.checks`, and
-what this version cannot do yet in `runner.manifest.pending`.
+models hold shapes and ranges only; what needs two places of the document at once is in `runner.manifest.checks`.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ ToolParser = Literal[
     "qwen3_coder",
 ]
 """Those that the engine has (`runner.engine.answer.conventions.TOOL_PARSERS`); a test compares the two."""
+Dtype = Literal["float16", "bfloat16", "float32"]
 _INT32 = 2**31 - 1
 
 
@@ -67,13 +67,49 @@ class Memory(_Section):
     )
 
 
+_Bits = Literal[2, 3, 4, 5, 6, 8]
+_GroupSize = Literal[16, 32, 64, 128]
+_Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+class LayerQuantization(_Section):
+    """How to quantise some layers: what it leaves out is as for all."""
+
+    bits: _Bits | None = Field(None, description="Bits per weight.", examples=[8])
+    group_size: _GroupSize | None = Field(None, description="Weights that share one scale.", examples=[64])
+    mode: _Mode | None = Field(None, description="Quantisation mode.", examples=["affine"])
+
+
+def _layer_rule(value: Any) -> Any:
+    if value is None:
+        raise problem("E205", "has no value", "write false, or {bits: 8}")
+    if value is True:
+        raise problem("E203", "should be false, or a mapping with bits, group_size or mode")
+    return None if value is False else value
+
+
+_LayerRule = Annotated[
+    LayerQuantization | None,
+    BeforeValidator(_layer_rule, json_schema_input_type=Literal[False] | LayerQuantization),
+]
+
+
 class Quantization(_Section):
     """How to quantise a source that is not quantised; made once and cached."""
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="Bits per weight.", examples=[4])
-    group_size: Literal[16, 32, 64, 128] = Field(64, description="Weights that share one scale.", examples=[64])
-    mode: Literal["affine", "mxfp4", "mxfp8", "nvfp4"] = Field(
-        "affine", description="Quantisation mode.", examples=["affine"]
+    bits: _Bits | None = Field(None, description="Bits per weight. Default: 4, of mxfp8 8.", examples=[4])
+    group_size: _GroupSize | None = Field(
+        None,
+        description="Weights that share one scale. Default: 64, of mxfp4 and mxfp8 32, of nvfp4 16.",
+        examples=[64],
+    )
+    mode: _Mode = Field("affine", description="Quantisation mode.", examples=["affine"])
+    layers: dict[_Text, _LayerRule] = Field(
+        default={},
+        description="Layers that are quantised otherwise, by their path in the model (* stands for anything, and a "
+        "leading *. also for nothing): bits, group_size and mode, or false to leave them as they are. Of several "
+        "that match a layer the first decides.",
+        examples=[{"*.lm_head": {"bits": 8}, "*.down_proj": {"bits": 6}, "model.embed_tokens": False}],
     )
 
 
@@ -247,7 +283,15 @@ class Model(_Section):
         default=[], description="Other ids that requests may use for this model.", examples=[["gpt-4o-mini"]]
     )
     quantization: Quantization | None = Field(
-        None, description="How to quantise the source.", examples=[{"bits": 4, "group_size": 64}]
+        None,
+        description="How to quantise the source: done once, and kept in the cache folder.",
+        examples=[{"bits": 4, "group_size": 64}],
+    )
+    dtype: Dtype | None = Field(
+        None,
+        description="What the model computes in, and what is not quantised is kept in. Default: the source's own, and "
+        "float32 where MLX has no GPU.",
+        examples=["bfloat16"],
     )
     memory_limit: Size | None = Field(
         None, description="The most memory this model's engine may use.", examples=["4GiB"]
@@ -283,9 +327,24 @@ class Model(_Section):
         examples=["qwen3_coder"],
     )
     load: LoadPolicy | None = Field(
-        None, description="eager: load at start. on_demand: load at the first request.", examples=["eager"]
+        None,
+        description="eager: load at start, and stay. on_demand: load at the first request, and give way, while idle, "
+        "to others that need the memory. Default: eager.",
+        examples=["on_demand"],
     )
-    idle_timeout: Duration | None = Field(None, description="Unload after so long without a request.", examples=["30m"])
+    idle_timeout: Duration | None = Field(
+        None,
+        description="Unload after so long without a request; the next one loads it again. Default: never.",
+        examples=["30m"],
+    )
+    priority: int = Field(
+        0,
+        ge=-1000,
+        le=1000,
+        description="Who comes first where memory is short: models of a higher priority are loaded before others that "
+        "wait, and idle ones of a lower priority give way before others.",
+        examples=[10],
+    )
 
 
 class Defaults(_Section):

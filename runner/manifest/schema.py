@@ -10,13 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from runner.manifest.models import Manifest
-from runner.manifest.pending import NOT_YET
-from runner.manifest.shape import type_at
 
 SCHEMA_FILE: Final = Path(__file__).parents[2] / "schemas" / "manifest.schema.json"
 OVERLAY_FILE: Final = SCHEMA_FILE.with_name("overlay.schema.json")
@@ -36,25 +33,12 @@ def manifest_schema() -> _Schema:
     """The schema as plain data."""
     generated = Manifest.model_json_schema(ref_template="#/definitions/{model}")
     definitions = generated.pop("$defs")
-    for section, field, values in _fields_not_yet():
-        which = f"Not supported yet by this version: {', '.join(values)}." if values else "Not supported yet."
-        definitions[section]["properties"][field]["description"] += f" {which}"
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         **_section(generated),
         "title": "mlx-run manifest",
         "definitions": {"Variable": _VARIABLE} | {name: _section(definitions[name]) for name in sorted(definitions)},
     }
-
-
-def _fields_not_yet() -> Iterator[tuple[str, str, tuple[str, ...] | None]]:
-    """(section's class, field, values or None for all) of what is refused, each once."""
-    found: dict[tuple[str, str], tuple[str, ...] | None] = {}
-    for pattern, values in NOT_YET:
-        *above, field = pattern.removesuffix(".*").split(".")
-        found[type_at(tuple(above)).__name__, field] = values
-    for (section, name), values in found.items():
-        yield section, name, values
 
 
 def _section(schema: _Schema) -> _Schema:

@@ -39,7 +39,7 @@ def examine(
         it = subject(spec, loaded, absent, settings(spec.name), cache)
         problems += check_model(it, cache)
         memory = it.memory(float32=machine.float32)
-        examined.append(it._replace(spec=replace(spec, memory=memory)))
+        examined.append(it._replace(spec=replace(it.spec, memory=memory)))
     problems += check_memory(loaded, examined, machine)
     return tuple(it.spec for it in examined), [diagnose(loaded, problem) for problem in problems]
 

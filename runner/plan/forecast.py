@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from runner.plan.spec import ModelSpec
 
@@ -22,9 +23,19 @@ class Forecast:
     limit: int
 
 
-def footprint(spec: ModelSpec) -> int:
+ENGINE_BYTES: Final = 100 * 2**20
+"""Of an engine's process beside its model: Python, and the libraries of MLX (84 to 96 MiB on a Linux CPU)."""
+
+
+def least(spec: ModelSpec) -> int:
     """Bytes that an engine of this spec needs: weights, adapters, a draft, and the first step of a request."""
     return spec.memory.least or spec.weights_bytes
+
+
+def footprint(spec: ModelSpec) -> int:
+    """Bytes that a plan reckons with. A model that is loaded on demand has none: it comes when there is room, and gives
+    way (`runner.control.room`)."""
+    return 0 if spec.load == "on_demand" else least(spec)
 
 
 def most(spec: ModelSpec) -> int:

@@ -6,7 +6,7 @@ its longest would take is a warning: the engine lets rows wait (`runner.engine.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from runner.inspect.memory import ModelMemory
@@ -98,7 +98,7 @@ def _rows(it: Subject, memory: ModelMemory, limit: int) -> Iterator[Problem]:
 
 
 def _all_together(loaded: Loaded, models: Sequence[Subject], budget: MemoryBudget) -> Iterator[Problem]:
-    least = {it.spec.name: it.spec.memory.least for it in models}
+    least = _at_once(models, lambda it: it.spec.memory.least)
     if sum(least.values()) > budget.usable:
         message = (
             f"the models need {format_size(sum(least.values()))} ({_sum(least)}) for their weights and one request "
@@ -106,7 +106,7 @@ def _all_together(loaded: Loaded, models: Sequence[Subject], budget: MemoryBudge
         )
         yield Problem("E702", _place(loaded), message, "raise memory.limit, quantise, or serve fewer models")
         return
-    most = {it.spec.name: _bounded(it) for it in models}
+    most = _at_once(models, _bounded)
     if sum(most.values()) > budget.usable:
         free = [it for it in models if not it.spec.memory_limit_bytes]
         message = (
@@ -118,6 +118,17 @@ def _all_together(loaded: Loaded, models: Sequence[Subject], budget: MemoryBudge
         else:
             hint = "lower the memory_limit of some"
         yield Problem("W702", _place(loaded), message, hint)
+
+
+def _at_once(models: Sequence[Subject], size: Callable[[Subject], int]) -> dict[str, int]:
+    """Sizes of those that can be there at the same time whatever happens: all that are loaded at the start, and the
+    largest of those that give way to each other."""
+    sizes = {it.spec.name: size(it) for it in models if it.spec.load != "on_demand"}
+    given_way = {it.spec.name: size(it) for it in models if it.spec.load == "on_demand"}
+    if given_way:
+        largest = max(given_way, key=lambda name: given_way[name])
+        sizes[largest] = given_way[largest]
+    return sizes
 
 
 def _bounded(it: Subject) -> int:

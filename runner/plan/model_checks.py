@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Final
 
 from runner.inspect import fit
-from runner.inspect.config import Packing
 from runner.inspect.files import DigestCache
 from runner.inspect.served import is_known_to_mlx_lm, is_served_alone, takes_quantised_cache
 from runner.manifest.tree import KeyPath, Problem
@@ -50,15 +49,11 @@ def _adapters(it: Subject) -> Iterator[Problem]:
 
 
 def _quantization(it: Subject) -> Iterator[Problem]:
-    wanted = it.model.quantization
-    if wanted is None or it.facts is None:
+    if it.spec.quantization is None or it.facts is None:
         return
-    from runner.inspect import quantize  # noqa: PLC0415 - few manifests need it, and every edit waits for imports
+    from runner.plan.quantization import check  # noqa: PLC0415 - few manifests need it, and every edit waits for imports
 
-    found = quantize.misfit(it.facts, Packing(wanted.bits, wanted.group_size, wanted.mode))
-    if found is not None:
-        path = (*it.path, "quantization", *([found.key] if found.key else []))
-        yield Problem("E609", path, found.message, found.hint, at_key=not found.key)
+    yield from check(it.facts, it.spec.quantization, (*it.path, "quantization"))
 
 
 def _kv_cache(it: Subject) -> Iterator[Problem]:

@@ -105,7 +105,7 @@ class _Models:
             before=self._held,
             after=total(self._desired),
             peak=max(self._held, self._held + self._incoming - released),
-            most=sum(map(most, self._desired)),
+            most=sum(most(m) for m in self._desired if m.load != "on_demand"),
             limit=self._limit,
         )
 
@@ -125,11 +125,14 @@ class _Models:
         if (old := self._taken.get(new.name)) is not None:
             return _update(old, new)
         if (old := self._replaced.get(new.name)) is not None:
-            disruption = Disruption.DRAIN if old.name in self._first else Disruption.SURGE
+            waits = old.name in self._first or new.load == "on_demand"
+            disruption = Disruption.DRAIN if waits else Disruption.SURGE
             return ReplaceModel(old=old, spec=new, reason=_replace_reason(old, new), disruption=disruption)
         if new.name in self._before:
             heir = next(name for name, taken in self._taken.items() if taken.name == new.name)
             return StartModel(spec=new, reason=f"its engine goes on as models.{heir}")
+        if new.load == "on_demand":
+            return StartModel(spec=new, reason="loads at its first request", disruption=Disruption.NONE)
         return StartModel(spec=new, reason="not running")
 
     def _why_gone(self, name: str) -> str:
@@ -205,6 +208,10 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return "the model's files changed"
     if old.draft != new.draft:
         return _draft_reason(old.draft, new.draft)
+    if old.quantization != new.quantization:
+        return f"quantization {_quantization(old)} → {_quantization(new)}"
+    if old.dtype != new.dtype:
+        return f"dtype {old.dtype or 'of the source'} → {new.dtype or 'of the source'}"
     if old.kv_cache != new.kv_cache:
         return f"KV cache {_kv_cache(old)} → {_kv_cache(new)}"
     if old.chat_template != new.chat_template:
@@ -218,6 +225,14 @@ def _kv_cache(spec: ModelSpec) -> str:
     return (
         "as computed" if spec.kv_cache is None else f"{spec.kv_cache.bits} bits (groups of {spec.kv_cache.group_size})"
     )
+
+
+def _quantization(spec: ModelSpec) -> str:
+    wanted = spec.quantization
+    if wanted is None:
+        return "as the source is"
+    rules = f", {len(wanted.layers)} rules" if wanted.layers else ""
+    return f"{wanted.mode} {wanted.bits} bits (groups of {wanted.group_size}{rules})"
 
 
 def _draft_reason(old: DraftSpec | None, new: DraftSpec | None) -> str:

@@ -20,7 +20,7 @@ from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
 from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model
+from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization
 from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath, Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
@@ -38,6 +38,7 @@ from runner.plan.spec import (
     KVCacheSpec,
     ListenerSpec,
     ModelSpec,
+    QuantizationSpec,
 )
 from runner.plan.tls import BadCertificate, read_tls
 
@@ -151,6 +152,9 @@ class _Resolution:
             kv_cache=_kv_cache(self.settings(name)["kv_cache"]),
             chat_template=self._chat_template((*path, "chat_template"), model.chat_template),
             tool_parser=model.tool_parser or "",
+            quantization=_quantization(model.quantization),
+            dtype=model.dtype or "",
+            **self._residence(model),
         )
 
     def listener(self, name: str, server: Server) -> ListenerSpec:
@@ -282,6 +286,13 @@ class _Resolution:
         defaults = self._loaded.manifest.defaults
         return _given(defaults.generation if defaults else None) | _given(model.generation)
 
+    def _residence(self, model: Model) -> dict[str, Any]:
+        """When it is loaded, and when it goes."""
+        defaults = self._loaded.manifest.defaults
+        load = model.load or (defaults.load if defaults else None)
+        timeout = model.idle_timeout or (defaults.idle_timeout if defaults else None)
+        return {"load": load or "eager", "idle_timeout": timeout or 0.0, "priority": model.priority}
+
     def settings(self, name: str) -> Mapping[str, Mapping[str, Any]]:
         """A model's sections `kv_cache` and `batching`, with what the defaults say of them."""
         model, defaults = self._loaded.manifest.models[name], self._loaded.manifest.defaults
@@ -313,6 +324,14 @@ def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec |
         return None
     folder, weights = found
     return DraftSpec(model.draft.source, folder, weights.digest)
+
+
+def _quantization(section: Quantization | None) -> QuantizationSpec | None:
+    if section is None:
+        return None
+    from runner.plan.quantization import quantization_spec  # noqa: PLC0415 - few manifests need it, every edit waits
+
+    return quantization_spec(section)
 
 
 def _kv_cache(settings: Mapping[str, Any]) -> KVCacheSpec | None:

@@ -6,9 +6,11 @@ whatever else differs between them is changed in place.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runner.errors import Diagnostic
 from runner.hub.jobs import Kind
@@ -72,10 +74,33 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationSpec:
+    """How a source is quantised before it is loaded. `layers` maps patterns of layers' paths to what is other for them
+    (`bits`, `group_size`, `mode`), or to False: those stay as they are."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+    layers: dict[str, dict[str, Any] | bool] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Same value, same weights from the same source. The first pattern that matches decides: their order counts."""
+        key = f"{self.mode}{self.bits}.{self.group_size}"
+        if self.layers:
+            rules = json.dumps([[pattern, rule] for pattern, rule in self.layers.items()], sort_keys=True)
+            key += f".{hashlib.blake2b(rules.encode(), digest_size=8).hexdigest()}"
+        return key
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One deployment, resolved. `weights_digest` stands for the model folder's files, `weights_bytes` counts the draft
-    model's weights too.
+    model's weights too, and is of the weights as they are loaded.
 
+    `quantization` is None where the folder is loaded as it is, `dtype` what the model computes in, "" for its own.
+    `load` is when an engine is started, `idle_timeout` after how many seconds without a request it is ended (0: never),
+    and `priority` who comes first where memory is short: more before less.
     `kv_cache` is None where keys and values are kept as they are computed, `chat_template` where the model's own is
     rendered, and `tool_parser` empty where that tells how it writes tool calls. `generation` holds the manifest's
     defaults for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it
@@ -97,6 +122,11 @@ class ModelSpec:
     kv_cache: KVCacheSpec | None = None
     chat_template: ChatTemplateSpec | None = None
     tool_parser: str = ""
+    quantization: QuantizationSpec | None = None
+    dtype: str = ""
+    load: Literal["eager", "on_demand"] = "eager"
+    idle_timeout: float = 0.0
+    priority: int = 0
     memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property
@@ -104,9 +134,11 @@ class ModelSpec:
         """Same value, same engine process."""
         draft = "" if self.draft is None else f"-{self.draft.digest}"
         kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
+        packing = "" if self.quantization is None else f"-q{self.quantization.key}"
+        dtype = f"-{self.dtype}" if self.dtype else ""
         template = "" if self.chat_template is None else f"-t{self.chat_template.digest}"
         tools = f"-{self.tool_parser}" if self.tool_parser else ""
-        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}{template}{tools}"
+        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}{packing}{dtype}{template}{tools}"
 
     def adapter(self, name: str) -> AdapterSpec | None:
         """The adapter of that name, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from runner.plan.spec import ModelSpec
 
 
 class Subject(NamedTuple):
-    """`facts` is None where the model is not here (yet); `adapters` and `draft` lack what cannot be read. `layers` are
+    """`facts` is None where the model is not here (yet), and else of the folder as it is; `served` is what the model is
+    once it is quantised and cast as the manifest asks. `adapters` and `draft` lack what cannot be read. `layers` are
     there for models with adapters.
 
     `problems` are those of reading. `settings` are the sections `kv_cache` and `batching`, defaults filled in.
@@ -31,6 +33,7 @@ class Subject(NamedTuple):
     model: Model
     loaded: Loaded
     facts: ModelFacts | None
+    served: ModelFacts | None
     adapters: Mapping[str, AdapterFacts]
     draft: ModelFacts | None
     settings: Mapping[str, Mapping[str, Any]]
@@ -61,7 +64,7 @@ class Subject(NamedTuple):
     def memory(self, *, float32: bool) -> ModelMemory:
         """What it takes. Without facts, the weights are as the files say, and the rest is not known."""
         limits = self.spec.limits
-        if self.facts is None:
+        if self.served is None:
             return ModelMemory(
                 weights=self.spec.weights_bytes,
                 rows=limits.max_rows,
@@ -78,7 +81,15 @@ class Subject(NamedTuple):
             kv_group_size=kv.get("group_size") or 64,
         )
         adapters = list(self.adapters.values())
-        return model_memory(self.facts, adapters, self.draft, allowed, float32=float32, layers=self.layers)
+        return model_memory(
+            self.served,
+            adapters,
+            self.draft,
+            allowed,
+            float32=float32 and not self.spec.dtype,
+            layers=self.layers,
+            fused=not float32,
+        )
 
 
 def subject(
@@ -113,11 +124,30 @@ def subject(
             draft = read_model(spec.draft.path, spec.draft.digest, cache)
         except BadFolder as error:
             problems.append(Problem(error.code, (*path, "draft", "source"), error.message, error.hint))
+    spec, served = _served(spec, facts)
     layers = None
-    if facts is not None and adapters:
+    if served is not None and adapters:
         with contextlib.suppress(BadFolder):  # it is said of the model
-            layers = cache.derive("layers", spec.weights_digest, facts.linear_layers)
-    return Subject(spec, model, loaded, facts, adapters, draft, settings, layers, tuple(problems))
+            layers = cache.derive("layers", spec.process_digest, served.linear_layers)
+    return Subject(spec, model, loaded, facts, served, adapters, draft, settings, layers, tuple(problems))
+
+
+def _served(spec: ModelSpec, facts: ModelFacts | None) -> tuple[ModelSpec, ModelFacts | None]:
+    """What the engine will see of the model; and the spec, without a quantisation that the source has already."""
+    if facts is None or (spec.quantization is None and not spec.dtype):
+        return spec, facts
+    from runner.plan import quantization  # noqa: PLC0415 - few manifests need it, and every edit waits for imports
+
+    if spec.quantization is not None:
+        if any(quantization.check(facts, spec.quantization, ())):
+            return spec, facts  # it is said of the model
+        spec = replace(spec, quantization=quantization.to_do(facts, spec.quantization))
+    served = quantization.served(facts, spec)
+    if spec.quantization is not None:
+        before = sum(group.nbytes for group in facts.tensors)
+        after = sum(group.nbytes for group in served.tensors)
+        spec = replace(spec, weights_bytes=spec.weights_bytes - before + after)
+    return spec, served
 
 
 def unclear(it: Subject) -> Iterator[Problem]:

@@ -51,12 +51,16 @@ class EngineSide(asyncio.Transport):
 class Served:
     """A deployment with an engine: only the way of a request through it."""
 
+    loaded = True
     name = "chat"
     ready = True
     stats = None
 
     def __init__(self, connection: EngineConnection) -> None:
         self.engine = SimpleNamespace(connection=connection)
+        self._using = 0
+        self._demand = SimpleNamespace(used=lambda: None)
+        self._room = SimpleNamespace(touch=lambda: None)
 
     def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
         return Deployment.generate(self, request)  # type: ignore[arg-type]

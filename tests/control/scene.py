@@ -97,10 +97,10 @@ class Scene:
 
     def start(self, *, watch: bool = True, **options: Any) -> asyncio.Task[Any]:
         """The runner, running, with these options in place of the tests' own."""
-        chosen = {"orphan_grace": 0.5, "drain_timeout": 5, **options}
         command = shlex.join([sys.executable, str(FAKE_ENGINE)])
+        chosen = {"orphan_grace": 0.5, "drain_timeout": 5, "engine_command": command, **options}
         compiler = Compiler()
-        made = Options(state_dir=self.folder / "state", engine_command=command, **chosen)
+        made = Options(state_dir=self.folder / "state", cache_dir=self.folder / "cache", **chosen)
         self.runner = Runner(compiler.compile([self.manifest]), made, compiler, self._record, watch=watch)
         self.running = asyncio.create_task(self.runner.run())
         return self.running

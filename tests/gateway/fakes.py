@@ -36,6 +36,10 @@ class FakeDeployment:
     closed: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def loaded(self) -> bool:
+        return self.ready
+
     async def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)
@@ -72,8 +76,10 @@ class FakeDirectory:
 
     def cards(self, listener: str) -> list[ModelCard]:
         ready = self.deployment.ready
-        cards = [ModelCard(name, 1700000000, "chat", None, ready) for name in ("chat", "org/gpt-4o")]
-        return cards + [ModelCard(f"chat:{name}", 1700000000, "chat", name, ready) for name in self.adapters]
+        cards = [ModelCard(name, 1700000000, "chat", None, ready, loaded=ready) for name in ("chat", "org/gpt-4o")]
+        return cards + [
+            ModelCard(f"chat:{name}", 1700000000, "chat", name, ready, loaded=ready) for name in self.adapters
+        ]
 
     def resolve(self, listener: str, model: str | None, adapter_name: str | None) -> Route:
         self.lookups.append((listener, model, adapter_name))

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from runner.manifest.pending import NOT_YET
-
 Data = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
@@ -49,9 +47,6 @@ def _damaged(chance: random.Random, data: Data, damage: str) -> Case:
 
 
 # ------------------------------------------------------------- valid
-
-
-_REFUSED = {pattern for pattern, values in NOT_YET if values is None}
 
 
 def _manifest(chance: random.Random) -> Data:
@@ -140,12 +135,9 @@ def _sections(chance: random.Random, above: str) -> Data:
     }  # fmt: skip
     found: Data = {}
     for section, keys in choices.items():
-        kept = {key: values for key, values in keys.items() if f"{above}.{section}.{key}" not in _REFUSED}
-        if section not in ("kv_cache", "batching") or f"{above}.{section}" not in _REFUSED:
-            _maybe(chance, found, section, lambda kept=kept: _some(chance, kept))  # type: ignore[misc]
-    _maybe(chance, found, "load", lambda: "eager")
-    if f"{above}.idle_timeout" not in _REFUSED:
-        _maybe(chance, found, "idle_timeout", lambda: chance.choice(["30s", "1h30m"]))
+        _maybe(chance, found, section, lambda keys=keys: _some(chance, keys))  # type: ignore[misc]
+    _maybe(chance, found, "load", lambda: chance.choice(["eager", "on_demand"]))
+    _maybe(chance, found, "idle_timeout", lambda: chance.choice(["30s", "1h30m"]))
     return found
 
 
@@ -386,29 +378,6 @@ def _collision(chance: random.Random, data: Data) -> Case | None:
             return _case("E307", sayable=False)
 
 
-def _not_yet(chance: random.Random, data: Data) -> Case | None:
-    values: dict[str, Any] = {
-        "quantization": {"bits": 4}, "bits": 8, "group_size": 64, "draft": {"source": "./d"}, "idle_timeout": "30m",
-    }  # fmt: skip
-    if not NOT_YET:
-        return _unset(chance, data)
-    pattern, refused = chance.choice(list(NOT_YET))
-    parts = pattern.split(".")
-    here: Any = data
-    for at, part in enumerate(parts[:-1]):
-        if part == "*":
-            here = here[chance.choice(list(here))]
-        elif parts[at + 1] == "*" and part == "apis":
-            here[part] = [chance.choice(refused or ())]
-            return _case("E401", sayable=False)
-        else:
-            if not isinstance(here.get(part), dict):
-                here[part] = {}
-            here = here[part]
-    here[parts[-1]] = chance.choice(refused) if refused else values.get(parts[-1], {})
-    return _case("E401", sayable=False)
-
-
 def _unset(chance: random.Random, data: Data) -> Case | None:
     model = chance.choice(list(data["models"].values()))
     model["source"] = chance.choice(["${NOT_SET}", "./${NOT_SET:?say where}"])
@@ -488,7 +457,7 @@ DAMAGES: dict[str, Callable[[random.Random, Data], Case | None]] = {
     function.__name__.strip("_"): function
     for function in (
         _unknown_key, _misspelt_key, _wrong_kind, _out_of_range, _missing, _empty, _not_one_of, _bad_name, _bad_amount,
-        _bad_address, _bad_address_by_value, _reference, _collision, _not_yet, _unset, _bad_reference, _secret,
+        _bad_address, _bad_address_by_value, _reference, _collision, _unset, _bad_reference, _secret,
         _no_env_file, _variable_of_the_wrong_kind, _twice, _broken_text, _cut_off,
     )
 }  # fmt: skip

@@ -133,3 +133,13 @@ def test_all_rows_at_their_longest_are_a_warning(place: Place) -> None:
         "with every row at its longest the models take 14.8 GiB (big 11.8 GiB + small 3 GiB), and may use 12 GiB"
     )
     assert second.hint == "lower kv_cache.max_context or batching.max_rows of big, or give it a memory_limit"
+
+
+def test_models_on_demand_need_room_for_the_largest_only(place: Place) -> None:
+    for name, size in (("big", 9), ("other", 8), ("small", 3)):
+        sparse(place.folder / name, size * GIB)
+    text = SERVERS + "memory: {limit: 13GiB}\nmodels:\n  small: {source: ./small}\n"
+    lazy = [f"  {name}: {{source: ./{name}, load: on_demand}}\n" for name in ("big", "other")]
+    assert len(place.resolve(text + "".join(lazy)).models) == 3
+    (found,) = place.wrong(text.replace("13GiB", "11GiB") + "".join(lazy))
+    assert "the models need 12 GiB (big 9 GiB + small 3 GiB)" in found.message

@@ -24,7 +24,7 @@ from runner.plan.actions import (
 from runner.plan.forecast import Forecast
 from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
-from runner.plan.spec import DraftSpec, EngineLimits, KVCacheSpec, ModelSpec, TlsSpec
+from runner.plan.spec import DraftSpec, EngineLimits, KVCacheSpec, ModelSpec, QuantizationSpec, TlsSpec
 
 from .specs import GIB, UNHURRIED, adapter, desired, listener, model, observed, states
 
@@ -85,6 +85,9 @@ def test_a_scale_makes_another_key() -> None:
         ({"aliases": ("gpt",)}, "aliases"),
         ({"generation": {"temperature": 1}}, "generation.temperature"),
         ({"limits": EngineLimits(max_rows=4)}, "batching.max_rows"),
+        ({"load": "on_demand"}, "load"),
+        ({"idle_timeout": 5.0}, "idle_timeout"),
+        ({"priority": 3}, "priority"),
     ],
 )
 def test_what_needs_no_process_is_changed_in_place(fields: dict[str, object], path: str) -> None:
@@ -121,6 +124,35 @@ def test_a_draft_is_part_of_the_process_and_its_length_is_not() -> None:
     with_draft = [model(draft=one, limits=EngineLimits(num_draft_tokens=count)) for count in (2, 4)]
     (action,) = plan(desired(with_draft[1]), observed(with_draft[0])).actions
     assert isinstance(action, UpdateModel)
+
+
+def test_what_is_loaded_on_demand_takes_no_planned_memory() -> None:
+    lazy = [model(name, size=12 * GIB, load="on_demand") for name in ("a", "b", "c")]
+    made = plan(desired(*lazy), observed())
+    assert [action.disruption for action in made.actions] == [Disruption.NONE] * 3
+    assert (made.memory.after, made.memory.peak) == (0, 0)
+    (action,) = plan(desired(replace(lazy[0], weights_digest="w2")), observed(lazy[0])).actions
+    assert isinstance(action, ReplaceModel)
+    assert action.disruption is Disruption.DRAIN
+
+
+def test_quantisation_is_part_of_the_process() -> None:
+    four, six = (QuantizationSpec(bits, 64) for bits in (4, 6))
+    rules = replace(four, layers={"*.lm_head": {"bits": 8, "group_size": 64, "mode": "affine"}, "a": False})
+    for new, reason, changed in (
+        (four, "quantization as the source is → affine 4 bits (groups of 64)", "quantization.bits"),
+        (rules, "quantization as the source is → affine 4 bits (groups of 64, 2 rules)", "quantization.layers.a"),
+    ):
+        (action,) = plan(desired(model(quantization=new)), observed(model())).actions
+        assert isinstance(action, ReplaceModel)
+        assert action.reason == reason
+        assert changed in [change.path for change in action.changes]
+    (action,) = plan(desired(model(dtype="float16")), observed(model())).actions
+    assert action.reason == "dtype of the source → float16"
+    order = {"b": False, "a": False}
+    keys = {four.key, six.key, rules.key, replace(four, layers=order).key}
+    keys.add(replace(four, layers=dict(reversed(order.items()))).key)
+    assert len(keys) == 5, "the first rule that matches decides, so their order counts"
 
 
 def test_the_kv_cache_s_format_is_part_of_the_process() -> None:

@@ -22,6 +22,7 @@ from runner.gateway.decode import read_json
 from runner.gateway.exchange import CUT_MESSAGE, exchange_of
 from runner.gateway.generation import start
 from runner.gateway.openai.shapes import encode_json
+from runner.gateway.waiting import begin
 from runner.telemetry import GatewayMetrics
 
 PATH = "/v1/messages"
@@ -49,13 +50,15 @@ class Messages:
         exchange.route = PATH
         fields = await read_json(request, messages_decoder, MESSAGES_NAMES)
         route = self._route(fields)
-        generation = await start(route, [generating(fields, route)], exchange, self._metrics)
+        requests = [generating(fields, route)]
         response.set_header("request-id", exchange.request_id)
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)
         head = Head(fields.model or route.model)
         if fields.stream:
-            stream = events(generation, head, exchange)
+            stream = await begin(
+                route, requests, exchange, self._metrics, lambda g: events(g, head, exchange), error_event
+            )
             exchange.defer(stream.aclose)
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
@@ -63,7 +66,7 @@ class Messages:
             response.stream = stream
         else:
             response.content_type = "application/json"
-            response.data = await whole(generation, head)
+            response.data = await whole(await start(route, requests, exchange, self._metrics), head)
 
     async def on_post_count(self, request: Request, response: Response) -> None:
         """Counts the tokens of a prompt, as the model's own template and tokenizer make it."""

@@ -141,7 +141,7 @@ class Models:
 
     async def on_get_ps(self, request: Request, response: Response) -> None:
         """Those that are loaded."""
-        cards = [card for card in self._directory.cards(self._listener) if card.ready and card.id == card.model]
+        cards = [card for card in self._directory.cards(self._listener) if card.loaded and card.id == card.model]
         stays = {"expires_at": "9999-12-31T23:59:59Z"}
         running = [{**tag(card), **stays, "size_vram": card.size, "context_length": card.max_context} for card in cards]
         _send(request, response, "/api/ps", {"models": running})

@@ -24,6 +24,7 @@ from runner.gateway.openai.wire import (
     chat_decoder,
     completion_decoder,
 )
+from runner.gateway.waiting import begin
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -108,9 +109,10 @@ class _Generating:
         )
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)
-        generation = await start(route, generates, exchange, self._metrics)
         if fields.stream:
-            stream = events(generation, head, exchange)
+            stream = await begin(
+                route, generates, exchange, self._metrics, lambda g: events(g, head, exchange), as_event
+            )
             exchange.defer(stream.aclose)
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
@@ -118,7 +120,7 @@ class _Generating:
             response.stream = stream
         else:
             response.content_type = "application/json"
-            response.data = await whole(generation, head)
+            response.data = await whole(await start(route, generates, exchange, self._metrics), head)
 
 
 class ChatCompletions(_Generating):
@@ -177,4 +179,5 @@ def _card(card: ModelCard) -> dict[str, Any]:
         "root": card.model,
         "adapter": card.adapter,
         "ready": card.ready,
+        "loaded": card.loaded,
     }

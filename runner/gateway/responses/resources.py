@@ -20,6 +20,7 @@ from runner.gateway.responses.answers import Building, Object, new_response
 from runner.gateway.responses.store import ResponseStore, Stored
 from runner.gateway.responses.translate import Turns, generating, input_turns, turns_of
 from runner.gateway.responses.wire import NAMES, Item, ResponsesRequest, responses_decoder
+from runner.gateway.waiting import begin
 from runner.telemetry import GatewayMetrics
 
 PATH = "/v1/responses"
@@ -52,18 +53,25 @@ class Responses:
         route = self._directory.resolve(self._listener, fields.model, fields.adapter_name)
         turns = [*self._earlier(fields.previous_response_id), *input_turns(fields)]
         generate = generating(fields, route, turns)
-        generation = await start(route, [generate], exchange, self._metrics)
         building = Building(new_response(fields, generate, fields.model or route.model))
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)
         if fields.stream:
-            stream = self._events(generation, building, fields, turns, exchange)
+            stream = await begin(
+                route,
+                [generate],
+                exchange,
+                self._metrics,
+                lambda generation: self._events(generation, building, fields, turns, exchange),
+                as_event,
+            )
             exchange.defer(stream.aclose)
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
             response.set_header("cache-control", "no-cache")
             response.stream = stream
             return
+        generation = await start(route, [generate], exchange, self._metrics)
         list(building.add(generation.first[1]))
         async for _, deltas in generation.rest:
             list(building.add(deltas))

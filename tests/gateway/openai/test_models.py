@@ -18,6 +18,7 @@ async def test_list_has_models_aliases_and_adapters(client: Client) -> None:
         "root": "chat",
         "adapter": "pirate",
         "ready": True,
+        "loaded": True,
     }
 
 

@@ -1,0 +1,52 @@
+"""Why an engine's process ended, where memory was the reason: the exit code alone does not say it."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+from typing import Final
+
+_TAIL: Final = 16 * 1024
+"""Bytes of an engine's log that are looked at."""
+
+_ALLOCATION: Final = re.compile(
+    rb"kIOGPUCommandBufferCallbackErrorOutOfMemory|\[metal::malloc\]|\[malloc_or_wait\]|Unable to allocate \d+ bytes"
+    rb"|cudaErrorMemoryAllocation|out of memory|std::bad_alloc|MemoryError",
+    re.IGNORECASE,
+)
+"""What MLX, CUDA, C++ and Python say when there is none left."""
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for lack of memory since it started, and in this process's control group;
+    0 where nobody counts."""
+    found = 0
+    for path, key in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
+        try:
+            lines = Path(path).read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        found += sum(int(line.split()[1]) for line in lines if line.split()[:1] == [key])
+    return found
+
+
+def lack_of_memory(code: int, *, killed_by_us: bool, kills_before: int, log: Path, written_before: int) -> str:
+    """What an exit has to do with memory; empty for nothing. `code` is negative for a signal, `kills_before` what
+    `oom_kills` was and `written_before` how long the log was when the process was started."""
+    if code == -signal.SIGKILL and not killed_by_us and oom_kills() > kills_before:
+        return "the kernel ended the engine because the machine was out of memory"
+    if code == 0 or killed_by_us:
+        return ""
+    said = _ALLOCATION.search(_tail(log, written_before))
+    return f"the engine was out of memory: {said[0].decode(errors='replace')}" if said else ""
+
+
+def _tail(log: Path, start: int) -> bytes:
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(start, size - _TAIL))
+            return file.read()
+    except OSError:
+        return b""

@@ -1,0 +1,90 @@
+"""What the process really takes, against what it may: the arithmetic of admission can be wrong.
+
+Over its limit an engine takes up no more requests, and gives back what it keeps for later. What it works on goes on,
+and ends. If that was not enough once there is nothing left to do, or the limit is passed by far, the process asks to be
+replaced: only its end surely returns the memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import mlx.core as mx
+
+logger = logging.getLogger(__name__)
+
+_FAR: Final = 1.25
+"""Times the limit at which the process does not wait for what it works on."""
+
+SLACK: Final = 16 * 2**20
+"""Bytes that a process comes to beside what is counted: the C library's heap, threads, Python's own."""
+
+_FINE: Final = 0.95
+"""Of the limit, below which requests are taken up again."""
+
+
+class Watchdog:
+    """`limit` gives what may be used now, in bytes, 0 for no limit; `release` gives back what is kept for later.
+
+    `closed`: nothing is to be taken up. `over` has what was in use when it was too much, and does not go down again.
+    """
+
+    def __init__(
+        self, limit: Callable[[], int], release: Callable[[int], int], used: Callable[[], int], slack: int = SLACK
+    ) -> None:
+        self.closed = False
+        self.over = 0
+        self._limit = limit
+        self._release = release
+        self._used = used
+        self._slack = slack
+
+    def look(self, *, busy: bool) -> bool:
+        """Whether all is well enough to go on; False asks for the process to be replaced."""
+        limit = self._limit()
+        limit += self._slack if limit else 0
+        used = self._used() if limit else 0
+        if not limit or used <= limit * (_FINE if self.closed else 1.0):
+            self.closed = False
+            return True
+        if not self.closed:
+            logger.warning("over the memory limit", extra={"used": used, "limit": limit})
+        self.closed = True
+        self._release(used - limit)
+        trim()
+        used = self._used()
+        if used <= limit:
+            self.closed = used > limit * _FINE
+            return True
+        self.over = max(self.over, used)
+        return busy and used <= limit * _FAR
+
+
+def trim() -> None:
+    """Return to the system what is not in use: MLX's buffers, and what the C library keeps."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if malloc_trim is not None:
+            malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import psutil  # noqa: PLC0415 - for those who have no /proc
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def in_use_beside(base: int) -> int:
+    """Bytes that the model takes: what MLX counts, or what the process has beside `base`, whichever is more."""
+    return max(mx.get_active_memory() + mx.get_cache_memory(), resident() - base)
