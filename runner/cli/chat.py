@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,8 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 when the conversation ends."""
-    address, model = _endpoint(client.request(find(wanted(arguments)).control_socket, "status"), arguments.model)
-    talk = Conversation(address, model, arguments.adapter, arguments.system, arguments.api_key)
+    server, model = _endpoint(client.request(find(wanted(arguments)).control_socket, "status"), arguments.model)
+    address = _reachable(server["address"])
+    talk = Conversation(
+        address, model, arguments.adapter, arguments.system, arguments.api_key, server.get("certificate")
+    )
     if arguments.message is not None:
         talk.say(arguments.message)
         return 0
@@ -50,10 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """Keeps the messages, and sends them all with each new one."""
+    """Keeps the messages, and sends them all with each new one. `certificate` is the file of the server's own."""
 
     def __init__(
-        self, address: str, model: str, adapter: str | None, system: str | None, api_key: str | None = None
+        self,
+        address: str,
+        model: str,
+        adapter: str | None,
+        system: str | None,
+        api_key: str | None = None,
+        certificate: str | None = None,
     ) -> None:
         self.adapter = adapter
         self._address = urlsplit(address)
@@ -61,6 +70,7 @@ class Conversation:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages: list[Message] = []
         self._api_key = api_key
+        self._certificate = certificate
 
     def clear(self) -> None:
         """Forget what was said."""
@@ -84,7 +94,7 @@ class Conversation:
         headers = {"Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        connection = HTTPConnection(self._address.hostname or "127.0.0.1", self._address.port)
+        connection = self._connection()
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
             yield from _pieces(connection.getresponse())
@@ -92,6 +102,20 @@ class Conversation:
             raise RunnerError(f"{self._address.netloc} does not answer: {error or type(error).__name__}") from None
         finally:
             connection.close()
+
+    def _connection(self) -> HTTPConnection:
+        host, port = self._address.hostname or "127.0.0.1", self._address.port
+        if self._certificate is None:
+            return HTTPConnection(host, port)
+        # Imported here: a chat without TLS need not wait for it.
+        import ssl  # noqa: PLC0415
+
+        # The very certificate is known, whatever name it is for and whoever has signed it.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.load_verify_locations(self._certificate)
+        return HTTPSConnection(host, port, context=context)
 
 
 def _pieces(response: HTTPResponse) -> Iterator[str]:
@@ -115,13 +139,13 @@ def _message(body: bytes) -> str:
         return body.decode(errors="replace") or "the server answered with nothing"
 
 
-def _endpoint(status: dict[str, Any], wanted: str | None) -> tuple[str, str]:
-    """The address and the model id to use. Raises RunnerError when nobody serves it."""
+def _endpoint(status: dict[str, Any], wanted: str | None) -> tuple[dict[str, Any], str]:
+    """The server (as in the status) and the model id to use. Raises RunnerError when nobody serves it."""
     for server in status["servers"]:
         for name in server["models"]:
             aliases: list[str] = next((m["aliases"] for m in status["models"] if m["name"] == name), [])
             if wanted is None or wanted.partition(":")[0] in (name, *aliases):
-                return _reachable(server["address"]), wanted or name
+                return server, wanted or name
     served = ", ".join(m["name"] for m in status["models"]) or "none"
     raise RunnerError(f"no server serves {wanted or 'a model'!r}", hint=f"Models: {served}.")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from runner.cli.locate import add_files
 from runner.control import client
@@ -24,6 +25,12 @@ from runner.plan.examine import diagnose
 from runner.plan.memory import memory_budget
 from runner.plan.ports import check_ports
 from runner.plan.resolve import Look, look
+
+_LEAST_MEMORY: Final = 2**20
+"""Bytes below which no machine is meant: somebody left the unit out."""
+
+_NOTES: Final = 3
+"""The most sources that are named which could not be checked; the forms for programs name all."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +83,8 @@ def _machine(text: str) -> Machine:
         memory = parse_size(given.get("memory", ""))
     except ValueError:
         raise argparse.ArgumentTypeError("give memory=SIZE, such as memory=16GiB") from None
+    if memory < _LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"memory={given['memory']} is {memory} bytes: give a unit, such as 16GiB")
     return Machine(memory, float32=device == "cpu")
 
 
@@ -112,7 +121,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
     except ManifestError as error:
         return _Checked(report._replace(diagnostics=tuple(error.diagnostics)))
     found = advise(loaded)
-    summary = [f"{len(loaded.manifest.models)} models, {len(loaded.manifest.servers)} servers"]
+    summary = [f"{_counted(loaded.manifest.models, 'model')}, {_counted(loaded.manifest.servers, 'server')}"]
     table = ""
     if not arguments.no_files:
         machine = arguments.machine or this_machine()
@@ -121,7 +130,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
         if arguments.machine is None:
             found += [diagnose(loaded, problem) for problem in check_ports(loaded, _own_ports(loaded))]
         notes = tuple(_not_checked(seen))
-        summary += notes
+        summary += notes if len(notes) <= _NOTES else (f"{notes[0]}; {len(notes) - 1} more were not checked either",)
         report = report._replace(notes=notes)
         if arguments.memory:
             table, report = _with_memory(loaded, machine, seen, report)
@@ -137,6 +146,10 @@ def _with_memory(loaded: Loaded, machine: Machine, seen: Look, report: FileRepor
     budget = memory_budget(loaded.manifest.memory, machine.memory)
     models = seen.desired.models
     return memory_table(models, budget), report._replace(memory=memory_json(models, budget))
+
+
+def _counted(things: Sized, what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _not_checked(seen: Look) -> Iterator[str]:

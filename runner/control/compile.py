@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from runner.manifest.models import Adapter, Draft, Model
 from runner.manifest.tree import KeyPath
 from runner.options import Options, configured, state_dir
 from runner.plan.digests import DigestCache
-from runner.plan.resolve import survey
+from runner.plan.resolve import certificate, survey
 
 
 def compile_manifest(request: Request, cache: DigestCache | None = None) -> Compiled:
@@ -56,6 +57,7 @@ def _compile(request: Request, digests: DigestCache) -> Compiled:
         _check_name(loaded, name)
         for folder in _local_sources(loaded):
             inputs.look(folder)
+        _read_certificates(loaded, inputs)
         desired, missing = survey(loaded, machine_memory=machine_memory(), cache=digests, changes=changes)
     except ManifestError as error:
         return Compiled(diagnostics=tuple(error.diagnostics), warnings=loaded.warnings, **known)
@@ -92,6 +94,14 @@ def _check_name(loaded: Loaded, name: str | None) -> None:
         message = f"is {loaded.manifest.name!r}, but this runner was started as {name!r}"
         hint = f"keep the name, or `mlx-run down {name}` first"
         raise ManifestError([loaded.at(("name",), message, hint, code="E308")])
+
+
+def _read_certificates(loaded: Loaded, inputs: Inputs) -> None:
+    """So that a renewed certificate is an edit; what is wrong with one is said when it is resolved."""
+    for name, server in loaded.manifest.servers.items():
+        for file in certificate(loaded, name, server.tls) if server.tls else ():
+            with suppress(OSError):
+                inputs.read(file)
 
 
 def _local_sources(loaded: Loaded) -> Iterator[Path]:

@@ -85,7 +85,7 @@ class Executor:
 
     async def _prepare(self) -> None:
         for action in self._plan.actions:
-            if isinstance(action, OpenListener | MoveListener):
+            if isinstance(action, OpenListener | MoveListener) and not _stays(action):
                 await self._open(action)
         for action in self._plan.actions:
             if isinstance(action, StartModel):
@@ -101,16 +101,23 @@ class Executor:
             for action in self._plan.actions
             if isinstance(action, StartModel | ReplaceModel | UpdateModel)
         )
+        for action in self._plan.actions:  # last: until then clients are served as they were
+            if isinstance(action, MoveListener) and _stays(action):
+                await self._open(action)
 
     async def _open(self, action: OpenListener | MoveListener) -> None:
         live = self._live
         self._began(action)
-        if isinstance(action, MoveListener) and action.disruption is Disruption.DRAIN:
+        sock = None
+        if isinstance(action, MoveListener) and (_stays(action) or action.disruption is Disruption.DRAIN):
             old = live.listeners.pop(action.old.name)
             self._undo.append(partial(reopen_listener, live, action.old))
-            await old.release()
+            if _stays(action):
+                sock = old.hand_over()
+            else:
+                await old.release()
             live.in_background(close_listener(live, old))
-        listener = await open_listener(live, action.spec)
+        listener = await open_listener(live, action.spec, sock)
         self._opened[action.spec.name] = listener
         self._done(action)
 
@@ -289,6 +296,11 @@ def _require_same(changed: list[Changed]) -> None:
     """Raises SourceChanged where what an engine has just read is not what was planned."""
     if changed:
         raise SourceChanged("files changed while they were loaded:\n" + "\n".join(map(str, changed)))
+
+
+def _stays(action: OpenListener | MoveListener) -> bool:
+    """Whether the address is the one that it was, and only what is spoken there changes."""
+    return isinstance(action, MoveListener) and action.old.address == action.spec.address
 
 
 def _ends_first(action: Action) -> bool:

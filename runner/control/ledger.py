@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from runner.plan.actions import Plan
 from runner.plan.render import plan_json
 from runner.plan.spec import Desired
 from runner.plan.stored import NotReadable, SealedAway, from_stored, key_sources, stored_digest, stored_form, to_compare
+from runner.plan.tls import BadCertificate, with_present_certificates
 
 logger = logging.getLogger(__name__)
 
@@ -183,11 +184,17 @@ class Ledger:
     def recall(self, number: int, known: Iterable[str]) -> Desired:
         """The desired state of a generation. Its secrets are taken from `known`, or from where they came from.
 
-        Raises RunnerError where a secret is gone or another, and where the generation cannot be read.
+        Certificates are those of now. Raises RunnerError where a secret is gone or another, where a certificate
+        cannot be used any more, and where the generation cannot be read.
         """
         try:
             spec: dict[str, Any] = self._generations.body(number)["spec"]
-            return from_stored(spec, self._seal, [*known, *available(key_sources(spec))])
+            desired = from_stored(spec, self._seal, [*known, *available(key_sources(spec))])
+            return replace(desired, listeners=with_present_certificates(desired.listeners))
+        except BadCertificate as error:
+            raise RunnerError(
+                f"generation {number} needs a certificate that {error.message}", hint=error.hint
+            ) from None
         except (BadGeneration, NotReadable, KeyError) as error:
             raise RunnerError(f"generation {number} cannot be read: {error}") from None
         except SealedAway as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 
 from runner.control.backoff import Backoff
@@ -15,13 +16,13 @@ from runner.plan.spec import ListenerSpec
 logger = logging.getLogger(__name__)
 
 
-async def open_listener(live: Live, spec: ListenerSpec) -> Listener:
-    """A listener that takes requests. Raises ListenerError."""
+async def open_listener(live: Live, spec: ListenerSpec, sock: socket.socket | None = None) -> Listener:
+    """A listener that takes requests, on a socket that another one handed over or on its own. Raises ListenerError."""
     if (leaving := live.leaving.get(spec.port)) is not None:
         await leaving.wait()  # one of ours is about to give this port back
     listener = Listener(spec, live.directory, live.metrics, live.admin)
-    await listener.start()
-    live.emit("listening", target=f"servers.{spec.name}", address=f"http://{spec.host}:{spec.port}")
+    await listener.start(sock)
+    live.emit("listening", target=f"servers.{spec.name}", address=spec.url)
     return listener
 
 

@@ -264,9 +264,10 @@ class Runner:
             "servers": [
                 {
                     "name": listener.spec.name,
-                    "address": f"http://{listener.spec.host}:{listener.spec.port}",
+                    "address": listener.spec.url,
                     "models": list(listener.spec.models),
                     "auth": bool(listener.spec.api_keys),
+                    "certificate": str(listener.spec.tls.cert) if listener.spec.tls else None,
                 }
                 for listener in self._live.listeners.values()
             ],

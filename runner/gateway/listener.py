@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from typing import TYPE_CHECKING, Final
 
 from runner.errors import ListenerError
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from runner.gateway.backend import Directory
 
 logger = logging.getLogger(__name__)
+
+_HANDSHAKE: Final = 1.0
+"""Seconds for TLS handshakes that are under way when another listener takes over."""
 
 _SETTLE: Final = 0.3
 """Seconds for connections to close once their requests have ended."""
@@ -67,12 +71,19 @@ class Listener:
         """Requests being worked on."""
         return self._guard.in_flight
 
-    async def start(self) -> None:
-        """Returns when clients can connect. Raises ListenerError when the port cannot be had."""
+    async def start(self, sock: socket.socket | None = None) -> None:
+        """Returns when clients can connect, to `sock` where it is given: it listens already.
+
+        Raises ListenerError when the port cannot be had, or the certificate cannot be used.
+        """
         assert self._serving is None, "a listener starts once"
-        sock = bind(self.spec.host, self.spec.port)
+        sock = sock or bind(self.spec.host, self.spec.port)
         self._port = sock.getsockname()[1]
-        self._server = EmbeddedServer(self._guard, sock)
+        try:
+            self._server = EmbeddedServer(self._guard, sock, self.spec.tls)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            sock.close()
+            raise ListenerError(f"cannot serve on {self.spec.host}:{self._port}: {error}") from None
         self._serving = asyncio.create_task(self._server.serve(), name=f"listener-{self.spec.name}")
         started = asyncio.create_task(self._server.started.wait())
         await asyncio.wait({self._serving, started}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,10 +97,20 @@ class Listener:
     def update(self, spec: ListenerSpec) -> None:
         """Takes over everything but the address, for the requests that follow."""
         assert (spec.name, spec.address) == (self.spec.name, self.spec.address), "that is another listener"
+        assert spec.tls == self.spec.tls, "a certificate is for as long as a listener serves"
         if spec.apis != self.spec.apis:
             self._app = None
         self._guard.policy = Policy(spec)
         self.spec = spec
+
+    def hand_over(self) -> socket.socket:
+        """The socket that it listens on, for another listener; running requests go on until `close`.
+
+        Nobody is refused meanwhile: who connects waits until the other one accepts.
+        """
+        assert self._server is not None, "it serves"
+        self._released = frozenset(map(ends, connections(self._port)))
+        return self._server.hand_over()
 
     async def release(self) -> None:
         """Gives the port back, so that another listener can have it at once; running requests go on until `close`."""
@@ -111,6 +132,8 @@ class Listener:
         if self._server is None or self._serving is None or self._closed:
             return 0
         self._closed = True
+        if self._released is not None and not self._server.interrupt_signal:  # handed over
+            await asyncio.sleep(_HANDSHAKE)
         self._server.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline):

@@ -49,6 +49,8 @@ def targets(change: Change, model: Layers) -> Iterator[tuple[Layer, int]]:
         if layer.path == change.layer and layer.blocks & left:
             yield layer, layer.blocks & left
             left &= ~layer.blocks
+    if not left:
+        return
     ending = [layer for layer in model.linear if layer.path.endswith(f".{change.layer}")]
     once = twice = 0
     for layer in ending:

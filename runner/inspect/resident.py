@@ -15,6 +15,7 @@ from runner.inspect.fit import targets
 from runner.inspect.layers import Layers
 
 _JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FIRST: Final = {names[0]: names for names in _JOINED}
 
 
 class _Place:
@@ -55,14 +56,12 @@ def _siblings(model: Layers) -> Iterator[tuple[tuple[str, int], tuple[str, int]]
     found = {(layer.path, block): layer for layer in model.linear for block in _numbers(layer.blocks)}
     for path, block in found:
         parent, _, name = path.rpartition(".")
-        for names in _JOINED:
-            group = [found.get((f"{parent}.{sibling}", block)) for sibling in names]
-            if name != names[0] or not all(layer is not None and not layer.experts for layer in group):
-                continue
-            layers = [layer for layer in group if layer is not None]
-            if len({(layer.inputs, layer.packing, layer.bias) for layer in layers}) == 1:
-                outputs = sum(layer.outputs for layer in layers)
-                yield from (((layer.path, block), (f"{parent}.{'+'.join(names)}", outputs)) for layer in layers)
+        names = _FIRST.get(name, ())
+        group = [found.get((f"{parent}.{sibling}", block)) for sibling in names]
+        layers = [layer for layer in group if layer is not None and not layer.experts]
+        if layers and len(layers) == len(names) and len({(x.inputs, x.packing, x.bias) for x in layers}) == 1:
+            outputs = sum(layer.outputs for layer in layers)
+            yield from (((layer.path, block), (f"{parent}.{'+'.join(names)}", outputs)) for layer in layers)
 
 
 def _numbers(blocks: int) -> list[int]:

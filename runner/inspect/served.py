@@ -8,6 +8,7 @@ its attention takes a quantised KV cache. The lists are what it says of tiny mod
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -33,9 +34,17 @@ def takes_quantised_cache(config: Config) -> bool:
 
 def is_known_to_mlx_lm(config: Config) -> bool:
     """Whether mlx-lm has a model file for it; True where mlx-lm is not installed, or the folder brings its own."""
-    spec = importlib.util.find_spec("mlx_lm")
-    if config.get("model_file") or spec is None or not spec.submodule_search_locations:
+    models = _mlx_lm_models()
+    if config.get("model_file") or models is None:
         return True
-    models = Path(next(iter(spec.submodule_search_locations))) / "models"
     name = config.architecture
     return bool(name) and "/" not in name and not name.startswith(".") and (models / f"{name}.py").is_file()
+
+
+@cache
+def _mlx_lm_models() -> Path | None:
+    """The folder of mlx-lm's model files, None where it is not installed."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "models"

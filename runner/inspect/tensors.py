@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -127,6 +128,7 @@ def read_tensors(path: Path) -> Tensors:
     return Tensors(tuple(Group(*key, *entry) for key, entry in found.items()), tool)
 
 
+@lru_cache(4096)  # the models of a manifest have their names in common
 def numbered(name: str) -> tuple[str, int | None]:
     """A name with `*` for its numbers, and the first of them."""
     number = _NUMBER.search(name)

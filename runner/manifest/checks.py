@@ -7,8 +7,9 @@ import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-from runner.manifest.models import Adapter, Draft, Model, Server
+from runner.manifest.models import Adapter, Draft, Model
 from runner.manifest.names import PLAIN_MODEL
+from runner.manifest.servers import Server
 from runner.manifest.suggest import suggest
 from runner.manifest.tree import KeyPath, Problem
 
@@ -127,10 +128,10 @@ def _administration(name: str, server: Server) -> Iterator[Problem]:
     at = ("servers", name, "apis", server.apis.index("admin"))
     if not is_loopback(server.host):
         message = f"the admin API can be reached from other machines at {server.host}, and asks for no key"
-        yield Problem("E511", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or serve admin on 127.0.0.1')
+        yield Problem("E512", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or serve admin on 127.0.0.1')
     elif server.cors is not None:
         message = "the admin API can be called by web pages (cors), and asks for no key"
-        yield Problem("E511", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or give admin its own server')
+        yield Problem("E512", at, message, 'add auth: {api_keys: ["${MLX_RUN_API_KEY}"]}, or give admin its own server')
 
 
 def is_loopback(host: str) -> bool:

@@ -16,9 +16,10 @@ from runner.manifest.env_files import with_env_files
 from runner.manifest.fill import fill
 from runner.manifest.inputs import Inputs
 from runner.manifest.lock import Lock, LockedSource, lock_path, read_lock
-from runner.manifest.models import Manifest, Model, Server
+from runner.manifest.models import Manifest, Model
 from runner.manifest.overlay import merge
 from runner.manifest.pending import not_yet
+from runner.manifest.servers import Server
 from runner.manifest.shape import validate
 from runner.manifest.source import Source, read_source
 from runner.manifest.tree import KeyPath, Problem, Tree, dotted

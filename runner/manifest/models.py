@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.config import JsonDict
 
 from runner.manifest.names import PATTERNS_KEY
+from runner.manifest.section import Section as _Section
+from runner.manifest.section import Text as _Text
+from runner.manifest.servers import Server
 from runner.manifest.values import (
     Alias,
-    ApiKey,
     Duration,
-    Host,
     MemoryAmount,
     MemorySize,
     Name,
-    Origin,
     Size,
     problem,
 )
 
-Api = Literal["openai", "anthropic", "ollama", "admin"]
 LoadPolicy = Literal["eager", "on_demand"]
 ToolParser = Literal[
     "deepseek",
@@ -48,15 +47,7 @@ ToolParser = Literal[
     "qwen3_coder",
 ]
 """Those that the engine has (`runner.engine.answer.conventions.TOOL_PARSERS`); a test compares the two."""
-_Text = Annotated[str, Field(min_length=1)]
 _INT32 = 2**31 - 1
-
-
-class _Section(BaseModel):
-    # defer_build: a load needs the root's validator only, which holds the others (1.5 ms less at start-up)
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True, defer_build=True
-    )
 
 
 class Memory(_Section):
@@ -73,65 +64,6 @@ class Memory(_Section):
         description="The part of the limit that is kept free, for KV caches and whatever else runs here. Models are "
         "planned into limit - reserve.",
         examples=["2GiB", "10%"],
-    )
-
-
-class Auth(_Section):
-    """Who may use a server. Give exactly one of the two."""
-
-    api_keys: list[ApiKey] | None = Field(
-        None,
-        min_length=1,
-        description="Keys that clients send as `Authorization: Bearer KEY`. Keep them out of the file with "
-        "${VARIABLE} or ${file:path}.",
-        examples=[["${MLX_RUN_API_KEY}"], ["${file:secrets/api_key}"]],
-    )
-    allow_unauthenticated: bool = Field(
-        False,
-        description="true: whoever reaches the port may use it. Needed on purpose where `host` is not loopback.",
-        examples=[True],
-    )
-
-
-class Cors(_Section):
-    """Which web pages may call a server from a browser."""
-
-    allow_origins: list[Origin] = Field(
-        min_length=1,
-        description="Origins of the pages that may call this server, or * for any.",
-        examples=[["http://localhost:3000"]],
-    )
-
-
-class Server(_Section):
-    """One port: a listener with the models and APIs it serves."""
-
-    port: int = Field(ge=1, le=65535, description="TCP port to listen on.", examples=[8080])
-    host: Host = Field(
-        "127.0.0.1",
-        description="Address to listen on. One that is not loopback needs `auth`.",
-        examples=["127.0.0.1", "0.0.0.0"],  # noqa: S104 - an example of what a user may write
-    )
-    models: list[Name] | None = Field(
-        None,
-        min_length=1,
-        description="Names of the models this server serves. Default: all.",
-        examples=[["chat"]],
-    )
-    apis: list[Api] = Field(
-        default=["openai"],
-        min_length=1,
-        description="APIs this server speaks. With admin it loads and unloads models for whoever asks, and needs keys "
-        "where it can be reached from elsewhere.",
-        examples=[["openai"], ["openai", "anthropic", "ollama"]],
-    )
-    auth: Auth | None = Field(
-        None, description="Who may use this server.", examples=[{"api_keys": ["${MLX_RUN_API_KEY}"]}]
-    )
-    cors: Cors | None = Field(
-        None,
-        description="Web pages that may call this server from a browser. Default: none.",
-        examples=[{"allow_origins": ["http://localhost:3000"]}],
     )
 
 

@@ -26,6 +26,9 @@ _VARIABLE: Final = {
     "pattern": r"\$[A-Za-z_{]",
     "description": "Filled in from the environment: ${NAME}, ${NAME:-default} or ${NAME:?message}.",
 }
+_RESET: Final = {"const": ""}
+"""What `!reset` is to an editor that was told that it is a tag of scalars."""
+
 _Schema = dict[str, Any]
 
 
@@ -125,7 +128,7 @@ def _loosened(schema: Any) -> Any:
 def _or_nothing(value: _Schema) -> _Schema:
     about = {key: value[key] for key in ("description", "examples", "default") if key in value}
     choices = _choices({key: value[key] for key in value if key not in about})
-    return about | {"anyOf": [*choices, *([] if {"type": "null"} in choices else [{"type": "null"}])]}
+    return about | {"anyOf": [*choices, *([] if {"type": "null"} in choices else [{"type": "null"}]), _RESET]}
 
 
 def render_schema(*, overlay: bool = False) -> str:

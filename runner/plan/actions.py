@@ -156,7 +156,9 @@ class OpenListener(ListenerAction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveListener(ListenerAction):
-    """Open the new address, then drain the old one; where both are one port (DRAIN) the old one closes first."""
+    """Open the new address, then drain the old one; where both are one port (DRAIN) the old one closes first.
+
+    With another certificate on the same address, a new listener takes the socket over, and the old one drains."""
 
     old: ListenerSpec
 

@@ -26,6 +26,7 @@ _PATHS: Final = {
     "limits.prefill_step_size": "batching.prefill_step_size",
     "limits.num_draft_tokens": "draft.num_draft_tokens",
     "limits.prefix_cache": "kv_cache.prefix_cache",
+    "tls.digest": "tls.content",
     "weights_digest": "weights",
 }
 """Where the manifest says something elsewhere than the spec does; what is not listed has the spec's own path."""

@@ -174,7 +174,10 @@ def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Actio
         disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
         reason = f"address {old.host}:{old.port} → {new.host}:{new.port}"
         return [MoveListener(old=old, spec=new, reason=reason, disruption=disruption)]
-    return [UpdateListener(old=old, spec=new, reason="changed: " + ", ".join(c.path for c in changes(old, new)))]
+    reason = "changed: " + ", ".join(c.path for c in changes(old, new))
+    if old.tls != new.tls:
+        return [MoveListener(old=old, spec=new, reason=reason, disruption=Disruption.NONE)]
+    return [UpdateListener(old=old, spec=new, reason=reason)]
 
 
 def _update(old: ModelSpec, new: ModelSpec) -> Action | None:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,7 +20,8 @@ from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
 from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Server
+from runner.manifest.models import Batching, Generation, KVCache, Model
+from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath, Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.examine import examine
@@ -37,6 +39,7 @@ from runner.plan.spec import (
     ListenerSpec,
     ModelSpec,
 )
+from runner.plan.tls import BadCertificate, read_tls
 
 __all__ = ["NotDownloaded", "resolve", "survey"]
 
@@ -98,7 +101,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes 
     desired = Desired(
         name=loaded.manifest.name,
         models=models,
-        listeners=tuple(_listener(loaded, name, server, changes) for name, server in loaded.manifest.servers.items()),
+        listeners=tuple(resolution.listener(name, server) for name, server in loaded.manifest.servers.items()),
         memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
         downloads=resolution.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
@@ -149,6 +152,17 @@ class _Resolution:
             chat_template=self._chat_template((*path, "chat_template"), model.chat_template),
             tool_parser=model.tool_parser or "",
         )
+
+    def listener(self, name: str, server: Server) -> ListenerSpec:
+        spec = _listener(self._loaded, name, server, self._changes)
+        if server.tls is None:
+            return spec
+        try:
+            return replace(spec, tls=read_tls(*certificate(self._loaded, name, server.tls)))
+        except BadCertificate as error:
+            at = ("servers", name, "tls", error.file)
+            self.wrong.append(self._loaded.at(at, error.message, error.hint, code="E511"))
+            return spec
 
     def _chat_template(self, at: KeyPath, source: str | None) -> ChatTemplateSpec | None:
         """The file of a chat template: one of the manifest's inputs, so that an edit of it goes live."""
@@ -313,6 +327,7 @@ def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
 
 
 def _listener(loaded: Loaded, name: str, server: Server, changes: Changes) -> ListenerSpec:
+    """All but its certificate."""
     at = ("servers", name, "auth", "api_keys")
     keys = server.auth.api_keys if server.auth else None
     models = tuple(server.models if server.models is not None else loaded.manifest.models)
@@ -327,6 +342,15 @@ def _listener(loaded: Loaded, name: str, server: Server, changes: Changes) -> Li
         api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
         allow_origins=tuple(server.cors.allow_origins) if server.cors else (),
     )
+
+
+def certificate(loaded: Loaded, server: str, tls: Tls) -> tuple[Path, Path]:
+    """Where the certificate of a server and its key are."""
+    at = ("servers", server, "tls")
+    cert, key = (
+        loaded.folder((*at, name)) / Path(file).expanduser() for name, file in (("cert", tls.cert), ("key", tls.key))
+    )
+    return cert, key
 
 
 def _source(loaded: Loaded, path: KeyPath) -> str:

@@ -114,6 +114,15 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsSpec:
+    """The certificate of a listener and its key; `digest` stands for what is in both files."""
+
+    cert: Path
+    key: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerSpec:
     """One `servers` entry. `api_keys` are secrets: they have no repr, and never reach a plan or the state folder.
 
@@ -130,11 +139,18 @@ class ListenerSpec:
     allow_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
     api_key_sources: tuple[str, ...] = field(default=(), compare=False)
+    tls: TlsSpec | None = None
 
     @property
     def address(self) -> tuple[str, int]:
         """What a change of opens another socket."""
         return (self.host, self.port)
+
+    @property
+    def url(self) -> str:
+        """As clients write it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The spine's figures, as medians: start-up, first token, idle memory, edit to answer, HTTP beside the loop alone.
+"""The spine's figures, as medians: start-up, first token, commands, idle memory, edit to answer, HTTP beside the loop.
 
     python tests/bench/figures.py [--repeat 11]
 
@@ -30,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.commands import command_times, write_large  # noqa: E402
+from tests.bench.plan_large import measure  # noqa: E402
 from tests.control.scene import free_port  # noqa: E402
 
 MODELS = ROOT / "examples" / "models"
@@ -143,6 +145,18 @@ def adoption(site: Site, repeat: int) -> list[float]:
         times.append((time.perf_counter() - began) * 1e3)
     stop(process)
     return times
+
+
+def commands(site: Site, repeat: int) -> dict[str, list[float]]:
+    """Milliseconds of `validate` on configs/dev.yaml and on 1,000 models, and of `status` while a runner is up."""
+    validate = command_times(["validate", str(ROOT / "configs" / "dev.yaml")], site.environment, repeat)
+    with tempfile.TemporaryDirectory() as folder:
+        large = write_large(Path(folder), 1000)
+        many = command_times(["validate", "--strict", "--for", "memory=4TiB", str(large)], site.environment, repeat)
+    with site.running():
+        site.until(200, "/ready")
+        status = command_times(["status", "bench"], site.environment, repeat)
+    return {"validate": validate, "validate_large": many, "status": status}
 
 
 def idle(site: Site) -> tuple[float, float]:
@@ -276,6 +290,11 @@ def report(site: Site, repeat: int) -> None:
     line("/health after apply starts", "ms", health, 250)
     line("first token after apply starts", "ms", token, 1500)
     line("first answer of an adopted engine", "ms", adoption(site, repeat), 500)
+    took = commands(site, repeat)
+    line("validate configs/dev.yaml", "ms", took["validate"], 300)
+    line("validate, 1,000 models in folders of their own", "ms", took["validate_large"], 1500)
+    line("plan in process, 1,000 models, slowest edit", "ms", slowest_plan(repeat), 100)
+    line("status", "ms", took["status"], 60)
     memory, cpu = idle(site)
     line("idle runner, two ports, resident", "MB", [memory], 50)
     line("idle runner, CPU a second", "ms", [cpu], None)
@@ -285,6 +304,12 @@ def report(site: Site, repeat: int) -> None:
     line(f"tokens/s over HTTP, {ROWS} rows", "", [one for one, _ in pairs], None)
     line(f"tokens/s of the loop alone, {ROWS} rows", "", [other for _, other in pairs], None)
     line("HTTP / loop", "%", [100 * one / other for one, other in pairs], 90, better=max)
+
+
+def slowest_plan(repeat: int) -> list[float]:
+    """CPU milliseconds of the plan that takes longest of those of `plan_large`."""
+    found = measure(1000, rounds=repeat)
+    return max((row["all_ms"] for row in found.values()), key=statistics.median)
 
 
 def line(what: str, unit: str, values: list[float], bound: float | None, better: Callable[..., float] = min) -> None:

@@ -67,7 +67,7 @@ def test_validate_checks_what_files_come_to_together(
     Path("prod.yaml").write_text("servers: {main: {port: 80800}}\n")
     Path("more.yaml").write_text("servers: {other: {port: 8081}}\n")
     assert main(["validate", "-f", "base.yaml", "-f", "more.yaml"]) == 0
-    assert capsys.readouterr().out == "base.yaml + more.yaml: ok (1 models, 2 servers)\n"
+    assert capsys.readouterr().out == "base.yaml + more.yaml: ok (1 model, 2 servers)\n"
     assert main(["-f", "base.yaml", "--file=prod.yaml", "validate"]) == 1
     assert capsys.readouterr().err.startswith("prod.yaml:1:24: servers.main.port: should be at most 65535")
     assert main(["validate", "base.yaml", "more.yaml"]) == 1, "an overlay alone is no manifest"

@@ -39,7 +39,7 @@ def _validate(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
 
 def test_text(capsys: Capture) -> None:
     code, out, err = _validate(capsys, "sound.yaml", "wrong.yaml")
-    assert (code, out) == (1, "sound.yaml: ok (1 models, 1 servers)\n")
+    assert (code, out) == (1, "sound.yaml: ok (1 model, 1 server)\n")
     assert [line for line in err.splitlines() if line.startswith("wrong.yaml:")] == [
         "wrong.yaml:2:24: servers.main.port: should be at most 65535, not 80800 [E204]",
         'wrong.yaml:3:17: models.chat.sorce: unknown key "sorce" [E201]',
@@ -49,7 +49,7 @@ def test_text(capsys: Capture) -> None:
 def test_a_warning_is_shown_and_passes(capsys: Capture) -> None:
     code, out, err = _validate(capsys, "open.yaml")
     skipped = "org/chat is not in the hub's cache, and was not checked"
-    assert (code, out) == (0, f"open.yaml: ok (1 models, 1 servers; {skipped})\n")
+    assert (code, out) == (0, f"open.yaml: ok (1 model, 1 server; {skipped})\n")
     assert err.startswith("open.yaml:3:25: warning: models.chat.source: org/chat (main) ")
 
 
@@ -150,6 +150,7 @@ def test_for_another_machine(capsys: Capture) -> None:
         ("memory=16gigs", "give memory=SIZE, such as memory=16GiB"),
         ("memory=16GiB,device=tpu", 'device is gpu or cpu, not "tpu"'),
         ("memory=16GiB,cpus=8", 'there is no "cpus"; give memory=SIZE, and device=gpu or device=cpu'),
+        ("memory=16", "memory=16 is 16 bytes: give a unit, such as 16GiB"),
     ],
 )
 def test_a_machine_that_is_none(given: str, says: str, capsys: Capture) -> None:
@@ -163,7 +164,7 @@ def test_memory_is_printed_term_by_term(capsys: Capture) -> None:
     code, out, _ = _validate(capsys, "--memory", "--for", "memory=16GiB", "sound.yaml")
     assert code == 0
     assert out.splitlines() == [
-        "sound.yaml: ok (1 models, 1 servers)",
+        "sound.yaml: ok (1 model, 1 server)",
         "model  weights  adapters  draft  KV a token          KV at most  prefix cache  prefill peak    total",
         "chat   2.5 MiB         -      -       1 KiB  76 MiB (32 × 2048)       256 MiB       5.5 MiB  340 MiB",
         "may be used: 16 GiB (all of the machine)",

@@ -118,6 +118,20 @@ async def test_going_back_is_a_new_generation_that_an_untouched_manifest_does_no
     assert not status(scene)["drift"]
 
 
+async def test_a_typo_that_is_taken_back_does_not_undo_it(scene: Scene) -> None:
+    scene.model("broken", refuse="no such architecture")
+    await applied(scene, ONE, TWO)
+    await roll_back(scene)
+    for count, wrong in enumerate(("chat: {", "chat: {source: ./models/broken}"), 1):
+        scene.write(wrong)
+        await scene.event("apply_failed", count)
+        scene.write(TWO)
+        await scene.event("held", count)
+        await scene.until(lambda: scene.events[-1]["event"] == "unchanged")
+        assert await adapters(scene) == ["pirate"]
+        assert status(scene)["drift"] == "rolled back to 1; the manifest was last applied as 2"
+
+
 async def test_a_restart_does_not_undo_it_and_an_edit_meanwhile_does(scene: Scene) -> None:
     await applied(scene, ONE, TWO)
     await roll_back(scene)

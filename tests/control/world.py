@@ -75,6 +75,10 @@ class Declared:
         first = self.models[0][0]
         return f"models: {{{first}: {{aliases: [{self.over}]}}}}\n" if self.over else "x-nothing: true\n"
 
+    def text(self) -> str:
+        """Both, as `World.text` reads them."""
+        return self.base() + self.overlay()
+
 
 @dataclass
 class Asked:
@@ -118,6 +122,10 @@ class World:
         for name, text in (("dev.yaml", declared.base()), ("over.yaml", declared.overlay())):
             if not (self.folder / name).exists() or (self.folder / name).read_text() != text:
                 self.save(name, text)
+
+    def text(self) -> str:
+        """What manifest and overlay say now."""
+        return "".join((self.folder / name).read_text() for name in ("dev.yaml", "over.yaml"))
 
     def save(self, name: str, text: str) -> None:
         """Write beside, then rename."""

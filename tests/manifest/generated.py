@@ -99,6 +99,7 @@ def _server(chance: random.Random, port: int, names: list[str]) -> Data:
         "cors",
         lambda: {"allow_origins": chance.choice([["*"], ["http://localhost:3000", "tauri://x"]])},
     )
+    _maybe(chance, server, "tls", lambda: {"cert": "./tls/cert.pem", "key": "./tls/key.pem"}, 0.2)
     _maybe(chance, server, "x-why", lambda: None, 0.1)
     return server
 
@@ -440,7 +441,7 @@ def _secret(chance: random.Random, data: Data) -> Case | None:
             return _case("E506", sayable=False)
         case "admin":
             server.update(host="0.0.0.0", auth={"allow_unauthenticated": True}, apis=["admin"])
-            return _case("E511", sayable=False)
+            return _case("E512", sayable=False)
         case _:
             server["auth"] = chance.choice([{}, {"api_keys": ["k"], "allow_unauthenticated": True}])
             return _case("E507", sayable=False)

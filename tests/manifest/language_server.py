@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 class Editor:
     """One server process with one workspace. Positions are (line, column) from 0, as the protocol has them."""
 
-    def __init__(self, modules: Path, workspace: Path) -> None:
+    def __init__(self, modules: Path, workspace: Path, custom_tags: Sequence[str] = ()) -> None:
         server = modules / "yaml-language-server" / "bin" / "yaml-language-server"
         self._process = subprocess.Popen(
             ["node", str(server), "--stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -21,7 +22,9 @@ class Editor:
         self._ids = itertools.count(1)
         self._workspace = workspace
         self._diagnostics: dict[str, list[dict[str, Any]]] = {}
-        self._settings: dict[str, Any] = {"yaml": {"hover": True, "completion": True, "validate": True}}
+        self._settings: dict[str, Any] = {
+            "yaml": {"hover": True, "completion": True, "validate": True, "customTags": [*custom_tags]}
+        }
         uri = workspace.as_uri()
         folders = [{"uri": uri, "name": "w"}]
         self.ask("initialize", processId=None, rootUri=uri, capabilities=_CAPABILITIES, workspaceFolders=folders)

@@ -17,7 +17,7 @@ from runner.manifest.inputs import MAX_BYTES
 from runner.manifest.load import load_manifest
 
 CODES = registry()
-NO_EXAMPLE = {"E101", "E102", "E103", "E308", "E509", "E510", "W101", "W502", "W503", "W602"}
+NO_EXAMPLE = {"E101", "E102", "E103", "E308", "E509", "E510", "E511", "W101", "W502", "W503", "W602"}
 """About files as such, overlays, or the runner, which no text of a manifest can show; they have tests of their own."""
 
 ON_THE_WAY = {code for code in CODES if code[1] == "8"}

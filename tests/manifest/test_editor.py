@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -17,13 +19,15 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "schemas" / "manifest.schema.json"
+SETTINGS = json.loads(re.findall(r"settings\.json.*?```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0])
+"""Those that README gives for VS Code."""
 HEAD = f"# yaml-language-server: $schema={SCHEMA.as_uri()}\n"
 
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
     modules = install(tmp_path_factory.mktemp("npm"), "yaml-language-server")
-    with Editor(modules, tmp_path_factory.mktemp("workspace")) as opened:
+    with Editor(modules, tmp_path_factory.mktemp("workspace"), custom_tags=SETTINGS["yaml.customTags"]) as opened:
         yield opened
 
 
@@ -120,13 +124,23 @@ def test_what_is_missing_is_named(editor: Editor, right: str, wrong: str, said: 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_our_own_manifests_are_not_underlined(editor: Editor, path: Path) -> None:
-    lines = path.read_text().splitlines(keepends=True)
-    text = HEAD + "".join(line for line in lines if "yaml-language-server" not in line)
-    assert editor.problems(editor.open(text)) == []
+    text = path.read_text()
+    here = text.replace("$schema=../schemas/", f"$schema={SCHEMA.parent.as_uri()}/", 1)
+    assert here != text, "its first line names its schema"
+    assert editor.problems(editor.open(here)) == []
+
+
+def test_overlays_are_checked_too(editor: Editor) -> None:
+    schema = (SCHEMA.parent / "overlay.schema.json").as_uri()
+    text = "servers: {lm: {prot: 8080}}\nmodels: {quick: !reset }\n"
+    problems = editor.problems(editor.open(f"# yaml-language-server: $schema={schema}\n{text}"))
+    assert [problem["range"]["start"] for problem in problems] == [{"line": 1, "character": 15}]
 
 
 def test_the_setting_that_readme_names(editor: Editor) -> None:
     """Without a first line: by `yaml.schemas`."""
-    editor.associate(SCHEMA, "mlx-run*.yaml")
+    ((named, patterns),) = SETTINGS["yaml.schemas"].items()
+    assert (ROOT / named).samefile(SCHEMA)
+    editor.associate(SCHEMA, patterns[0])
     problems = editor.problems(editor.open("nam: dev\n", "mlx-run.dev.yaml"))
     assert any("nam" in problem["message"] for problem in problems)

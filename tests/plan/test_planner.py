@@ -24,7 +24,7 @@ from runner.plan.actions import (
 from runner.plan.forecast import Forecast
 from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
-from runner.plan.spec import DraftSpec, EngineLimits, KVCacheSpec, ModelSpec
+from runner.plan.spec import DraftSpec, EngineLimits, KVCacheSpec, ModelSpec, TlsSpec
 
 from .specs import GIB, UNHURRIED, adapter, desired, listener, model, observed, states
 
@@ -139,6 +139,10 @@ def test_listener_moves_only_for_another_address() -> None:
     assert moved.disruption is Disruption.NONE
     (same_port,) = plan(desired(model(), listeners=(listener(host="127.0.0.2"),)), observed(model())).actions
     assert same_port.disruption is Disruption.DRAIN, "one port cannot be had twice"
+    secured = listener(tls=TlsSpec(Path("cert.pem"), Path("key.pem"), "digest"))
+    (secure,) = plan(desired(model(), listeners=(secured,)), observed(model())).actions
+    assert isinstance(secure, MoveListener)
+    assert (secure.disruption, secure.reason) == (Disruption.NONE, "changed: tls.cert, tls.key")
     (updated,) = plan(desired(model(), listeners=(listener(api_keys=("secret",)),)), observed(model())).actions
     assert isinstance(updated, UpdateListener)
 

@@ -63,6 +63,7 @@ def test_fifty_random_edits_under_load_fail_no_request(bench: Bench) -> None:
     with bench.serving():
         loads = _loads(bench)
         generation = bench.status()["generation"]
+        expected = {style: bench.ask(SUM, style) for style in fixed}
         with Traffic(bench.client(), LONG, list(STYLES), count=16) as traffic:
             for number in range(50):
                 adapters = dict(fixed)
@@ -74,9 +75,8 @@ def test_fifty_random_edits_under_load_fail_no_request(bench: Bench) -> None:
                 bench.write(adapters, model_extra=f"    {options}\n    x-edit: {number}\n", extra=OTHER)
                 if "extra" in adapters:
                     until(lambda: "demo-chat:extra" in _ids(bench))
-                    style = "pirate" if "pirate" in adapters["extra"] else "shout"
-                    expected = bench.ask(SUM, style)
-                    until(lambda expected=expected: bench.ask(SUM, "extra") == expected)
+                    wanted = expected["pirate" if "pirate" in adapters["extra"] else "shout"]
+                    until(lambda wanted=wanted: bench.ask(SUM, "extra") == wanted)
                 else:
                     until(lambda: "demo-chat:extra" not in _ids(bench))
         assert len(traffic.answers) >= 16
