@@ -183,7 +183,7 @@ async def test_what_says_nothing_new_is_accepted(client: Client, fields: dict[st
         ({"top_logprobs": 1}, "top_logprobs", "`logprobs: true`"),
         ({"presence_penalty": 3}, "presence_penalty", "<= 2"),
         ({"frequency_penalty": -3}, "frequency_penalty", ">= -2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "> 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "`stream: true`"),
         ({"messages": []}, "messages", "length >= 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "robot"),
@@ -245,3 +245,9 @@ async def test_what_is_not_text_is_refused_by_its_kind(client: Client, part: dic
     error = answer.json["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "messages[0].content[1]", "unsupported_content")
     assert kind in error["message"]
+
+
+async def test_a_penalty_that_makes_logits_infinite_is_refused(client: Client) -> None:
+    """Divided by it they are no numbers any more, and whatever a grammar allows is lost among them."""
+    answer = await client.complete(repetition_penalty=5e-324)
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, "repetition_penalty")
