@@ -7,7 +7,6 @@ pays for none of it.
 E1xx   the file and its YAML
 E2xx   shape: keys, kinds of values, ranges
 E3xx   references between parts
-E4xx   not supported yet
 E5xx   variables, secrets and access
 E6xx   sources and folders
 E7xx   memory
@@ -28,7 +27,6 @@ GROUPS: Final = {
     "1": "the file and its YAML",
     "2": "shape",
     "3": "references between parts",
-    "4": "not supported yet",
     "5": "variables, secrets and access",
     "6": "sources and folders",
     "7": "memory",

@@ -34,7 +34,7 @@ def cases(count: int, seed: int) -> Iterator[Case]:
         if number % 3 == 0:
             yield Case(_dump(chance, data))
             continue
-        yield _damaged(chance, data, damages[number % len(damages)])
+        yield _damaged(chance, data, damages[(number - number // 3 - 1) % len(damages)])
 
 
 def _damaged(chance: random.Random, data: Data, damage: str) -> Case:

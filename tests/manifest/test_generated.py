@@ -31,7 +31,6 @@ UNSAYABLE = {
     "bad_address_by_value": "whether the parts of an IPv6 address are possible together",
     "reference": "names that are given elsewhere in the document",
     "collision": "names, ports and aliases that are taken elsewhere, and which names have a meaning",
-    "not_yet": "what this version cannot do yet: the schema describes it as such, since the next one will",
     "unset": "the environment",
     "bad_reference": "the forms of ${…}, which may stand in any text",
     "secret": "files, and what two keys say together",
