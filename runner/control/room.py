@@ -277,7 +277,9 @@ class Room:
             return {}
         specs = [holding.spec for holding in self._held if not holding.leaving]
         specs += [coming] if coming is not None else []
-        spare = max(0, self.limit - sum(map(_needed, specs)))
+        spare = self.limit - sum(map(_needed, specs))
+        if spare <= 0:  # a limit that leaves no room for processes was meant as plans count: for models alone
+            spare = max(0, self.limit - sum(map(least, specs)))
         growth = {id(spec): _growth(spec, self.limit) for spec in specs}
         whole = sum(growth.values()) or 1
         return {id(s): least(s) + min(growth[id(s)], spare * growth[id(s)] // whole) for s in specs}

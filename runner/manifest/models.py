@@ -229,7 +229,7 @@ class Generation(_Section):
         examples=["###", ["\nUser:", "###"]],
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="Above 1 avoids recent tokens; 1 is off.", examples=[1.1]
+        None, ge=0.01, le=10, description="Above 1 avoids recent tokens; 1 is off.", examples=[1.1]
     )
     repetition_context_size: int | None = Field(
         None, ge=0, le=_INT32, description="Recent tokens that repetition_penalty looks at.", examples=[20]
