@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
 from runner.control.ledger import Cause
 from runner.control.reconciler import Pass, Reconciler
+from runner.control.uses import known_uses
 from runner.errors import InvalidRequest, Unavailable
 from runner.gateway.admin.control import By, Outcome
+from runner.hub.cache import hub_cache
+from runner.inspect.files import DigestCache
 from runner.manifest import drift
+from runner.plan.available import available
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
 
@@ -30,15 +36,21 @@ class Admin:
         status: Callable[[], dict[str, Any]],
         servers: Callable[[], Collection[str]],
         start: Start,
+        state: Path,
     ) -> None:
         self._reconciler = reconciler
         self._status = status
         self._servers = servers
         self._start = start
+        self._state = state
 
     def status(self) -> dict[str, Any]:
         """See the interface."""
         return self._status()
+
+    async def available(self) -> dict[str, Any]:
+        """See the interface."""
+        return await asyncio.to_thread(_available, self._state)  # it reads disks, and asks this runner's own socket
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
@@ -89,3 +101,10 @@ class Admin:
             raise result.error
         assert result.plan is not None, "a pass without an error has a plan"
         return Outcome(plan_json(result.plan), result.generation, result.seconds, self._reconciler.drift)
+
+
+def _available(state: Path) -> dict[str, Any]:
+    cache = hub_cache(os.environ)
+    known = known_uses(state, cache)
+    found = available(cache, known.uses, DigestCache())
+    return {"models": [one.as_json for one in found], "notes": list(known.notes)}

@@ -82,6 +82,7 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
     ),
     "admin": (
         Operation("get", "/v1/status", "What is up, and how it stands"),
+        Operation("get", "/v1/models/available", "What is in the hub's cache and in folders that manifests use"),
         Operation("post", "/v1/plan", "What apply would do", admin.Plan, status=_CHANGING),
         Operation("post", "/v1/apply", "Make the manifest live, as its files are now", admin.Apply, status=_CHANGING),
         Operation("post", "/v1/models/load", "Serve a model", admin.LoadModel, status=_CHANGING),

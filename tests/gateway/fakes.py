@@ -108,6 +108,9 @@ class FakeControl:
     def status(self) -> dict[str, Any]:
         return {"name": "dev"}
 
+    async def available(self) -> dict[str, Any]:
+        return {"models": [{"source": "org/a"}], "notes": []}
+
     async def plan(self, scope: Scope) -> Outcome:
         return self._answer("plan", scope)
 

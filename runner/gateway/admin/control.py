@@ -40,6 +40,10 @@ class Control(Protocol):
         """What `mlx-run status --json` prints."""
         ...
 
+    async def available(self) -> dict[str, Any]:
+        """What `mlx-run models list --json` prints."""
+        ...
+
     async def plan(self, scope: Scope) -> Outcome:
         """What `apply` would do now."""
         ...

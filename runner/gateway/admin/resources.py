@@ -44,6 +44,7 @@ def add_routes(app: App[Any, Any], listener: str, control: Control) -> None:
     """Adds the admin API to a listener's app."""
     runner = Runner(listener, control)
     app.add_route("/v1/status", runner, suffix="status")
+    app.add_route("/v1/models/available", runner, suffix="available")
     app.add_route("/v1/plan", runner, suffix="plan")
     app.add_route("/v1/apply", runner, suffix="apply")
     parts = Parts(listener, control)
@@ -75,12 +76,17 @@ class _Asked:
 
 
 class Runner(_Asked):
-    """`/v1/status`, `/v1/plan` and `/v1/apply`."""
+    """`/v1/status`, `/v1/models/available`, `/v1/plan` and `/v1/apply`."""
 
     async def on_get_status(self, request: Request, response: Response) -> None:
         """What is up, and how it stands."""
         exchange_of(request).route = request.path
         _send(response, self._control.status())
+
+    async def on_get_available(self, request: Request, response: Response) -> None:
+        """What is in the hub's cache and in the folders that manifests use."""
+        exchange_of(request).route = request.path
+        _send(response, await self._control.available())
 
     async def on_post_plan(self, request: Request, response: Response) -> None:
         """What apply would do."""

@@ -126,8 +126,13 @@ async def test_keys_hold_for_it_as_for_the_rest(
     client = client_of(spec_of(apis=("admin",), api_keys=("secret",)), directory, metrics, control)
     assert (await client.post("/v1/apply", {})).status_code == 401
     assert (await client.get("/v1/status")).status_code == 401
+    assert (await client.get("/v1/models/available")).status_code == 401
     assert (await client.get("/v1/status", authorization="Bearer secret")).json == {"name": "dev"}
     assert control.asked == []
+
+
+async def test_what_is_available_is_no_model_of_that_name(client: Client) -> None:
+    assert (await client.get("/v1/models/available")).json == {"models": [{"source": "org/a"}], "notes": []}
 
 
 async def test_other_apis_stay_beside_it(client: Client) -> None:
