@@ -143,8 +143,9 @@ class Room:
         self.watch(holding, engine)
 
     def watch(self, holding: Holding, engine: EngineProcess) -> None:
-        """The place is given back when the engine's process ends."""
+        """An engine has loaded; its place is given back when its process ends."""
         holding.engine = engine
+        self.share()  # others may have come or gone since it was started
 
         async def until_gone() -> None:
             await engine.gone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,36 @@ async def test_what_is_left_is_shared_by_what_each_can_come_to() -> None:
     assert second.budget == shared[id(other)]
     assert sum(grows) <= 50 * MIB
     assert grows[0] > 3 * grows[1] > 0
+
+
+@dataclass(eq=False)
+class Up:
+    """An engine that has loaded, and what it was told to keep to."""
+
+    budgets: list[int] = field(default_factory=list)
+    alive: bool = True
+    loaded: bool = True
+    stats: None = None
+    pid: None = None
+
+    def budget(self, budget: int) -> None:
+        self.budgets.append(budget)
+
+    async def gone(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_one_that_loads_while_another_leaves_gets_what_that_one_had() -> None:
+    one, other = spec("one", 100), spec("other", 100)
+    made = room(2 * ENGINE_BYTES + (202 + 20) * MIB)
+    first = await made.enter(Alone(one), one)
+    second = await made.enter(Alone(other), other)
+    small = second.budget
+    made.leave(first)  # the second still loads, and cannot be told anything
+    engine: Any = Up()
+    made.watch(second, engine)
+    assert engine.budgets == [second.budget]
+    assert second.budget > small
 
 
 async def test_a_limit_of_its_own_holds_and_unknown_lengths_get_what_there_is() -> None:

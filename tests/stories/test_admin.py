@@ -51,6 +51,8 @@ def test_loaded_used_and_reverted(bench: Bench) -> None:
     with pytest.raises(openai.NotFoundError):
         say(bench, "demo-chat:shout")
     assert bench.model()["pid"] == engine
+    there = httpx.get(f"{bench.url}/v1/models/available", timeout=60).json()["models"]
+    assert {str(MODELS / "demo-chat"), str(MODELS / "demo-draft")} <= {one["source"] for one in there}
     drift = "models.small loaded, models.demo-chat.adapters.sailor loaded, models.demo-chat.adapters.shout unloaded"
     assert f"Drift: {drift} by the admin API." in bench.run("status", "dev").stdout
     planned = bench.run("plan", str(bench.manifest)).stdout
