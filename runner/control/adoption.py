@@ -38,7 +38,7 @@ async def adopt_engines(live: Live, desired: Desired) -> None:
             wanted if serves and wanted else _unwanted(spec), live.folder, live.options, live.emit, live.room
         )
         try:
-            engine = await deployment.take_over(spec, engine_id)
+            engine = await deployment.starting.adopt(spec, engine_id)
         except (OSError, EngineDied) as error:
             logger.info("engine not adopted", extra={"model": spec.model, "engine": engine_id, "error": str(error)})
             live.folder.forget_engine(engine_id)

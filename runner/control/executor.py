@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
-from runner.control.deployment import Deployment, adapter_source
+from runner.control.deployment import Deployment
 from runner.control.engine_process import EngineProcess
+from runner.control.engine_spec import adapter_source
 from runner.control.live import Live
 from runner.control.ports import close_listener, open_listener, reopen_listener
 from runner.errors import EngineDied, SourceChanged

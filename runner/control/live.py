@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.control.conditions import Wanted
-from runner.control.deployment import Deployment, Standing, absent
+from runner.control.deployment import Deployment, Standing
 from runner.control.directory import Directory
+from runner.control.model_status import absent, status_of
 from runner.control.room import Room
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
@@ -76,7 +77,7 @@ class Live:
 
     def model_statuses(self, resting: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         """Every model that is served, coming, wanted, or `resting`."""
-        served = {name: d.status() for name, d in (*self.coming.items(), *self.deployments.items())}
+        served = {name: status_of(d) for name, d in (*self.coming.items(), *self.deployments.items())}
         served |= {name: absent(name) for name in (*self.wanted.names, *resting) if name not in served}
         specs = {name: d.spec for name, d in (*self.coming.items(), *self.deployments.items())}
         for name, status in served.items():
@@ -131,7 +132,7 @@ class Live:
         """All of it is about to be shut down: what is being started, or brought back, is not waited for."""
         self.closing = True
         for deployment in (*self.coming.values(), *self.deployments.values()):
-            self.in_background(deployment.abandon_start())
+            self.in_background(deployment.starting.abandon())
 
     async def settle(self) -> None:
         """Wait for the clean-up that is under way."""

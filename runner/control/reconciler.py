@@ -15,17 +15,17 @@ from typing import Any
 
 from runner.control.adoption import adopt_engines
 from runner.control.attempt import Attempt
-from runner.control.backoff import Backoff
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
-from runner.control.conditions import concerns
 from runner.control.drift import Drift, Edit, declared, require_as_seen, require_served
 from runner.control.events import EventLog
-from runner.control.executor import Executor
 from runner.control.fetching import Fetching
+from runner.control.fulfilment import Fulfilment
 from runner.control.ledger import Cause, Intent, Ledger
 from runner.control.live import Live
 from runner.control.portion import Portion
+from runner.control.reading import Reading
+from runner.control.restoring import Restoring
 from runner.control.who import this_user
 from runner.errors import (
     Diagnostic,
@@ -38,17 +38,12 @@ from runner.errors import (
     SourceChanged,
 )
 from runner.machine import machine_memory
-from runner.manifest.drift import NO_CHANGES, Changes
 from runner.plan.actions import Against, Bounds, Plan
 from runner.plan.planner import Observed, plan
-from runner.plan.render import plan_json
 from runner.plan.scope import WHOLE, Scope
 from runner.plan.spec import Desired
 
 logger = logging.getLogger(__name__)
-
-_REST_AFTER = 10.0
-"""Seconds after a pass until the compiler's process rests: edits come in bursts."""
 
 _TRIES = 3
 """How often a pass plans again because files changed under it."""
@@ -84,19 +79,18 @@ class Reconciler:
         self._portion = Portion()
         self._drift = Drift()
         self._events = events
-        self._fetch = fetching or Fetching(events, live.wanted, live.folder.log)
-        self._compiler = compiler
-        self._rest: asyncio.TimerHandle | None = None
+        fetch = fetching or Fetching(events, live.wanted, live.folder.log)
+        self._reading = Reading(compiler, live.folder.name, fetch, live.wanted)
+        self._restoring = Restoring(live, self._ledger, events)
+        self._fulfilment = Fulfilment(live, self._ledger, events)
         self._pending = False
         self._lock = asyncio.Lock()
-        self._retry = Backoff(initial=1.0, maximum=60.0)
-        self._name = live.folder.name
         self._memory_bytes = machine_memory()
 
     def prepare(self) -> None:
         """A pass is coming: have what it needs started."""
         self._pending = True
-        asyncio.get_running_loop().run_in_executor(None, self._compiler.start)
+        self._reading.prepare()
 
     @property
     def generation(self) -> int:
@@ -182,20 +176,20 @@ class Reconciler:
             intent, drift = await self._intent_to_change(edit, cause)
             self._events.emit("changing", changes=list(drift.lines), user=cause.user)
             try:
-                await self._make_so(intent)
+                await self._fulfilment.make_so(intent)
             except MlxRunError as error:
                 self._events.emit("change_failed", error=str(error))
                 raise
             finally:
-                self._let_rest()
+                self._reading.let_rest()
             self._drift = drift
             self.last = Pass(intent.plan, self.generation, None, time.monotonic() - started)
             return self.last
 
     async def preview(self, paths: tuple[Path, ...], scope: Scope = WHOLE, *, frozen: bool = False) -> Plan:
         """The plan that `apply` would execute now; provisional where it would download first. Raises MlxRunError."""
-        compiled = await self._compile(paths, frozen=frozen)
-        self._let_rest()
+        compiled = await self._reading.compile(paths, frozen=frozen)
+        self._reading.let_rest()
         desired = compiled.desired or compiled.provisional
         if desired is None:
             error = compiled.error()
@@ -215,7 +209,7 @@ class Reconciler:
             intent = await self._intent_to_restore(number, cause)
             self._events.emit("rolling_back", restores=intent.restores, user=cause.user)
             try:
-                await self._make_so(intent)
+                await self._fulfilment.make_so(intent)
             except MlxRunError as error:
                 self._events.emit("rollback_failed", restores=intent.restores, error=str(error))
                 raise
@@ -232,7 +226,7 @@ class Reconciler:
         error = self.last.error if self.last is not None else None
         passing = isinstance(error, DownloadFailed) and error.passing
         if passing or isinstance(error, EngineDied | ListenerError | SourceChanged):
-            return self._retry.failed(time.monotonic())
+            return self._fulfilment.retry.failed(time.monotonic())
         return None
 
     async def _reconcile(self, compiled: Compiled | None, cause: Cause, attempt: Attempt | None) -> Pass:
@@ -254,10 +248,10 @@ class Reconciler:
             logger.exception("pass failed unexpectedly")
             error = RunnerError(f"unexpected {type(caught).__name__}: {caught}", hint="The runner's log has more.")
         if error is not None:
-            self._tell_models(error)
+            self._fulfilment.tell_models(error, self._planned)
             self._events.emit("apply_failed", error=str(error))
         self.last = Pass(made, self.generation, error, time.monotonic() - started)
-        self._let_rest()
+        self._reading.let_rest()
         return self.last
 
     async def _pass_again(self, compiled: Compiled | None, cause: Cause) -> Plan:
@@ -272,7 +266,7 @@ class Reconciler:
 
     async def _pass(self, compiled: Compiled | None, cause: Cause) -> Plan:
         if compiled is None:
-            compiled = await self._compile(self.paths)
+            compiled = await self._reading.compile(self.paths, frozen=self.frozen)
         self._planned = None
         self._live.wanted.keep((*compiled.models, *self._live.deployments))
         self.inputs = compiled.inputs
@@ -280,7 +274,7 @@ class Reconciler:
         self._seen = await asyncio.to_thread(self._ledger.seen, compiled)
         restores, drift = 0, Drift()
         if cause.via != "apply" and self._ledger.holds(self._seen):
-            desired, restores = await self._held(compiled)
+            desired, restores = await self._restoring.held(compiled, self.paths[0])
         elif cause.via != "apply" and self._drift.holds(self._seen) and self._live.committed is not None:
             desired, drift = self._live.committed, self._drift
         else:
@@ -291,7 +285,7 @@ class Reconciler:
             desired = self._portion.of(whole, self._observe(), strict=strict)
         self._live.wanted.can_be_had(m.name for m in desired.models)
         made = self._planned = plan(desired, self._observe())
-        await self._make_so(Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, restores))
+        await self._fulfilment.make_so(Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, restores))
         self._drift = drift
         self._portion.settle(whole, self._observe())
         if self._portion.left_out:
@@ -310,48 +304,22 @@ class Reconciler:
         if new:
             self._events.emit("warned", warnings=new)
 
-    async def _held(self, compiled: Compiled) -> tuple[Desired, int]:
-        """What a rollback made so, and the generation that it went back to."""
-        current = self._ledger.current
-        assert current is not None, "what holds is current"
-        self._events.emit("held", generation=current.number, restores=current.restores)
-        if self._live.committed is not None:
-            return self._live.committed, current.restores
-        desired = self._ledger.recall(current.number, _keys(compiled.desired))
-        try:
-            await self._require_sources(desired, current.restores)
-        except RunnerError as error:
-            error.hint = f"{error.hint} Or edit {self.paths[0].name}: any change of it is applied instead."
-            raise
-        return desired, current.restores
-
-    async def _require_sources(self, desired: Desired, number: int) -> None:
-        """Raises RunnerError where a generation's models or adapters are not what they were."""
-        changed = await self._live.sources.changed(desired.models)
-        if changed:
-            raise RunnerError(
-                f"generation {number} cannot be had again:\n" + "\n".join(map(str, changed)),
-                hint="Bring those files back as they were.",
-            )
-
     async def _intent_to_restore(self, number: int | None, cause: Cause) -> Intent:
         self._ledger.require(cause.generation)
-        target = self._ledger.target(number)
-        desired = self._ledger.recall(target.number, _keys(self._live.committed))
-        await self._require_sources(desired, target.number)
+        desired, restores = await self._restoring.target(number)
         made = plan(desired, self._observe())
-        return Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, target.number)
+        return Intent(desired, made, cause, tuple(map(str, self.paths)), self._seen, restores)
 
     async def _intent_to_change(self, edit: Edit, cause: Cause) -> tuple[Intent, Drift]:
         self._ledger.require(cause.generation)
-        compiled = await self._compile(self.paths)
+        compiled = await self._reading.compile(self.paths, frozen=self.frozen)
         seen = await asyncio.to_thread(self._ledger.seen, compiled)
         error = self.last.error if self.last else None
         obstacle = str(error) if error else self._ledger.drift(self._seen) or self._portion.drift()
         require_as_seen(seen, self._seen, obstacle)
         changes = edit(self._drift.changes, declared(compiled))
         if changes:
-            compiled = await self._compile(self.paths, changes)
+            compiled = await self._reading.compile(self.paths, changes, frozen=self.frozen)
         try:
             desired = await self._desired(compiled)
         finally:
@@ -359,42 +327,6 @@ class Reconciler:
         require_served(desired, changes)
         made = plan(desired, replace(self._observe(), drift=(), removed="unloaded by the admin API"))
         return Intent(desired, made, cause, tuple(map(str, self.paths)), seen), Drift(changes, seen)
-
-    async def _make_so(self, intent: Intent) -> None:
-        """Execute the plan and keep it as a generation. Raises MlxRunError; then everything is as it was."""
-        started = time.monotonic()
-        held = intent.restores and intent.cause.via != "rollback"
-
-        async def record() -> None:
-            if not held:
-                await asyncio.to_thread(self._ledger.keep, intent, time.monotonic() - started)
-
-        if intent.plan.empty:
-            await record()
-            self._live.committed = intent.desired
-            self._live.room.limit = intent.desired.memory_limit_bytes
-            self._tell_models(None)
-            self._events.emit("unchanged", generation=self.generation)
-            return
-        self._events.emit("planned", plan=plan_json(intent.plan))
-        try:
-            await Executor(self._live, intent.plan, intent.desired).execute(record)
-        except SourceChanged:
-            raise
-        except (Exception, asyncio.CancelledError) as error:
-            why = str(error) or "given up before it was live"
-            await asyncio.to_thread(self._ledger.keep_failed, intent, time.monotonic() - started, why)
-            raise
-        self._retry = Backoff(initial=1.0, maximum=60.0)
-        self._tell_models(None)
-        self._events.emit(
-            "applied",
-            generation=self.generation,
-            actions=len(intent.plan.actions),
-            via=intent.cause.via,
-            user=intent.cause.user,
-            restores=intent.restores,
-        )
 
     def _observe(self) -> Observed:
         options = self._live.options
@@ -405,51 +337,11 @@ class Reconciler:
             drift=self._drift.lines,
         )
 
-    async def _compile(
-        self, paths: tuple[Path, ...], changes: Changes = NO_CHANGES, *, frozen: bool | None = None
-    ) -> Compiled:
-        frozen = self.frozen if frozen is None else frozen
-        return await asyncio.to_thread(self._compiler.compile, paths, self._name, frozen=frozen, changes=changes)
-
-    def _let_rest(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-        loop = asyncio.get_running_loop()
-        self._rest = loop.call_later(_REST_AFTER, loop.run_in_executor, None, self._compiler.stop)
-
     async def _desired(self, compiled: Compiled) -> Desired:
         """The desired state, downloading what is missing. Raises ManifestError."""
-        fetched: set[tuple[str, str]] = set()
         if compiled.provisional is not None:
             await self._adopt(compiled.provisional)
-        while missing := self._portion.missing(compiled, self._observe()):
-            coming = [download for download in missing if (download.repo, download.revision) not in fetched]
-            if not coming:
-                break  # it is not whole on the hub either
-            fetched |= {(download.repo, download.revision) for download in coming}
-            await self._fetch(compiled, coming)
-            compiled = await self._compile(compiled.paths, compiled.changes)
-        if compiled.provisional is not None and not missing:
-            return compiled.provisional  # what is not there is left out
-        error = compiled.error()
-        if error is not None:
-            self._live.wanted.wrong(compiled.models, error.diagnostics)
-            raise error
-        assert compiled.desired is not None, "a manifest is either wrong or resolved"
-        return compiled.desired
-
-    def _tell_models(self, error: MlxRunError | None) -> None:
-        """Let each deployment know whether what is wanted of it is in effect. Told before the pass's own verdict is."""
-        planned = {action.target for action in self._planned.actions} if self._planned else set()
-        found = error.diagnostics if isinstance(error, ManifestError) else []
-        for name, deployment in self._live.deployments.items():
-            about = [d.message for d in found if concerns(d, name)]
-            if error is not None and f"models.{name}" in planned:
-                about.append(error.message)
-            deployment.health.behind("; ".join(about))
-        if error is None:
-            self._live.wanted.keep(self._live.deployments)
-            self._live.wanted.can_be_had(self._live.deployments)
+        return await self._reading.desired(compiled, self._portion, self._observe, frozen=self.frozen)
 
     def status(self) -> dict[str, Any]:
         """The manifest's part of `mlx-run status`."""
@@ -477,8 +369,3 @@ class Reconciler:
 def _told(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     kept = ("file", "line", "column", "path", "message", "hint", "code")
     return [{key: getattr(found, key) for key in kept} for found in diagnostics]
-
-
-def _keys(desired: Desired | None) -> list[str]:
-    """The API keys of a desired state."""
-    return [key for listener in desired.listeners for key in listener.api_keys] if desired else []

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from runner.control.conditions import TYPES, Conditions, Wanted
-from runner.control.deployment import absent
 from runner.control.health import Health
+from runner.control.model_status import absent, status_of
 from runner.errors import Diagnostic
 from tests.control.asking import ONE, pid
 from tests.control.scene import Scene
@@ -173,7 +173,7 @@ async def test_a_model_without_a_deployment_has_the_same_fields(scene: Scene) ->
     scene.write(ONE)
     scene.start()
     await scene.event("applied")
-    real = scene.live.deployments["chat"].status()
+    real = status_of(scene.live.deployments["chat"])
     nothing = absent("chat")
     assert nothing.keys() == real.keys()
     kinds = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load_model
 
+from runner.control.model_status import status_of
 from tests.control.asking import text
 from tests.control.scene import Scene
 from tests.engine.tiny import build_model
@@ -45,7 +46,7 @@ async def test_made_once_and_served(scene: Scene) -> None:
     (folder,) = copies(scene)
     config = json.loads((folder / "config.json").read_text())["quantization"]
     assert (config["bits"], config["lm_head"]["bits"]) == (4, 8)
-    status = scene.live.deployments["chat"].status()
+    status = status_of(scene.live.deployments["chat"])
     held = sum(array.nbytes for array in _arrays(folder))
     assert status["weights_bytes"] == held
     assert [e["percent"] for e in scene.events if e["event"] == "converting"][-1] == 100

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from runner.control.model_status import status_of
 from runner.plan.forecast import ENGINE_BYTES
 from tests.control.asking import ask, in_flight, pid, text
 from tests.control.scene import Scene
@@ -32,7 +33,7 @@ async def up(scene: Scene) -> None:
 
 
 def state(scene: Scene, name: str = "chat") -> dict[str, Any]:
-    status: dict[str, Any] = scene.live.deployments[name].status()
+    status: dict[str, Any] = status_of(scene.live.deployments[name])
     return status
 
 
