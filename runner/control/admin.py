@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,12 @@ from typing import Any
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
+from runner.control.inventory import inventory
 from runner.control.ledger import Cause
 from runner.control.reconciler import Pass, Reconciler
-from runner.control.uses import known_uses
 from runner.errors import InvalidRequest, Unavailable
 from runner.gateway.admin.control import By, Outcome
-from runner.hub.cache import hub_cache
-from runner.inspect.files import DigestCache
 from runner.manifest import drift
-from runner.plan.available import available
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
 
@@ -50,7 +46,7 @@ class Admin:
 
     async def available(self) -> dict[str, Any]:
         """See the interface."""
-        return await asyncio.to_thread(_available, self._state)  # it reads disks, and asks this runner's own socket
+        return await inventory(self._state)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
@@ -101,10 +97,3 @@ class Admin:
             raise result.error
         assert result.plan is not None, "a pass without an error has a plan"
         return Outcome(plan_json(result.plan), result.generation, result.seconds, self._reconciler.drift)
-
-
-def _available(state: Path) -> dict[str, Any]:
-    cache = hub_cache(os.environ)
-    known = known_uses(state, cache)
-    found = available(cache, known.uses, DigestCache())
-    return {"models": [one.as_json for one in found], "notes": list(known.notes)}

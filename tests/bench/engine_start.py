@@ -1,0 +1,54 @@
+"""From starting an engine process to the first token of a chat, as the runner starts one.
+
+    python tests/bench/engine_start.py [FOLDER] [--repeat 15]
+
+Without a folder, demo-chat. The first start is not counted: it reads the files from the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from runner.protocol import Generate, Loaded, Step  # noqa: E402
+from tests.engine.client import engine_child  # noqa: E402
+
+
+def first_token(scratch: Path, model: Path) -> tuple[float, float]:
+    """Seconds until the engine says that it is ready, and until the first token of a request that waited for that."""
+    began = time.perf_counter()
+    with engine_child(scratch, model) as child:
+        client = child.connect()
+        client.wait(Loaded)
+        ready = time.perf_counter() - began
+        client.send(Generate(id=1, messages=[{"role": "user", "content": "What is 17 + 25?"}], max_tokens=4))
+        client.wait(Step)
+        return ready, time.perf_counter() - began
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "examples" / "models" / "demo-chat")
+    parser.add_argument("--repeat", type=int, default=15)
+    arguments = parser.parse_args()
+    found = []
+    for number in range(arguments.repeat + 1):
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = first_token(Path(scratch), arguments.folder)
+        if number:
+            found.append(figures)
+    for name, seconds in zip(("ready", "first token"), zip(*found, strict=True), strict=True):
+        values = sorted(1000 * s for s in seconds)
+        print(f"{name:<12} {statistics.median(values):>6.0f} ms ({values[0]:.0f} to {values[-1]:.0f})")
+
+
+if __name__ == "__main__":
+    main()
