@@ -8,16 +8,19 @@ The JavaScript half needs node and npm, and installs three packages into a folde
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.control.scene import FAKE_ENGINE, Scene
@@ -29,6 +32,8 @@ pytestmark = [pytest.mark.story, pytest.mark.mlx, pytest.mark.nightly, pytest.ma
 
 NORA = {"name": "Nora", "age": 34}
 SUM, ANSWER = "What is 17 + 25?", "17 + 25 = 42."
+PIRATE = "Arr! 17 + 25 be 42, matey."
+WEATHER_THERE = "sunny, 21 degrees"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench.close()
 
 
+@pytest.fixture(autouse=True)
+def _what_packages_leave_open_is_theirs() -> Iterator[None]:
+    """Collected here, where warnings are none of ours, and not when pytest ends."""
+    yield
+    gc.collect()
+
+
 def test_litellm(served: Bench) -> None:
     litellm = pytest.importorskip("litellm")
     options: dict[str, Any] = {"api_base": f"{served.url}/v1", "api_key": "none", "temperature": 0}
@@ -54,7 +66,23 @@ def test_litellm(served: Bench) -> None:
     called = litellm.completion(
         model="openai/chat", messages=[{"role": "user", "content": WEATHER}], tools=[TOOL], **options
     )
-    assert json.loads(called.choices[0].message.tool_calls[0].function.arguments) == {"city": "Oslo"}
+    (call,) = called.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Oslo"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": WEATHER_THERE}
+    talk = [{"role": "user", "content": WEATHER}, called.choices[0].message.model_dump(exclude_none=True), result]
+    told = litellm.completion(model="openai/chat", messages=talk, tools=[TOOL], **options)
+    assert told.choices[0].message.content == SUNNY
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    filled = litellm.completion(
+        model="openai/chat", messages=[{"role": "user", "content": EXTRACT}], response_format=form, **options
+    )
+    assert json.loads(filled.choices[0].message.content) == NORA
+    pirate = litellm.completion(**ask, **options, extra_body={"adapter_name": "pirate"})
+    assert pirate.choices[0].message.content == PIRATE
+    left = litellm.completion(model="openai/chat", messages=[{"role": "user", "content": LONG}], stream=True, **options)
+    next(iter(left))
+    left.completion_stream.close()
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(model="openai/llama", messages=ask["messages"], **options)
     through_anthropic = litellm.completion(
@@ -70,18 +98,29 @@ def test_langchain(served: Bench) -> None:
     chat = langchain.ChatOpenAI(model="chat", base_url=f"{served.url}/v1", api_key="none", temperature=0)
     assert chat.invoke(SUM).content == ANSWER
     assert "".join(chunk.content for chunk in chat.stream(SUM)) == ANSWER
-    assert chat.bind_tools([TOOL]).invoke(WEATHER).tool_calls[0]["args"] == {"city": "Oslo"}
+    able = chat.bind_tools([TOOL])
+    called = able.invoke(WEATHER)
+    assert called.tool_calls[0]["args"] == {"city": "Oslo"}
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0]["id"], "content": WEATHER_THERE}
+    assert able.invoke([("user", WEATHER), called, result]).content == SUNNY
     form = chat.with_structured_output({"title": "person", **PERSON}, method="json_schema")
-    assert form.invoke(EXTRACT) == {"name": "Nora", "age": 34}
+    assert form.invoke(EXTRACT) == NORA
     pirate = langchain.ChatOpenAI(
         model="chat", base_url=f"{served.url}/v1", api_key="none", temperature=0, extra_body={"adapter_name": "pirate"}
     )
-    assert pirate.invoke(SUM).content == "Arr! 17 + 25 be 42, matey."
+    assert pirate.invoke(SUM).content == PIRATE
+    left = chat.stream(LONG)
+    next(left)
+    left.close()
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)
+    nowhere = langchain.ChatOpenAI(model="llama", base_url=f"{served.url}/v1", api_key="none")
+    with pytest.raises(openai.NotFoundError):
+        nowhere.invoke(SUM)
 
 
 def test_pydantic_ai(served: Bench) -> None:
     pytest.importorskip("pydantic_ai")
-    from pydantic_ai import Agent
+    from pydantic_ai import Agent, ModelHTTPError, NativeOutput, StructuredDict
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -94,22 +133,69 @@ def test_pydantic_ai(served: Bench) -> None:
         return "sunny, 21 degrees" if city == "Oslo" else "unknown"
 
     assert agent.run_sync(WEATHER).output == SUNNY
+    plain = Agent(OpenAIChatModel("chat", provider=provider), model_settings={"temperature": 0})
+    assert plain.run_sync(SUM).output == ANSWER
+    assert asyncio.run(_streamed(plain, SUM)) == ANSWER
+    form = Agent(plain.model, output_type=NativeOutput(StructuredDict(PERSON, name="person")))
+    assert form.run_sync(EXTRACT, model_settings={"temperature": 0}).output == NORA
+    settings: Any = {"temperature": 0, "extra_body": {"adapter_name": "pirate"}}
+    assert plain.run_sync(SUM, model_settings=settings).output == PIRATE
+    assert asyncio.run(_streamed(plain, LONG, pieces=1))
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)
+    with pytest.raises(ModelHTTPError, match="llama") as caught:
+        Agent(OpenAIChatModel("llama", provider=provider)).run_sync(SUM)
+    assert caught.value.status_code == 404
 
 
-def test_llm(served: Bench, tmp_path: Path) -> None:
+async def _streamed(agent: Any, question: str, pieces: int = 1000) -> str:
+    """The first so many pieces of an answer; whoever has them leaves."""
+    found: list[str] = []
+    async with agent.run_stream(question) as run:
+        async for piece in run.stream_text(delta=True, debounce_by=None):
+            found.append(piece)
+            if len(found) == pieces:
+                break
+    return "".join(found)
+
+
+@pytest.fixture
+def of_llm(served: Bench, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a question to a model, with options."""
     pytest.importorskip("llm")
-    entry = f"- model_id: local\n  model_name: chat\n  api_base: {served.url}/v1\n  supports_tools: true\n"
-    (tmp_path / "extra-openai-models.yaml").write_text(entry)
-    command = [sys.executable, "-m", "llm", "-m", "local", "--key", "none", "-o", "temperature", "0", SUM]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert done.stdout.strip() == ANSWER
+    names = {"local": "chat", "pirate": "chat:pirate", "nowhere": "llama"}
+    entry = "- model_id: {}\n  model_name: {}\n  api_base: {}/v1\n  supports_tools: true\n  supports_schema: true\n"
+    entries = [entry.format(own, name, served.url) for own, name in names.items()]
+    (tmp_path / "extra-openai-models.yaml").write_text("".join(entries))
+
+    def command(model: str, *more: str) -> list[str]:
+        fixed = ["-m", model, "--key", "none", "-o", "temperature", "0", "--no-log"]
+        return ["env", f"LLM_USER_PATH={tmp_path}", sys.executable, "-m", "llm", *fixed, *more]
+
+    return command
+
+
+def test_llm(served: Bench, of_llm: Callable[..., list[str]]) -> None:
+    """Streams, unless it is told not to."""
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(of_llm(*arguments), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said("local", SUM) == ANSWER
+    assert said("local", "--no-stream", SUM) == ANSWER
+    assert said("pirate", SUM) == PIRATE
+    function = f"def get_weather(city: str) -> str:\n    'The weather.'\n    return {WEATHER_THERE!r}"
+    assert said("local", "--functions", function, WEATHER).endswith(SUNNY)
+    assert json.loads(said("local", "--schema", json.dumps(PERSON), EXTRACT)) == NORA
+    refused = subprocess.run(of_llm("nowhere", SUM), capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert "llama" in refused.stderr
+    with subprocess.Popen(of_llm("local", LONG), stdout=subprocess.PIPE, start_new_session=True) as left:
+        assert left.stdout is not None
+        assert left.stdout.read(1)
+        left.kill()
+    until(lambda: served.metric("mlx_run_engine_rows") == 0)
 
 
 @pytest.mark.parametrize("kind", ["openai-chat", "anthropic", "open-responses"])
