@@ -27,6 +27,9 @@ from runner.telemetry import configure_logging
 _SPAWN_DEADLINE = 15.0
 """Seconds a detached runner gets to open its control socket."""
 
+_LAST_WORDS = 5.0
+"""Seconds that one which stopped answering gets to end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -155,7 +158,13 @@ def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
     _until_up(folder, process)
     says = "Stopping the runner again. Ctrl-C once more leaves that to itself."
     with GivingUp(folder.control_socket, "down", says, drain=0):
-        return _follow(folder, "follow", wish, view)
+        try:
+            return _follow(folder, "follow", wish, view)
+        except NotRunning:  # it failed, maybe before it could say so here; its last words are in the log
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.wait(timeout=_LAST_WORDS) and (reason := _last_words(folder)):
+                    raise NotRunning(reason) from None
+            raise
 
 
 def _until_up(folder: StateFolder, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -167,7 +176,11 @@ def _until_up(folder: StateFolder, process: subprocess.Popen[bytes] | None = Non
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=0.05)
-                reason = folder.start_log.read_text(errors="replace").strip().removeprefix("error: ")
-                raise NotRunning(reason or f"the runner exited with code {code}; see {folder.log}")
+                raise NotRunning(_last_words(folder) or f"the runner exited with code {code}; see {folder.log}")
         if time.monotonic() > deadline:
             raise RunnerError("the runner did not start in time", hint=f"See {folder.log}.")
+
+
+def _last_words(folder: StateFolder) -> str:
+    """What a runner that did not come up wrote, empty where it wrote nothing."""
+    return folder.start_log.read_text(errors="replace").strip().removeprefix("error: ")

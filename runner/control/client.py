@@ -34,9 +34,9 @@ def stream(
     Raises NotRunning (nobody there, or it went away), ControlError, ManifestError.
     """
     with _connect(path, timeout=timeout) as connection, connection.makefile("rb") as lines:
-        connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
         finished = False
         try:
+            connection.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
             for line in lines:
                 reply: dict[str, Any] = json.loads(line)
                 if "error" in reply and "event" not in reply:
