@@ -179,10 +179,11 @@ class World:
             asked.doomed = True
 
     def kill_engine(self, pid: int) -> None:
-        """kill -9 an engine."""
+        """kill -9 an engine, unless it has ended since the runner was asked for its pid: by an edit, or by us."""
         for asked in self.asked:
             asked.doomed |= asked.engine == pid
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End everything; what is left of it after a while is an error."""
