@@ -19,8 +19,10 @@ from runner.hub.jobs import Kind
 from runner.hub.needs import needed
 from runner.machine import Machine, cpu_backend
 from runner.manifest.drift import NO_CHANGES, Changes, taken_away
+from runner.manifest.generation import Generation
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization
+from runner.manifest.models import Batching, KVCache, Model
+from runner.manifest.quantization import Quantization
 from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath, Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
