@@ -54,7 +54,7 @@ def _connect(path: Path, *, timeout: float | None) -> socket.socket:
     connection.settimeout(timeout)
     try:
         connection.connect(str(path))
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         connection.close()
         raise NotRunning("no runner is up", hint="Start one with `mlx-run apply MANIFEST`.") from None
     return connection

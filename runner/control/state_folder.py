@@ -9,21 +9,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from runner.errors import AlreadyRunning
+from runner.errors import AlreadyRunning, RunnerError
 
 _SOCKET_PATH_LIMIT: Final = 100
 """Bytes. macOS allows 103 characters in a unix socket's path, Linux 107."""
 
 
 class StateFolder:
-    """The paths of one runner. Creating the object creates the folders, mode 0700."""
+    """The paths of one runner. Creating the object creates the folders, mode 0700; RunnerError where that cannot be."""
 
     def __init__(self, root: Path, name: str, *, create: bool = True) -> None:
         self.name = name
         self.folder = root / name
         if create:
             for folder in (self.folder, self.folder / "logs", self.folder / "e"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                try:
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                except OSError as error:
+                    raise RunnerError(
+                        f"the runner's state cannot be kept in {folder}: {error.strerror}",
+                        hint="Set MLX_RUN_STATE_DIR to a folder that can be written.",
+                    ) from None
 
     @property
     def control_socket(self) -> Path:

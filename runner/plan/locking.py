@@ -100,7 +100,16 @@ def _of_cache(loaded: Loaded, source: Source, hub: Path, cache: DigestCache) -> 
         message = (
             f"{source.text} ({source.revision or 'main'}) is not in the hub's cache, and the hub is not to be asked"
         )
-        raise ManifestError([loaded.at(source.at, message, "unset it", code="E801")])
+        raise ManifestError(
+            [
+                loaded.at(
+                    source.at,
+                    message,
+                    "unset HF_HUB_OFFLINE, or fetch it elsewhere and bring the cache along",
+                    code="E801",
+                )
+            ]
+        )
     return _locked(source, folder.name, _files(loaded, source, folder, cache))
 
 
@@ -142,7 +151,7 @@ def _tokenizer(files: Mapping[str, LockedFile]) -> str:
 def differences(loaded: Loaded, hub: Path, cache: DigestCache) -> Iterator[Difference]:
     """What a lock file has otherwise than the manifest, and than the disk. Everything that is here is read."""
     if loaded.lock is None:
-        yield Difference("", f"there is no {lock_path(loaded.paths).name}")
+        yield Difference("", f"there is no {lock_path(loaded.paths).name}; write it with `mlx-run lock`")
         return
     asked = list(sources(loaded))
     for source in asked:

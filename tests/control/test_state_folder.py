@@ -5,13 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from runner.control import client
 from runner.control.state_folder import StateFolder
-from runner.errors import AlreadyRunning
+from runner.errors import AlreadyRunning, RunnerError
 
 
 def test_folders_belong_to_the_owner_alone(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, "dev")
     assert stat.S_IMODE(folder.folder.stat().st_mode) == 0o700
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunnerError, match=r"state cannot be kept in .*: Not a directory\nSet MLX_RUN_STATE_DIR"):
+        StateFolder(tmp_path / "file", "dev")
+    assert not client.is_up(StateFolder(tmp_path / "file", "dev", create=False).control_socket)
 
 
 def test_a_long_path_gets_a_short_socket_that_both_sides_compute(tmp_path: Path) -> None:
