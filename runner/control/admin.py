@@ -51,14 +51,16 @@ class Admin:
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
-        made = await reconciler.preview(reconciler.paths, scope)
+        made = await reconciler.preview(reconciler.followed.paths, scope)
         return Outcome(plan_json(made), reconciler.generation, 0.0, made.drift)
 
     async def apply(self, scope: Scope, by: By, seconds: float | None) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
         cause, attempt = Cause("apply", by.user, by.generation), Attempt(seconds)
-        applying = reconciler.apply(reconciler.paths, cause, watch=reconciler.watching, scope=scope, attempt=attempt)
+        applying = reconciler.apply(
+            reconciler.followed.paths, cause, watch=reconciler.followed.watching, scope=scope, attempt=attempt
+        )
         return await self._done(applying)
 
     async def load_model(self, name: str, entry: Mapping[str, Any] | None, servers: tuple[str, ...], by: By) -> Outcome:

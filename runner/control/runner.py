@@ -58,8 +58,8 @@ class Runner:
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
-        self._reconciler.watching = watch
-        self._reconciler.frozen = frozen
+        self._reconciler.followed.watching = watch
+        self._reconciler.followed.frozen = frozen
         requests = Requests(self._reconciler, self._live, self._events, self.status, self._end)
         servers, state = (lambda: list(self._live.listeners)), options.state_dir
         self._live.admin = Admin(self._reconciler, self.status, servers, requests.carry_through, state)

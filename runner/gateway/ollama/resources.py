@@ -31,6 +31,7 @@ from runner.gateway.ollama.wire import (
     show_decoder,
 )
 from runner.gateway.openai.shapes import encode_json
+from runner.gateway.streaming import LINES, answer_with
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -108,10 +109,7 @@ class Answering:
         generation = await start(route, [generate], exchange, self._metrics)
         if fields.stream:
             stream = lines(generation, head, exchange)
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_LINE
-            response.content_type = "application/x-ndjson"
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=LINES, cut=_CUT_LINE)
         else:
             response.data = await whole(generation, head)
 
@@ -175,7 +173,7 @@ class Models:
             _send(request, response, request.path, {"status": "success"})
             return
         exchange_of(request).route = request.path
-        response.content_type = "application/x-ndjson"
+        response.content_type = LINES
         steps = ({"status": f"already here: {card.source}"}, {"status": "success"})
         response.data = b"".join(encode_json(step) + b"\n" for step in steps)
 
