@@ -166,6 +166,7 @@ def _settings(spec: ModelSpec, target: Path) -> dict[str, Any]:
         "mode": wanted.mode,
         "layers": wanted.layers,
         "dtype": spec.dtype,
+        "trust_remote_code": spec.trust_remote_code,
     }
 
 

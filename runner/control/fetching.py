@@ -33,7 +33,7 @@ class Fetching:
         def told(progress: Progress) -> None:
             self._told(progress, models[progress.repo, progress.revision])
 
-        jobs = [Job(d.repo, d.revision, d.kinds) for d in downloads]
+        jobs = [Job(d.repo, d.revision, d.kinds, code=d.code) for d in downloads]
         try:
             await download(jobs, told, token=compiled.hub_token, log=self._log, patience=self._patience)
         except Refused as refused:

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
 from runner.hub.cache import blobs_left, bytes_left, hub_cache, listed_files, listing_file, snapshot, snapshot_folder
-from runner.hub.jobs import Kind
 from runner.hub.needs import needed
+from runner.inspect.remote_code import remote_code
 from runner.machine import Machine, cpu_backend
 from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.load import Loaded
@@ -154,6 +154,7 @@ class _Resolution:
             tool_parser=model.tool_parser or "",
             quantization=_quantization(model.quantization),
             dtype=model.dtype or "",
+            trust_remote_code=model.trust_remote_code,
             **self._residence(model),
         )
 
@@ -241,7 +242,7 @@ class _Resolution:
             return None
         try:
             found = digest(folder, self._cache)
-            if source.is_repository and (gone := _not_fetched(folder, source.kind, self._cache)):
+            if source.is_repository and (gone := _not_fetched(folder, source, self._cache)):
                 return self._not_downloaded(source, f"is in the hub's cache without {gone}")
             self._compare(check_files(self._loaded, source, folder, self._cache))
             return folder, found
@@ -312,18 +313,22 @@ class _Resolution:
         )
 
 
-def _not_fetched(folder: Path, kind: Kind, cache: DigestCache) -> str:
-    """A file of a snapshot that serving takes and another tool did not bring along; empty where there is none."""
+def _not_fetched(folder: Path, source: Source, cache: DigestCache) -> str:
+    """A file of a snapshot that serving takes and that did not come along: another tool left it out, or it is code,
+    which was not wanted then. Empty where there is none. Raises BadFolder."""
     version = file_version(listing_file(folder))
     listed = cache.remember("listing", version, listed_files) if version is not None else ()
-    return next((name for name in needed(listed, (kind,)) if not (folder / name).exists()), "")
+    wanted = needed(listed, (source.kind,), code=source.code)
+    if source.code:
+        wanted += remote_code(folder, cache).files
+    return next((name for name in wanted if not (folder / name).exists()), "")
 
 
 def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec | None:
     if model.draft is None or found is None:
         return None
     folder, weights = found
-    return DraftSpec(model.draft.source, folder, weights.digest)
+    return DraftSpec(model.draft.source, folder, weights.digest, model.draft.trust_remote_code)
 
 
 def _quantization(section: Quantization | None) -> QuantizationSpec | None:

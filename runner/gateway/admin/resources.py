@@ -137,6 +137,10 @@ def _model_entry(fields: LoadModel) -> dict[str, Any] | None:
     for name in _OWN_FIELDS:
         if name in config:
             raise InvalidRequest(f"`{name}` stands beside `config`, not in it", param=f"config.{name}")
+    for name, section in (("config", config), ("config.draft", config.get("draft"))):
+        if isinstance(section, dict) and section.get("trust_remote_code"):
+            message = f"`{name}.trust_remote_code`: a model's own code runs by leave of the manifest alone"
+            raise InvalidRequest(message, param=f"{name}.trust_remote_code", code="not_by_api")
     adapters = config.get("adapters")
     if adapters is not None and not isinstance(adapters, dict):
         raise InvalidRequest("`config.adapters` should be an object", param="config.adapters", code="invalid_value")

@@ -67,6 +67,11 @@ async def test_each_route_asks_for_what_it_says(
         ({"model": "a", "revision": "main"}, "source"),
         ({"model": "a", "source": "./a", "config": {"source": "./b"}}, "config.source"),
         ({"model": "a", "source": "./a", "config": {"adapters": ["b"]}}, "config.adapters"),
+        ({"model": "a", "source": "./a", "config": {"trust_remote_code": True}}, "config.trust_remote_code"),
+        (
+            {"model": "a", "source": "./a", "config": {"draft": {"source": "./b", "trust_remote_code": True}}},
+            "config.draft.trust_remote_code",
+        ),
         ({"model": "a", "sources": "./a"}, "sources"),
         ({"model": "a", "generation": -1}, "generation"),
     ],
