@@ -9,26 +9,27 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from runner.cli.locate import add_files
 from runner.cli.models_text import card, listing, matches
 from runner.cli.text import format_bytes
 from runner.control.fetching import download_failed
+from runner.control.searching import search_hub
 from runner.control.uses import Uses, known_uses
 from runner.errors import RunnerError, UsageError
 from runner.hub.cache import hub_cache
-from runner.hub.download import Match, Refused, listings, search
+from runner.hub.download import Refused, listings
 from runner.hub.jobs import Job
 from runner.hub.store import Stored, leftovers, remove, stored
 from runner.inspect.files import DigestCache
 from runner.machine import this_machine
 from runner.manifest.load import load_manifest
 from runner.options import state_dir
-from runner.plan.available import Available, Verdict, available, of_folder, verdict, verdict_of_files
+from runner.plan.available import Available, available, of_folder, verdict
 from runner.plan.candidates import examine
 from runner.plan.spec import Download
-from runner.plan.starter import LIMIT_PERCENT
+from runner.plan.verdict import budget, verdict_of_files
 
 MIXED: Final = True
 """Words and options in any order."""
@@ -82,38 +83,14 @@ def _list(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace) -> int:
     token = _token(arguments)
     try:
-        found = asyncio.run(search(arguments.target, limit=max(1, arguments.limit), token=token))
+        found = asyncio.run(search_hub(arguments.target, max(1, arguments.limit), token))
     except Refused as refused:
         raise download_failed((), refused.failures) from None
-    here = {held.repo for held in stored(hub_cache(os.environ))}
-    judged = [(match, _judge(match)) for match in found]
     if arguments.json:
-        print(json.dumps([_match_json(match, judgement, match.repo in here) for match, judgement in judged], indent=2))
+        print(json.dumps([one.as_json for one in found], indent=2))
     else:
-        print(matches(judged, here) if judged else f"The hub has nothing for {arguments.target!r}.")
+        print(matches(found) if found else f"The hub has nothing for {arguments.target!r}.")
     return 0
-
-
-def _judge(match: Match) -> Verdict:
-    if match.problem:
-        return Verdict(False, 0, match.problem)
-    return verdict_of_files(match.files, this_machine(), _budget())
-
-
-def _match_json(match: Match, judgement: Verdict, here: bool) -> dict[str, Any]:
-    return {
-        "repo": match.repo,
-        "commit": match.commit,
-        "kinds": list(match.kinds),
-        "downloads": match.downloads,
-        "likes": match.likes,
-        "gated": match.gated,
-        "bytes": sum(file.size for file in match.files),
-        "weights_bytes": judgement.needed,
-        "fits": judgement.fits,
-        "why": judgement.why,
-        "here": here,
-    }
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -123,7 +100,7 @@ def _show(arguments: argparse.Namespace) -> int:
     judgement = None
     if held.kind == "model":
         candidate = examine(held.folder, DigestCache(), source=held.source)
-        judgement = verdict(candidate, this_machine(), _budget())
+        judgement = verdict(candidate, this_machine())
     if arguments.json:
         fits = None if judgement is None else {"fits": judgement.fits, "why": judgement.why}
         print(json.dumps({**held.as_json, "verdict": fits}, indent=2))
@@ -154,7 +131,7 @@ def _show_from_the_hub(arguments: argparse.Namespace) -> int:
         (found,) = asyncio.run(listings([job], token=_token(arguments))).values()
     except Refused as refused:
         raise download_failed([Download(job.repo, job.revision, None, ())], refused.failures) from None
-    judgement = verdict_of_files(found.files, this_machine(), _budget()) if "model" in found.kinds else None
+    judgement = verdict_of_files(found.files, this_machine()) if "model" in found.kinds else None
     if arguments.json:
         shown = {"source": repo, "revision": job.revision, "commit": found.commit, "kinds": list(found.kinds)}
         files = [file._asdict() for file in found.files]
@@ -165,7 +142,8 @@ def _show_from_the_hub(arguments: argparse.Namespace) -> int:
     print(f"{repo} ({job.revision}) is on the hub, and not in the cache: commit {found.commit}")
     print(f"  {found.kinds[0]}, {format_bytes(total)} in {len(found.files)} files to download")
     if judgement is not None:
-        print(f"  {judgement.why} ({format_bytes(judgement.needed)} of weights, {format_bytes(_budget())} for models)")
+        room = format_bytes(budget(this_machine()))
+        print(f"  {judgement.why} ({format_bytes(judgement.needed)} of weights, {room} for models)")
     return 0
 
 
@@ -251,10 +229,6 @@ def _token(arguments: argparse.Namespace) -> str:
     if not arguments.files:
         return ""
     return load_manifest([Path(name) for name in arguments.files], os.environ).hub_token
-
-
-def _budget() -> int:
-    return this_machine().memory * LIMIT_PERCENT // 100
 
 
 def _say_notes(known: Uses) -> None:

@@ -6,21 +6,33 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
 from runner.control.inventory import inventory
 from runner.control.ledger import Cause
 from runner.control.reconciler import Pass, Reconciler
-from runner.errors import InvalidRequest, Unavailable
+from runner.control.searching import search_hub
+from runner.errors import HubFailed, InvalidRequest, RequestError, Unavailable
 from runner.gateway.admin.control import By, Outcome
+from runner.hub.download import Refused
+from runner.hub.jobs import Failure, Patience
 from runner.manifest import drift
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
 
 Start = Callable[[Coroutine[Any, Any, Pass]], asyncio.Task[Pass]]
 """Runs a pass that whoever asked for it does not own."""
+
+
+SEARCH_TIMEOUT = 20.0
+"""Seconds: the hub's library has a patience of its own with a network that is not there."""
+
+_HURRIED: Final = Patience(tries=3, first=0.5, longest=2.0, asked=5.0)
+"""With the hub, while somebody waits for an answer over HTTP."""
+
+_OFFLINE: Final = "E801"
 
 
 class Admin:
@@ -47,6 +59,17 @@ class Admin:
     async def available(self) -> dict[str, Any]:
         """See the interface."""
         return await inventory(self._state)
+
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        """See the interface."""
+        try:
+            async with asyncio.timeout(SEARCH_TIMEOUT):
+                found = await search_hub(query, limit, self._reconciler.hub_token, _HURRIED)
+        except Refused as refused:
+            raise hub_error(refused.failures[0]) from None
+        except TimeoutError:
+            raise HubFailed(f"the hub gave no answer in {SEARCH_TIMEOUT:g} seconds", code="E804") from None
+        return [one.as_json for one in found]
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
@@ -97,3 +120,11 @@ class Admin:
             raise result.error
         assert result.plan is not None, "a pass without an error has a plan"
         return Outcome(plan_json(result.plan), result.generation, result.seconds, self._reconciler.drift)
+
+
+def hub_error(failure: Failure) -> RequestError:
+    """Why the hub gave no answer, for a request that needs one."""
+    message = f"{failure.message}; {failure.hint}" if failure.hint else failure.message
+    if failure.code == _OFFLINE:
+        return Unavailable(message, retry_after=60.0, code=failure.code)
+    return HubFailed(message, code=failure.code)

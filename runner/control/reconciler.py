@@ -68,6 +68,7 @@ class Reconciler:
         self.paths = compiled.paths
         self.last: Pass | None = None
         self.inputs = compiled.inputs
+        self.hub_token = compiled.hub_token
         self.watching = True
         self.frozen = False
         self.warnings: tuple[Diagnostic, ...] = ()
@@ -269,7 +270,7 @@ class Reconciler:
             compiled = await self._reading.compile(self.paths, frozen=self.frozen)
         self._planned = None
         self._live.wanted.keep((*compiled.models, *self._live.deployments))
-        self.inputs = compiled.inputs
+        self.inputs, self.hub_token = compiled.inputs, compiled.hub_token
         self._warn(compiled.warnings)
         self._seen = await asyncio.to_thread(self._ledger.seen, compiled)
         restores, drift = 0, Drift()

@@ -36,6 +36,11 @@ def needed(names: Iterable[str], kinds: Collection[Kind], *, code: bool = False)
     return [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of a model's folder holds weights, as mlx-lm looks for them."""
+    return name.startswith("model") and name.endswith(".safetensors")
+
+
 def kinds_of(names: Collection[str]) -> tuple[Kind, ...]:
     """What a repository can be, by its files."""
     return ("adapter",) if "adapter_config.json" in names and "config.json" not in names else ("model",)

@@ -111,6 +111,12 @@ class FakeControl:
     async def available(self) -> dict[str, Any]:
         return {"models": [{"source": "org/a"}], "notes": []}
 
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        self.asked.append(("search", query, limit))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return [{"repo": "org/a", "fits": True}]
+
     async def plan(self, scope: Scope) -> Outcome:
         return self._answer("plan", scope)
 

@@ -44,6 +44,11 @@ class Control(Protocol):
         """What `mlx-run models list --json` prints."""
         ...
 
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        """What `mlx-run models search --json` prints. Raises Unavailable where the hub is not to be asked, and
+        HubFailed."""
+        ...
+
     async def plan(self, scope: Scope) -> Outcome:
         """What `apply` would do now."""
         ...
