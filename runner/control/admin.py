@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
+from runner.control.events import EventLog
 from runner.control.inventory import inventory
 from runner.control.ledger import Cause
+from runner.control.pulling import cached_models, hub_error, pull
 from runner.control.reconciler import Pass, Reconciler
 from runner.control.searching import search_hub
-from runner.errors import HubFailed, InvalidRequest, RequestError, Unavailable
-from runner.gateway.admin.control import By, Outcome
-from runner.hub.download import Refused
-from runner.hub.jobs import Failure, Patience
+from runner.control.state_folder import StateFolder
+from runner.errors import HubFailed, InvalidRequest, Unavailable
+from runner.gateway.admin.control import By, CachedModel, Outcome
+from runner.hub.download import Progress, Refused
+from runner.hub.jobs import Patience
 from runner.manifest import drift
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
@@ -32,8 +34,6 @@ SEARCH_TIMEOUT = 20.0
 _HURRIED: Final = Patience(tries=3, first=0.5, longest=2.0, asked=5.0)
 """With the hub, while somebody waits for an answer over HTTP."""
 
-_OFFLINE: Final = "E801"
-
 
 class Admin:
     """Implements `runner.gateway.admin.control.Control`. `servers` are the names of those that there are."""
@@ -44,13 +44,16 @@ class Admin:
         status: Callable[[], dict[str, Any]],
         servers: Callable[[], Collection[str]],
         start: Start,
-        state: Path,
+        folder: StateFolder,
+        events: EventLog,
     ) -> None:
         self._reconciler = reconciler
         self._status = status
         self._servers = servers
         self._start = start
-        self._state = state
+        self._state = folder.folder.parent
+        self._log = folder.log
+        self._events = events
 
     def status(self) -> dict[str, Any]:
         """See the interface."""
@@ -70,6 +73,14 @@ class Admin:
         except TimeoutError:
             raise HubFailed(f"the hub gave no answer in {SEARCH_TIMEOUT:g} seconds", code="E804") from None
         return [one.as_json for one in found]
+
+    async def cached(self) -> list[CachedModel]:
+        """See the interface."""
+        return await asyncio.to_thread(cached_models)
+
+    def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
+        """See the interface."""
+        return pull(repo, revision, self._events, token=self._reconciler.hub_token, log=self._log)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
@@ -120,11 +131,3 @@ class Admin:
             raise result.error
         assert result.plan is not None, "a pass without an error has a plan"
         return Outcome(plan_json(result.plan), result.generation, result.seconds, self._reconciler.drift)
-
-
-def hub_error(failure: Failure) -> RequestError:
-    """Why the hub gave no answer, for a request that needs one."""
-    message = f"{failure.message}; {failure.hint}" if failure.hint else failure.message
-    if failure.code == _OFFLINE:
-        return Unavailable(message, retry_after=60.0, code=failure.code)
-    return HubFailed(message, code=failure.code)

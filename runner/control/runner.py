@@ -61,8 +61,9 @@ class Runner:
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
         self._reconciler.frozen = frozen
-        servers, state = (lambda: list(self._live.listeners)), options.state_dir
-        self._live.admin = Admin(self._reconciler, self.status, servers, self._pass, state)
+        self._live.admin = Admin(
+            self._reconciler, self.status, lambda: list(self._live.listeners), self._pass, self._folder, self._events
+        )
         self._scope = scope
         self._first = Attempt(timeout)
         self._given_up: Interrupted | None = None

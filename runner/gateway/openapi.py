@@ -79,7 +79,9 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/api/ps", "The models that are loaded"),
         Operation("get", "/api/version", "The version of the API"),
         Operation("post", "/api/show", "One model", ollama.ShowRequest, status=(400, 404, 413)),
-        Operation("post", "/api/pull", "Make sure of a model", ollama.PullRequest, _LINES, status=(400, 404, 413)),
+        Operation(
+            "post", "/api/pull", "Fetch a model", ollama.PullRequest, _LINES, status=(400, 403, 404, 413, 422, 502, 503)
+        ),
         Operation("post", "/api/create", "Make sure of a model", ollama.CreateRequest, _LINES, status=(400, 413, 501)),
     ),
     "admin": (
@@ -137,6 +139,7 @@ _MEANINGS: Final = {
     200: "The answer",
     400: "The request is refused; the error names the field",
     401: "No key, or not a valid one",
+    403: "This server may not do that: it has no admin API",
     404: "No such model, adapter or object here",
     409: "It does not go with how things stand: another generation, an edit that is not live, another declaration",
     413: "The body is over the server's limit",
