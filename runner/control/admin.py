@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from functools import partial
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
@@ -15,7 +16,6 @@ from runner.control.ledger import Cause
 from runner.control.pulling import cached_models, hub_error, pull
 from runner.control.reconciler import Pass, Reconciler
 from runner.control.searching import search_hub
-from runner.control.state_folder import StateFolder
 from runner.errors import HubFailed, InvalidRequest, Unavailable
 from runner.gateway.admin.control import By, CachedModel, Outcome
 from runner.hub.download import Progress, Refused
@@ -35,6 +35,14 @@ _HURRIED: Final = Patience(tries=3, first=0.5, longest=2.0, asked=5.0)
 """With the hub, while somebody waits for an answer over HTTP."""
 
 
+class Places(NamedTuple):
+    """Where the runners of this user keep their state, this one its log, and all of them their quantised copies."""
+
+    state: Path
+    log: Path
+    converted: Path
+
+
 class Admin:
     """Implements `runner.gateway.admin.control.Control`. `servers` are the names of those that there are."""
 
@@ -44,15 +52,14 @@ class Admin:
         status: Callable[[], dict[str, Any]],
         servers: Callable[[], Collection[str]],
         start: Start,
-        folder: StateFolder,
+        places: Places,
         events: EventLog,
     ) -> None:
         self._reconciler = reconciler
         self._status = status
         self._servers = servers
         self._start = start
-        self._state = folder.folder.parent
-        self._log = folder.log
+        self._places = places
         self._events = events
 
     def status(self) -> dict[str, Any]:
@@ -61,7 +68,7 @@ class Admin:
 
     async def available(self) -> dict[str, Any]:
         """See the interface."""
-        return await inventory(self._state)
+        return await inventory(self._places.state, self._places.converted)
 
     async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
         """See the interface."""
@@ -80,7 +87,7 @@ class Admin:
 
     def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
         """See the interface."""
-        return pull(repo, revision, self._events, token=self._reconciler.hub_token, log=self._log)
+        return pull(repo, revision, self._events, token=self._reconciler.hub_token, log=self._places.log)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.control.admin import Admin
+from runner.control.admin import Admin, Places
 from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
@@ -61,9 +61,9 @@ class Runner:
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
         self._reconciler.watching = watch
         self._reconciler.frozen = frozen
-        self._live.admin = Admin(
-            self._reconciler, self.status, lambda: list(self._live.listeners), self._pass, self._folder, self._events
-        )
+        servers = lambda: list(self._live.listeners)  # noqa: E731
+        places = Places(options.state_dir, self._folder.log, options.converted)
+        self._live.admin = Admin(self._reconciler, self.status, servers, self._pass, places, self._events)
         self._scope = scope
         self._first = Attempt(timeout)
         self._given_up: Interrupted | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from runner.hub.jobs import Kind
 from runner.hub.needs import kinds_of
@@ -28,12 +28,13 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """A model or an adapter. `source` is as a manifest would name it, `commit` empty of a folder, `refs` the branches
-    that mean this commit here. `size` is bytes on the disk, `parameters` a count, 0 where unknown; `used` seconds since
-    the epoch. `problem` is why it cannot be served, empty where it can."""
+    """A model, an adapter, or a quantised copy of a model, whose `source` is what it was made of. `source` is as a
+    manifest would name it, `commit` empty of a folder, `refs` the branches that mean this commit here. `size` is bytes
+    on the disk, `parameters` a count, 0 where unknown; `used` seconds since the epoch. `problem` is why it cannot be
+    served, empty where it can."""
 
     source: str
-    kind: Kind
+    kind: Kind | Literal["copy"]
     folder: Path
     size: int
     used: float
