@@ -61,7 +61,7 @@ class Reconciler:
     def __init__(
         self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, fetching: Fetching | None = None
     ) -> None:
-        self.followed = Followed(compiled.paths, compiled.inputs)
+        self.followed = Followed(compiled.paths, compiled.inputs, compiled.hub_token)
         self.last: Pass | None = None
         self._live = live
         self._ledger = Ledger(live.folder)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from runner.control.admin import Admin
+from runner.control.admin import Admin, Places
 from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
@@ -61,8 +61,9 @@ class Runner:
         self._reconciler.followed.watching = watch
         self._reconciler.followed.frozen = frozen
         requests = Requests(self._reconciler, self._live, self._events, self.status, self._end)
-        servers, state = (lambda: list(self._live.listeners)), options.state_dir
-        self._live.admin = Admin(self._reconciler, self.status, servers, requests.carry_through, state)
+        servers = lambda: list(self._live.listeners)  # noqa: E731
+        places = Places(options.state_dir, self._folder.log, options.converted)
+        self._live.admin = Admin(self._reconciler, self.status, servers, requests.carry_through, places, self._events)
         self._requests = requests
         self._control = ControlSocket(self._folder.control_socket, requests.handlers, FEEDS)
         self._scope = scope

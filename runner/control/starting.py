@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
@@ -43,7 +44,10 @@ class Starting:
 
     async def start(self, spec: ModelSpec) -> EngineProcess:
         """An engine of `spec` that has generated a token. Raises EngineLoadError and EngineDied."""
-        folder = await self._conversions.folder_for(spec)
+        async with self._conversions.folder_for(spec) as folder:
+            return await self._start(spec, folder)
+
+    async def _start(self, spec: ModelSpec, folder: Path) -> EngineProcess:
         place = await self._room.enter(self._tenant, spec)
         what = engine_spec(spec, folder, self._options, place.budget)
         command = self._options.engine_command
