@@ -75,6 +75,14 @@ class StateFolder:
         """Ids of the engines that were started and not seen to end."""
         return sorted(path.stem for path in (self.folder / "e").glob("*.json"))
 
+    def engine_group(self, engine_id: str) -> Path:
+        """Says where an engine's control group is (`runner.control.backstop`)."""
+        return self.folder / "e" / f"{engine_id}.group"
+
+    def engine_groups(self) -> list[str]:
+        """Ids of the engines whose groups may not have been removed."""
+        return sorted(path.stem for path in (self.folder / "e").glob("*.group"))
+
     def forget_engine(self, engine_id: str) -> None:
         """Remove what an engine leaves behind."""
         self.engine_spec(engine_id).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from runner.engine.oom import be_first
+from runner.engine.oom import be_first, enter
 from runner.engine.process import EngineProcess, read_spec
 from runner.engine.transport import Transport
 from runner.telemetry import configure_logging
@@ -33,6 +33,7 @@ def serve(arguments: Sequence[str], started: float) -> int:
     be_first()
     try:
         spec = read_spec(given.spec)
+        enter(spec.control_group)
         transport = Transport(given.socket)
     except (OSError, msgspec.DecodeError) as error:
         logger.error("engine cannot start", extra={"reason": str(error)})
