@@ -54,7 +54,6 @@ class Backstop:
             self._base = self._prepared()
         except NoGroup as error:
             self._why = str(error)
-        logger.info("memory backstop", extra=self.as_json)
         return self.as_json
 
     def _prepared(self) -> Path:

@@ -288,7 +288,7 @@ class Room:
         specs = [holding.spec for holding in self._held if not holding.leaving]
         specs += [coming] if coming is not None else []
         spare = self.limit - sum(map(_needed, specs))
-        if spare <= 0:  # a limit that leaves no room for processes was meant as plans count: for models alone
+        if spare <= 0:  # old and new side by side: plans count models alone then, and so does this
             spare = max(0, self.limit - sum(map(least, specs)))
         growth = {id(spec): _growth(spec, self.limit) for spec in specs}
         whole = sum(growth.values()) or 1

@@ -103,7 +103,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes 
         name=loaded.manifest.name,
         models=models,
         listeners=tuple(resolution.listener(name, server) for name, server in loaded.manifest.servers.items()),
-        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
+        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine).declared,
         downloads=resolution.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
     )
