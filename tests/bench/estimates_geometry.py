@@ -1,6 +1,6 @@
 """What is predicted of models of a real size beside what the engine then holds: Llama-3.2-1B and Llama-3.1-8B.
 
-Weights are files of the right shapes whose data are a hole (zeros), loaded by the engine's own loader; a batch is the
+Weights are files of the right shapes whose data are a hole (zeros), loaded as the engine does; a batch is the
 engine's own caches, joined row by row. In place of the model's products a stand-in hands zeros to each layer's cache:
 arrays have the size that they have, whatever is in them, and 32,768 tokens of an 8B model take no CPU an hour.
 `compute` has the model itself fill them.
@@ -20,16 +20,17 @@ from typing import Any, Final, NamedTuple
 import mlx.core as mx
 import psutil
 
+from runner.engine.joined import join_siblings
+from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.loader import LoadedModel, load
+from runner.engine.loader import load_weights
 from runner.inspect.config import Packing
 from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import DigestCache
 from runner.inspect.model import ModelFacts, read_model
 from runner.inspect.quantize import Wanted, quantized
 from tests.engine.drive import active_memory
-from tests.engine.tiny import build_tokenizer
 from tests.inspect.folders import llama_tensors, write_tensors
 
 _LLAMA3: Final[dict[str, Any]] = {
@@ -145,19 +146,19 @@ def measure(config: dict[str, Any], bits: int, rows: int, context: int, *, compu
             yield Row(f"weights, {kind}", held, 0, f"{most:,} bytes have no room here")
             return
         idle = active_memory()
-        loaded = load(plain if bits == 16 else write_model(Path(folder) / "packed", config, PACKING))
+        model = load(plain if bits == 16 else write_model(Path(folder) / "packed", config, PACKING))
         mx.clear_cache()
         real = active_memory() - idle
         yield Row(f"weights, {kind}", held, real)
         for kv, memory in expected.items():
-            caches = fill(loaded, config, rows, context, kv, compute=compute)
+            caches = fill(model, config, rows, context, kv, compute=compute)
             mx.clear_cache()
             both = active_memory() - idle
             what = f"{rows} rows of {context:,}, KV {kv or (32 if on_cpu() else 16)} bits"
             yield Row(f"{what}, {kind}", memory.kv_max, both - real)
             yield Row(f"weights and {what}, {kind}", held + memory.kv_max, both)
             del caches
-        del loaded
+        del model
     active_memory()
     mx.clear_cache()
 
@@ -176,7 +177,6 @@ def write_model(folder: Path, config: dict[str, Any], packing: Packing | None = 
         config = {**config, "quantization": stored, "quantization_config": stored}
         tensors = _packed(tensors, packing)
     (folder / "config.json").write_text(json.dumps(config))
-    build_tokenizer(folder)
     write_tensors(folder / "model.safetensors", tensors)
     return folder
 
@@ -196,12 +196,21 @@ def _packed(
     return found
 
 
-def fill(
-    loaded: LoadedModel, config: dict[str, Any], rows: int, context: int, kv_bits: int, *, compute: bool
-) -> Caches:
+def load(folder: Path) -> Any:
+    """A model as `runner.engine.loader.load` has it, without the trial whether it can be batched: that computes."""
+    model, _ = load_weights(folder, json.loads((folder / "config.json").read_text()), [])
+    if on_cpu():
+        model.set_dtype(mx.float32)
+    join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    mx.eval(model.parameters())
+    install(model)
+    return model
+
+
+def fill(loaded: Any, config: dict[str, Any], rows: int, context: int, kv_bits: int, *, compute: bool) -> Caches:
     """Caches of a batch, as the engine has them once the rows have joined one by one."""
-    layout = Layout(loaded.model, quantisation=Quantisation(kv_bits, 64) if kv_bits else None)
-    model = loaded.model if compute else _Zeros(config, mx.float32 if on_cpu() else mx.bfloat16)
+    layout = Layout(loaded, quantisation=Quantisation(kv_bits, 64) if kv_bits else None)
+    model = loaded if compute else _Zeros(config, mx.float32 if on_cpu() else mx.bfloat16)
     batch: Caches | None = None
     for _ in range(rows):
         alone = layout.new()
