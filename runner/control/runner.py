@@ -83,6 +83,7 @@ class Runner:
         self._catch_signals()
         try:
             await self._control.start()
+            self._events.emit("memory_backstop", **self._live.backstop.open())
             return await self._serve()
         finally:
             await self._shut_down()
@@ -164,6 +165,7 @@ class Runner:
             "started_at": self._started_at,
             "stopping": self._stop.is_set(),
             **self._reconciler.status(),
+            "memory_backstop": self._live.backstop.as_json,
             "servers": [
                 {
                     "name": listener.spec.name,

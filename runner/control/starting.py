@@ -51,7 +51,7 @@ class Starting:
         place = await self._room.enter(self._tenant, spec)
         what = engine_spec(spec, folder, self._options, place.budget)
         command = self._options.engine_command
-        engine = EngineProcess(what, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(what, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         self.engine = place.engine = engine
         try:
             await engine.start()
@@ -70,7 +70,7 @@ class Starting:
         Raises OSError and EngineDied.
         """
         command = self._options.engine_command
-        engine = EngineProcess(spec, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(spec, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         await engine.adopt(engine_id)
         self._room.note(engine, self._tenant.spec)
         return engine
