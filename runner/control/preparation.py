@@ -177,6 +177,7 @@ class Preparation:
             await asyncio.gather(*(_attempt(undo) for undo in self._bring_back))
         if self._live.committed is not None:
             self._live.room.limit = self._live.committed.memory_limit_bytes
+            self._live.room.share()
             self._live.publish(self._live.committed.listeners)
 
 

@@ -249,7 +249,8 @@ class Room:
     # ------------------------------------------------------------- what each may come to
 
     def share(self) -> None:
-        """Tell every engine what it may come to now: what it needs at least, and its part of what is left."""
+        """Tell every engine what it may come to now: what it needs at least, and its part of what is left. To be called
+        when another `limit` is in effect."""
         budgets = self._budgets(None)
         for holding in self._held:
             self._tell(holding, budgets.get(id(holding.spec), 0))
@@ -266,7 +267,7 @@ class Room:
 
     def _tell(self, holding: Holding, budget: int) -> bool:
         engine = holding.engine
-        if not budget or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
+        if holding.leaving or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
             return False
         holding.budget = budget
         engine.budget(budget)
