@@ -137,6 +137,11 @@ class Room:
         self._held.append(holding)
         return holding
 
+    @property
+    def engines(self) -> list[EngineProcess]:
+        """All that take requests, or finish those that they have: also of deployments that are gone."""
+        return [holding.engine for holding in self._held if holding.engine is not None and holding.engine.alive]
+
     def note(self, engine: EngineProcess, spec: ModelSpec) -> None:
         """An engine that is there already has its place."""
         self._held.append(holding := Holding(spec))

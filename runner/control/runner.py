@@ -142,9 +142,8 @@ class Runner:
 
     def _hurry(self) -> None:
         self._events.emit("stopping_now")
-        for deployment in self._live.deployments.values():
-            if deployment.engine is not None:
-                deployment.engine.connection.close()
+        for engine in self._live.room.engines:
+            engine.connection.close()
 
     async def _shut_down(self) -> None:
         self._live.begin_closing()
