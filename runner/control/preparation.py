@@ -137,15 +137,18 @@ class Preparation:
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
         spec = action.spec
         deployments = self._live.coming if isinstance(action, StartModel) else self._live.deployments
+        deployment = deployments[spec.name]
         if spec.load == "on_demand":
             if self.first:
-                deployments[spec.name].rest(spec)  # requests may load it already
+                deployment.rest(spec)  # requests may load it already
             return
-        engine = await deployments[spec.name].bring_up(spec)
-        self._undo.append(engine.kill)
+        engine = await deployment.bring_up(spec)
+        self._undo.append(partial(_end_unless_served, deployment, engine))
         _require_same(await self._live.sources.changed([spec]))
         if self.first:
-            deployments[spec.name].switch(spec, engine)  # serve each model as soon as it is there
+            old = deployment.switch(spec, engine)  # serve each model as soon as it is there
+            if old is not None:  # adopted before a try that failed
+                self._live.in_background(old.drain(self._live.options.drain_timeout))
         else:
             self.engines[spec.name] = engine
 
@@ -216,6 +219,12 @@ async def _attempt(undo: Undo) -> None:
         await undo()
     except Exception:
         logger.exception("undoing a failed plan did not succeed")
+
+
+async def _end_unless_served(deployment: Deployment, engine: EngineProcess) -> None:
+    """One that is served ends with its deployment: killed here it would count as having died, and be brought back."""
+    if deployment.engine is not engine:
+        await engine.kill()
 
 
 async def drop_adapter(engine: EngineProcess, key: str) -> None:

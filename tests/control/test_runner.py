@@ -108,6 +108,19 @@ async def test_a_failed_first_pass_ends_the_runner_with_the_reason(scene: Scene)
     assert "no such architecture" in str(result.error)
 
 
+async def test_what_a_failed_first_pass_had_up_is_stopped_and_did_not_die(scene: Scene) -> None:
+    scene.model("bad", waits_for=str(scene.folder / "go"), refuse="no such architecture")
+    scene.write("chat: {source: ./models/chat}\nbad: {source: ./models/bad}")
+    running = scene.start()
+    await scene.until(
+        lambda: [e for e in scene.events if e.get("target") == "models.chat" and e["event"] == "action_done"]
+    )
+    (scene.folder / "go").touch()
+    result = await running
+    assert "no such architecture" in str(result.error)
+    assert not [e for e in scene.events if e["event"] in ("engine_died", "engine_backoff")]
+
+
 async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -> None:
     scene.model("chat", token_seconds=0.05)
     scene.write(ONE)
