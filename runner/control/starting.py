@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
@@ -10,9 +12,12 @@ from runner.control.engine_spec import adapter_source, configure, engine_spec
 from runner.control.room import Room, Tenant
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
+from runner.errors import EngineDied, EngineError
 from runner.options import Options
 from runner.plan.spec import AdapterSpec, ModelSpec
 from runner.protocol import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Starting:
@@ -43,6 +48,10 @@ class Starting:
 
     async def start(self, spec: ModelSpec) -> EngineProcess:
         """An engine of `spec` that has generated a token. Raises EngineLoadError and EngineDied."""
+        with _nothing_else(spec.name):
+            return await self._start(spec)
+
+    async def _start(self, spec: ModelSpec) -> EngineProcess:
         folder = await self._conversions.folder_for(spec)
         place = await self._room.enter(self._tenant, spec)
         what = engine_spec(spec, folder, self._options, place.budget)
@@ -82,8 +91,9 @@ class Starting:
             held = {a.key for a in engine.spec.adapters}
             while True:
                 spec = self._tenant.spec
-                await self._hold(engine, spec.adapters, held)
-                changed = await self._sources.changed([spec])
+                with _nothing_else(spec.name):
+                    await self._hold(engine, spec.adapters, held)
+                    changed = await self._sources.changed([spec])
                 if self._tenant.spec is spec:
                     break  # and nothing is awaited from here until it serves
         except BaseException:
@@ -107,3 +117,17 @@ class Starting:
         self._conversions.abandon()
         if self.engine is not None:
             await self.engine.kill()
+
+
+@contextmanager
+def _nothing_else(model: str) -> Iterator[None]:
+    """Only EngineError comes out: whoever brings an engine up tries again, which nobody would after a fault of ours."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        logger.exception("bringing up an engine failed unexpectedly", extra={"model": model})
+        raise EngineDied(
+            f"{model}: unexpected {type(error).__name__}: {error}", hint="The runner's log has more."
+        ) from None

@@ -139,6 +139,30 @@ async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -
     assert scene.live.deployments["chat"].restarts == 1
 
 
+@pytest.mark.parametrize("load", ["eager", "on_demand"])
+async def test_a_fault_of_ours_while_an_engine_is_brought_up_is_no_last_try(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    scene.write(f"chat: {{source: ./models/chat, load: {load}}}")
+    scene.start()
+    await scene.event("applied")
+    await text(scene)
+    room = scene.live.room
+    enter, faults = room.enter, [ZeroDivisionError("ours")]
+
+    async def faulty(*what: object) -> object:
+        if faults:
+            raise faults.pop()
+        return await enter(*what)
+
+    monkeypatch.setattr(room, "enter", faulty)
+    os.kill(pid(scene), signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while (answer := await ask(scene)).status_code != 200:
+            assert answer.status_code in (500, 503)
+    assert not faults
+
+
 async def test_an_edit_while_the_engine_is_down_is_there_when_it_is_back(scene: Scene) -> None:
     scene.model("chat", load_seconds=0.4)
     scene.write(ONE)

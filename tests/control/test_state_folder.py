@@ -47,3 +47,10 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     StateFolder(tmp_path, "dev").lock().release()
+
+
+def test_no_model_writes_into_the_runners_log(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    logs = {str(folder.engine_log(model)).lower() for model in ("runner", "RUNNER", "runner.log", "chat")}
+    assert str(folder.log).lower() not in logs
+    assert len(logs) == 3
