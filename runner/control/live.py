@@ -142,16 +142,20 @@ class Live:
             await asyncio.gather(*self._background, return_exceptions=True)
 
     async def shut_down(self, deadline: float) -> None:
-        """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit before
-        gave more."""
+        """Drain everything for at most `deadline` seconds, and forget it."""
         for attempt in self._attempts:
             attempt.cancel()
-        await asyncio.gather(*(listener.close(deadline) for listener in (*self.listeners.values(), *self.draining)))
-        stopping = [d.stop(deadline=deadline) for d in self.deployments.values()]
-        await asyncio.gather(*stopping, *(engine.drain(deadline) for engine in self.room.engines))
+        await self.drain(deadline)
         self.listeners.clear()
         self.deployments.clear()
         await self.settle()
+
+    async def drain(self, deadline: float) -> None:
+        """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit before,
+        or another call, gave more."""
+        await asyncio.gather(*(listener.close(deadline) for listener in (*self.listeners.values(), *self.draining)))
+        stopping = [d.stop(deadline=deadline) for d in self.deployments.values()]
+        await asyncio.gather(*stopping, *(engine.drain(deadline) for engine in self.room.engines))
 
 
 def _run(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:

@@ -8,6 +8,7 @@ import signal
 import httpx
 import pytest
 
+from runner.control import client
 from tests.control.asking import ask, in_flight
 from tests.control.scene import Scene, free_port
 
@@ -58,3 +59,16 @@ async def test_a_second_signal_stops_it_too(scene: Scene) -> None:
     async with asyncio.timeout(30):
         await scene.running
         assert (await asked).status_code in (500, 503)
+
+
+async def test_another_down_with_less_time_counts(scene: Scene) -> None:
+    asked = await edited_at_work(scene, TWO, moved=True)
+    assert scene.runner is not None
+    assert scene.running is not None
+    control = scene.runner._folder.control_socket
+    await asyncio.to_thread(client.request, control, "down")
+    assert not (await asyncio.wait([asked], timeout=0.2))[0], "it is let finish"
+    await asyncio.to_thread(client.request, control, "down", drain=0)
+    async with asyncio.timeout(30):
+        await scene.running
+        assert (await asked).status_code == 503
