@@ -151,8 +151,8 @@ class Live:
         await self.settle()
 
     async def drain(self, deadline: float) -> None:
-        """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit before,
-        or another call, gave more."""
+        """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit
+        before, or another call, gave more."""
         await asyncio.gather(*(listener.close(deadline) for listener in (*self.listeners.values(), *self.draining)))
         stopping = [d.stop(deadline=deadline) for d in self.deployments.values()]
         await asyncio.gather(*stopping, *(engine.drain(deadline) for engine in self.room.engines))

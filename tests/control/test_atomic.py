@@ -1,6 +1,8 @@
 import stat
 from pathlib import Path
 
+import pytest
+
 from runner.control.atomic import write_atomically
 
 
@@ -11,3 +13,10 @@ def test_atomic_writes_leave_nothing_beside_them(tmp_path: Path) -> None:
     assert target.read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_atomically(tmp_path / "file", b"one")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
