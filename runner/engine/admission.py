@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
+
+from msgspec import structs
 
 from runner.engine.answer.conventions import Conventions
 from runner.engine.answer.forced import Tool, Writer, tool_writer
@@ -18,6 +20,9 @@ from runner.engine.stops import StopStrings
 from runner.engine.tokenizer import Tokenizer
 from runner.errors import InvalidRequest
 from runner.protocol import Delta, Generate, Grammar, Sampling, Usage
+
+_MOST_REPETITIONS: Final = 1 << 17
+"""Tokens that a repetition penalty looks back on at most, whatever the request says: for models without a limit."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,13 @@ class Admission:
                 code="context_length_exceeded",
             )
         seed = request.sampling.seed
+        max_tokens = min(request.max_tokens or room, room)
         return Row(
             id=request.id,
             prompt=prompt,
-            sampling=request.sampling,
+            sampling=_within(request.sampling, len(prompt) + max_tokens),
             seed=int.from_bytes(os.urandom(8)) if seed is None else seed,
-            max_tokens=min(request.max_tokens or room, room),
+            max_tokens=max_tokens,
             eos_ids=self.tokenizer.eos_ids,
             detokenizer=self.tokenizer.detokenizer(None if parser is None else self._markers),
             stops=StopStrings(request.stop),
@@ -147,3 +153,13 @@ class Admission:
             raise InvalidRequest("temperature should be 0 or greater", param="temperature")
         if sampling.seed is not None and not -(1 << 63) <= sampling.seed < 1 << 64:
             raise InvalidRequest("seed should fit 64 bits", param="seed")
+
+
+def _within(sampling: Sampling, length: int) -> Sampling:
+    """With no more places for repetitions than `length` tokens fill: the batch holds all of them, for each row."""
+    size = min(sampling.repetition_context_size, length, _MOST_REPETITIONS)
+    return (
+        sampling
+        if size == sampling.repetition_context_size
+        else structs.replace(sampling, repetition_context_size=size)
+    )

@@ -72,3 +72,14 @@ def test_rows_without_a_seed_get_different_ones(admission: Admission) -> None:
     seeds = {admission.row(Generate(id=i, prompt="x"), 64).seed for i in range(50)}
     assert len(seeds) == 50
     assert row(admission, prompt="x", seed=-3).seed == -3
+
+
+@pytest.mark.parametrize(("asked", "max_context", "held"), [(2, 64, 2), (2**31 - 1, 64, 64), (2**31 - 1, 0, 1 << 17)])
+def test_a_window_for_repetitions_is_no_wider_than_the_row_gets_long(
+    admission: Admission, asked: int, max_context: int, held: int
+) -> None:
+    """The batch holds the whole window for each row: two thousand million places would be the end of the machine."""
+    made = row(admission, max_context, prompt=[5, 6, 7], repetition_penalty=1.1, repetition_context_size=asked)
+    assert made.sampling.repetition_context_size == held
+    short = row(admission, 64, prompt=[5, 6, 7], max_tokens=2, repetition_context_size=asked)
+    assert short.sampling.repetition_context_size == min(asked, 5)
