@@ -19,7 +19,9 @@ from runner.plan.spec import ListenerSpec
 MAX_HEADER_BYTES: Final = 32 * 1024
 """Names and values together. Granian itself refuses more than 100 headers, and 64 KiB before its parser is done."""
 
-_OPEN_PATHS: Final = frozenset({"/health", "/openapi.json", "/docs"})
+OPEN_PATHS: Final = frozenset({"/health", "/openapi.json", "/docs"})
+"""What needs no key."""
+
 _EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, x-mlx-run-adapter")
 
 
@@ -58,7 +60,7 @@ class Policy:
 
     def refuse_request(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
         """The reason to refuse a request of an acceptable sender, or None."""
-        if self._keys and path not in _OPEN_PATHS and not self._key_matches(headers):
+        if self._keys and path not in OPEN_PATHS and not self._key_matches(headers):
             return Refusal(401, "invalid_api_key", "no API key, or not a valid one; send `Authorization: Bearer <key>`")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.max_body_bytes:
@@ -86,7 +88,7 @@ class Policy:
         if method != "OPTIONS" or b"access-control-request-method" not in headers or not self.cors_headers(headers):
             return None
         answer = [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", headers.get(b"access-control-request-headers", b"content-type")),
             (b"access-control-max-age", b"600"),
         ]

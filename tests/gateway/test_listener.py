@@ -303,3 +303,27 @@ async def test_pipelined_requests_on_one_connection(connect: Connect, listener: 
     for _ in range(3):
         assert await connection.status() == 200
         await connection.until(b"}")
+
+
+async def test_http_1_0_as_proxies_speak_it(connect: Connect, listener: Listener) -> None:
+    """nginx, unless told otherwise; an answer in pieces ends with the connection then."""
+    for request in (get("/v1/models"), chat(), chat(stream=True)):
+        connection = await connect(listener)
+        await connection.send(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert await connection.status() == 200
+        assert await connection.rest() != b""
+
+
+@pytest.mark.parametrize("path", ["/ready", "/metrics", "/v1/models", "/v1/models/chat", "/docs", "/openapi.json"])
+async def test_head_is_get_without_its_body(connect: Connect, listener: Listener, path: str) -> None:
+    connection = await connect(listener)
+    await connection.send(get(path).replace(b"GET", b"HEAD") + get("/health"))
+    assert await connection.status() == 200
+    assert await connection.status() == 200
+    assert await connection.until(b"}") == b'{"status":"ok"}'
+
+
+async def test_head_where_there_is_no_get(connect: Connect, listener: Listener) -> None:
+    connection = await connect(listener)
+    await connection.send(get("/v1/chat/completions").replace(b"GET", b"HEAD"))
+    assert await connection.status() == 405
