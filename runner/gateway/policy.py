@@ -1,9 +1,9 @@
 """Who may ask a listener for what: pure decisions on a request's headers.
 
 Host: a page on the web can point its own name at 127.0.0.1 and so read a local server as if it were same-origin (DNS
-rebinding), but its requests still carry that name; an address is never rebound, nor a name that public DNS does not have
-(`host.docker.internal`, a service's in a network of containers). CORS: nothing unless the manifest
-declares origins. Keys: compared by digest, in constant time, and all of them every time.
+rebinding), but its requests still carry that name; an address is never rebound, nor a name that public DNS does not
+have (`host.docker.internal`, a service's in a network of containers). CORS: nothing unless the manifest declares
+origins. Keys: compared by digest, in constant time, and all of them every time.
 """
 
 from __future__ import annotations

@@ -93,6 +93,12 @@ def test_an_api_key_is_sent() -> None:
     assert b"\r\nAuthorization: Bearer secret\r\n" in encode_request(job, 0)
 
 
+@pytest.mark.parametrize(("host", "header"), [("localhost", b"localhost:8080"), ("::1", b"[::1]:8080")])
+def test_the_host_header_is_the_authority_of_the_url(host: str, header: bytes) -> None:
+    job = Job(target=Target(host=host, port=8080), load=Load(words=1), clients=1, first=0, end=1)
+    assert b"\r\nHost: " + header + b"\r\n" in encode_request(job, 0)
+
+
 async def test_without_usage_events_are_counted(server: ScriptedServer) -> None:
     outcome = await one(server, usage=False)
     assert (outcome.error, outcome.chunks, outcome.completion_tokens) == ("", 3, None)

@@ -173,6 +173,20 @@ async def test_close_cuts_what_is_late(connect: Connect, listener: Listener, dep
     assert (deployment.opened, deployment.closed) == (2, 2)
 
 
+async def test_close_does_not_wait_for_a_client_that_does_not_read(
+    connect: Connect, listener: Listener, deployment: FakeDeployment
+) -> None:
+    """Its stream is stuck in the middle, and so is whatever would be said to it at the end."""
+    deployment.scripts = [[[Delta(0, "x" * 1_000_000, 1)]] * 64]
+    connection = await connect(listener)
+    connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await connection.send(chat(stream=True))
+    await deployment.until("opened == 1")
+    async with asyncio.timeout(60):
+        assert await listener.close(0.1) == 1
+    assert deployment.closed == 1
+
+
 async def test_close_does_not_wait_for_half_a_request(connect: Connect, listener: Listener) -> None:
     half = await connect(listener)
     await half.send(b"GET /health HT")
