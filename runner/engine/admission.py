@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -23,6 +24,9 @@ from runner.protocol import Delta, Generate, Grammar, Sampling, Usage
 
 _MOST_REPETITIONS: Final = 1 << 17
 """Tokens that a repetition penalty looks back on at most, whatever the request says: for models without a limit."""
+
+_LONG_TEXT: Final = 1 << 20
+"""Characters of a text that is read whole in any case: half a second's work."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Admission:
         Raises InvalidRequest, naming the field.
         """
         self._check_sampling(request.sampling)
-        text, prompt = self._prompt(request)
+        text, prompt = self._prompt(request, max_context)
         parser = preface = None
         if request.messages is not None:
             parser = parser_for(self.conventions, request.tools, text)
@@ -96,15 +100,15 @@ class Admission:
             return self._writer.strict(tools, prompt, several=several)
         return self._writer.forced([tool for tool in tools if tool.name in request.must_call], prompt, several=several)
 
-    def counted(self, request: Generate) -> Delta:
-        """The only delta of a request that is not generated: its usage has the prompt's tokens.
+    def counted(self, request: Generate, max_context: int) -> Delta:
+        """The only delta of a request that is not generated: its usage has the prompt's tokens. `max_context` as above.
 
         Raises InvalidRequest.
         """
-        _, prompt = self._prompt(request)
+        _, prompt = self._prompt(request, max_context)
         return Delta(request.id, "", 0, "stop", Usage(len(prompt), 0))
 
-    def _prompt(self, request: Generate) -> tuple[str, list[int]]:
+    def _prompt(self, request: Generate, max_context: int) -> tuple[str, list[int]]:
         """The prompt's text, as far as it is text, and its tokens."""
         if (request.messages is None) == (request.prompt is None):
             raise InvalidRequest("give either messages or prompt", param="messages")
@@ -112,9 +116,9 @@ class Admission:
             rendered = self.chat.prompt(
                 request.messages, self._variables(request), continue_final=request.continue_final
             )
-            return rendered, self.tokenizer.encode_rendered(rendered)
+            return rendered, _encoded(self.tokenizer.encode_rendered, rendered, max_context, "messages")
         if isinstance(request.prompt, str):
-            return request.prompt, self.tokenizer.encode_prompt(request.prompt)
+            return request.prompt, _encoded(self.tokenizer.encode_prompt, request.prompt, max_context, "prompt")
         assert request.prompt is not None
         for token in request.prompt:
             if not 0 <= token < self.vocabulary:
@@ -153,6 +157,22 @@ class Admission:
             raise InvalidRequest("temperature should be 0 or greater", param="temperature")
         if sampling.seed is not None and not -(1 << 63) <= sampling.seed < 1 << 64:
             raise InvalidRequest("seed should fit 64 bits", param="seed")
+
+
+def _encoded(encode: Callable[[str], list[int]], text: str, max_context: int, field: str) -> list[int]:
+    """The tokens of a text. Of one that is far too long only the beginning is looked at: every row waits meanwhile.
+
+    Raises InvalidRequest.
+    """
+    beginning = max(_LONG_TEXT, 16 * max_context)
+    if max_context and len(text) > beginning and len(encode(text[:beginning])) > max_context:
+        raise InvalidRequest(
+            f"{field} has {len(text)} characters, whose first {beginning} are more tokens than the {max_context} that "
+            "the model's context holds",
+            param=field,
+            code="context_length_exceeded",
+        )
+    return encode(text)
 
 
 def _within(sampling: Sampling, length: int) -> Sampling:

@@ -192,7 +192,7 @@ class Engine:
         """Queue a request, or emit its Rejected. One whose grammar is not known yet is queued once it is."""
         try:
             if request.count_only:
-                self._send([self._admission.counted(request)])
+                self._send([self._admission.counted(request, self.max_context)])
                 return
             row = self._row(request)
             if row.asked is None or self._has_grammar(row, row.asked):
