@@ -25,6 +25,9 @@ from runner.protocol import Delta, Generate, Grammar, Sampling, Usage
 _MOST_REPETITIONS: Final = 1 << 17
 """Tokens that a repetition penalty looks back on at most, whatever the request says: for models without a limit."""
 
+_COLDEST: Final = 1e-6
+"""Temperature below which a row is greedy."""
+
 _LONG_TEXT: Final = 1 << 20
 """Characters of a text that is read whole in any case: half a second's work."""
 
@@ -73,7 +76,7 @@ class Admission:
         return Row(
             id=request.id,
             prompt=prompt,
-            sampling=_within(request.sampling, len(prompt) + max_tokens),
+            sampling=_computable(request.sampling, len(prompt) + max_tokens),
             seed=int.from_bytes(os.urandom(8)) if seed is None else seed,
             max_tokens=max_tokens,
             eos_ids=self.tokenizer.eos_ids,
@@ -175,11 +178,14 @@ def _encoded(encode: Callable[[str], list[int]], text: str, max_context: int, fi
     return encode(text)
 
 
-def _within(sampling: Sampling, length: int) -> Sampling:
-    """With no more places for repetitions than `length` tokens fill: the batch holds all of them, for each row."""
+def _computable(sampling: Sampling, length: int) -> Sampling:
+    """The same for a row of at most `length` tokens, in numbers that arrays can have.
+
+    The batch holds the window for repetitions, for each row: it is no wider than the row gets long. And logits over the
+    coldest temperatures are no float32 any more: what comes of them is the likeliest token.
+    """
     size = min(sampling.repetition_context_size, length, _MOST_REPETITIONS)
-    return (
-        sampling
-        if size == sampling.repetition_context_size
-        else structs.replace(sampling, repetition_context_size=size)
-    )
+    temperature = sampling.temperature if sampling.temperature >= _COLDEST else 0.0
+    if (size, temperature) == (sampling.repetition_context_size, sampling.temperature):
+        return sampling
+    return structs.replace(sampling, repetition_context_size=size, temperature=temperature)

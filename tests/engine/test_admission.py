@@ -103,3 +103,10 @@ def test_a_window_for_repetitions_is_no_wider_than_the_row_gets_long(
     assert made.sampling.repetition_context_size == held
     short = row(admission, 64, prompt=[5, 6, 7], max_tokens=2, repetition_context_size=asked)
     assert short.sampling.repetition_context_size == min(asked, 5)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(0.0, 0.0), (5e-324, 0.0), (1e-45, 0.0), (1e-6, 1e-6), (0.7, 0.7)])
+def test_temperatures_that_no_logits_can_be_divided_by_are_greedy(
+    admission: Admission, asked: float, made: float
+) -> None:
+    assert row(admission, prompt=[5, 6, 7], temperature=asked).sampling.temperature == made
