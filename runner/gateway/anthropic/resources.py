@@ -63,6 +63,7 @@ class Messages:
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
             response.set_header("cache-control", "no-cache")
+            response.set_header("x-accel-buffering", "no")
             response.stream = stream
         else:
             response.content_type = "application/json"

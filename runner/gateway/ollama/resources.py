@@ -115,6 +115,7 @@ class Answering:
             exchange.defer(stream.aclose)
             exchange.cut_event = _CUT_LINE
             response.content_type = "application/x-ndjson"
+            response.set_header("x-accel-buffering", "no")
             response.stream = stream
         else:
             response.data = await whole(generation, head)

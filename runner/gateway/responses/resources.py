@@ -69,6 +69,7 @@ class Responses:
             exchange.cut_event = _CUT_EVENT
             response.content_type = "text/event-stream; charset=utf-8"
             response.set_header("cache-control", "no-cache")
+            response.set_header("x-accel-buffering", "no")
             response.stream = stream
             return
         generation = await start(route, [generate], exchange, self._metrics)
