@@ -22,7 +22,8 @@ from runner.manifest.models import Adapter, Draft, Model
 from runner.manifest.tree import KeyPath
 from runner.options import Options, configured, state_dir
 from runner.plan.digests import DigestCache
-from runner.plan.resolve import certificate, survey
+from runner.plan.listeners import certificate
+from runner.plan.resolve import survey
 
 
 def compile_manifest(request: Request, cache: DigestCache | None = None) -> Compiled:

@@ -37,7 +37,7 @@ class Before:
 
 
 class Live:
-    """Written by `runner.control.executor.Executor` alone, adoption at the start apart.
+    """Written by `runner.control.executor.Executor` and its parts alone, adoption at the start apart.
 
     `admin` is what listeners with the admin API ask. `closing`: all of it is about to be shut down. `wanted` is what
     the reconciler knows of the manifest's models. `coming` are deployments that a plan is starting and that nobody is

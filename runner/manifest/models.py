@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.config import JsonDict
 
+from runner.manifest.generation import Generation
 from runner.manifest.names import PATTERNS_KEY
+from runner.manifest.quantization import Quantization
 from runner.manifest.section import Section as _Section
 from runner.manifest.section import Text as _Text
 from runner.manifest.servers import Server
@@ -22,6 +24,7 @@ from runner.manifest.values import (
     MemorySize,
     Name,
     Size,
+    one_as_list,
     problem,
 )
 
@@ -47,7 +50,6 @@ ToolParser = Literal[
 ]
 """Those that the engine has (`runner.engine.answer.conventions.TOOL_PARSERS`); a test compares the two."""
 Dtype = Literal["float16", "bfloat16", "float32"]
-_INT32 = 2**31 - 1
 
 
 class Memory(_Section):
@@ -64,52 +66,6 @@ class Memory(_Section):
         description="The part of the limit that is kept free, for KV caches and whatever else runs here. Models are "
         "planned into limit - reserve.",
         examples=["2GiB", "10%"],
-    )
-
-
-_Bits = Literal[2, 3, 4, 5, 6, 8]
-_GroupSize = Literal[16, 32, 64, 128]
-_Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
-
-
-class LayerQuantization(_Section):
-    """How to quantise some layers: what it leaves out is as for all."""
-
-    bits: _Bits | None = Field(None, description="Bits per weight.", examples=[8])
-    group_size: _GroupSize | None = Field(None, description="Weights that share one scale.", examples=[64])
-    mode: _Mode | None = Field(None, description="Quantisation mode.", examples=["affine"])
-
-
-def _layer_rule(value: Any) -> Any:
-    if value is None:
-        raise problem("E205", "has no value", "write false, or {bits: 8}")
-    if value is True:
-        raise problem("E203", "should be false, or a mapping with bits, group_size or mode")
-    return None if value is False else value
-
-
-_LayerRule = Annotated[
-    LayerQuantization | None,
-    BeforeValidator(_layer_rule, json_schema_input_type=Literal[False] | LayerQuantization),
-]
-
-
-class Quantization(_Section):
-    """How to quantise a source that is not quantised; made once and cached."""
-
-    bits: _Bits | None = Field(None, description="Bits per weight. Default: 4, of mxfp8 8.", examples=[4])
-    group_size: _GroupSize | None = Field(
-        None,
-        description="Weights that share one scale. Default: 64, of mxfp4 and mxfp8 32, of nvfp4 16.",
-        examples=[64],
-    )
-    mode: _Mode = Field("affine", description="Quantisation mode.", examples=["affine"])
-    layers: dict[_Text, _LayerRule] = Field(
-        default={},
-        description="Layers that are quantised otherwise, by their path in the model (* stands for anything, and a "
-        "leading *. also for nothing): bits, group_size and mode, or false to leave them as they are. Of several "
-        "that match a layer the first decides.",
-        examples=[{"*.lm_head": {"bits": 8}, "*.down_proj": {"bits": 6}, "model.embed_tokens": False}],
     )
 
 
@@ -188,64 +144,6 @@ class Adapter(_Section):
     )
     scale: float | None = Field(
         None, ge=-1000, le=1000, description="Strength, instead of the adapter's own scale.", examples=[10]
-    )
-
-
-def _one_as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-_Stops = Annotated[list[_Stop], Field(max_length=16)]
-StopTexts = Annotated[_Stops, BeforeValidator(_one_as_list, json_schema_input_type=_Stop | _Stops)]
-
-
-class Generation(_Section):
-    """Defaults for what a request leaves out, by the request's own names and with its ranges."""
-
-    temperature: float | None = Field(
-        None, ge=0, le=2, description="Randomness: 0 always takes the likeliest token.", examples=[0.7]
-    )
-    top_p: float | None = Field(
-        None, ge=0, le=1, description="Choose among the likeliest tokens that together have this share.", examples=[0.9]
-    )
-    top_k: int | None = Field(
-        None, ge=0, description="Choose among this many likeliest tokens; 0 is off.", examples=[40]
-    )
-    min_p: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Drop tokens below this share of the likeliest one's probability; 0 is off.",
-        examples=[0.05],
-    )
-    max_tokens: int | None = Field(None, ge=1, le=_INT32, description="The most tokens to generate.", examples=[1024])
-    seed: int | None = Field(
-        None, ge=0, le=2**63 - 1, description="Seed of the sampler, for answers that repeat.", examples=[7]
-    )
-    stop: StopTexts | None = Field(
-        None,
-        description="Text, or up to 16 texts, that end the answer.",
-        examples=["###", ["\nUser:", "###"]],
-    )
-    repetition_penalty: float | None = Field(
-        None, ge=0.01, le=10, description="Above 1 avoids recent tokens; 1 is off.", examples=[1.1]
-    )
-    repetition_context_size: int | None = Field(
-        None, ge=0, le=_INT32, description="Recent tokens that repetition_penalty looks at.", examples=[20]
-    )
-    presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Above 0 avoids tokens that were generated before; 0 is off.", examples=[0.5]
-    )
-    frequency_penalty: float | None = Field(
-        None,
-        ge=-2,
-        le=2,
-        description="Above 0 avoids tokens, the more the more often they were generated; 0 is off.",
-        examples=[0.5],
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
     )
 
 
@@ -380,7 +278,7 @@ def _env_file_entry(value: Any) -> Any:
 
 EnvFileEntry = Annotated[EnvFile, BeforeValidator(_env_file_entry, json_schema_input_type=_Text | EnvFile)]
 _EnvFiles = Annotated[list[EnvFileEntry], Field(min_length=1)]
-EnvFiles = Annotated[_EnvFiles, BeforeValidator(_one_as_list, json_schema_input_type=_Text | _EnvFiles)]
+EnvFiles = Annotated[_EnvFiles, BeforeValidator(one_as_list, json_schema_input_type=_Text | _EnvFiles)]
 
 
 class Manifest(_Section):

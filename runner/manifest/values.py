@@ -40,6 +40,11 @@ def problem(code: str, message: str, hint: str = "") -> PydanticCustomError:
     return PydanticCustomError("manifest", "{message}", {"code": code, "message": message, "hint": hint})
 
 
+def one_as_list(value: Any) -> Any:
+    """For lists of texts that may be one text: it, alone in a list."""
+    return [value] if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryAmount:
     """An amount of memory: `size` bytes, or, where `percent` is given, that share of the machine's."""

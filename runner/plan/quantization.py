@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from runner.inspect import quantize
 from runner.inspect.config import Packing
 from runner.inspect.model import ModelFacts
-from runner.manifest.models import LayerQuantization, Quantization
+from runner.manifest.quantization import LayerQuantization, Quantization
 from runner.manifest.tree import KeyPath, Problem
 from runner.plan.spec import ModelSpec, QuantizationSpec
 

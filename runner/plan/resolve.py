@@ -7,48 +7,40 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from runner.errors import Diagnostic, ManifestError, NotDownloaded
-from runner.hub.cache import blobs_left, bytes_left, hub_cache, listed_files, listing_file, snapshot, snapshot_folder
-from runner.hub.jobs import Kind
-from runner.hub.needs import needed
+from runner.hub.cache import hub_cache
 from runner.machine import Machine, cpu_backend
 from runner.manifest.drift import NO_CHANGES, Changes, taken_away
+from runner.manifest.generation import Generation
 from runner.manifest.load import Loaded
-from runner.manifest.models import Batching, Generation, KVCache, Model, Quantization
-from runner.manifest.servers import Server, Tls
-from runner.manifest.tree import KeyPath, Problem
-from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
+from runner.manifest.models import Batching, KVCache, Model
+from runner.manifest.quantization import Quantization
+from runner.manifest.tree import KeyPath
+from runner.plan.digests import DigestCache, FolderDigest
 from runner.plan.examine import examine
+from runner.plan.listeners import listener_spec
+from runner.plan.lookup import Lookup
 from runner.plan.memory import memory_budget
-from runner.plan.pinned import check_files, check_locked
-from runner.plan.sources import Source, download, entries, source_at
+from runner.plan.sources import Source, entries, source_at
 from runner.plan.spec import (
     AdapterSpec,
     ChatTemplateSpec,
     Desired,
-    Download,
     DraftSpec,
     EngineLimits,
     KVCacheSpec,
-    ListenerSpec,
     ModelSpec,
     QuantizationSpec,
 )
-from runner.plan.tls import BadCertificate, read_tls
 
 __all__ = ["NotDownloaded", "resolve", "survey"]
 
 PREFIX_CACHE_BYTES: Final = 256 * 2**20
 """Of a model whose manifest says nothing about it."""
-
-_REFERENCE: Final = r"\$\{(?:file:(?P<file>[^${}]+)|(?P<variable>\w+)(?::?\?[^${}]*)?)\}"
-"""A scalar that is nothing but a reference to a secret: what is around one could be a part of the secret."""
 
 
 def resolve(loaded: Loaded, *, machine_memory: int, cache: DigestCache, float32: bool | None = None) -> Desired:
@@ -93,46 +85,42 @@ class Look(NamedTuple):
 
 def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes = NO_CHANGES) -> Look:
     """Everything at once, whatever is wrong with it; but models that rest, which take nothing."""
-    resolution = _Resolution(loaded, cache, hub_cache(os.environ), changes)
+    lookup = Lookup(loaded, cache, hub_cache(os.environ))
+    resolution = _Resolution(loaded, lookup, changes)
     served = {name: m for name, m in loaded.manifest.models.items() if name not in changes.unloaded}
     resolved = filter(None, (resolution.model(name, m) for name, m in served.items()))
-    models, found = examine(loaded, tuple(resolved), resolution.absent, resolution.settings, machine, cache)
-    for gone in cache.whole.keys() - resolution.found_folders:
+    models, found = examine(loaded, tuple(resolved), lookup.absent, resolution.settings, machine, cache)
+    for gone in cache.whole.keys() - lookup.found_folders:
         del cache.whole[gone]
+    listeners = [listener_spec(loaded, name, server, changes) for name, server in loaded.manifest.servers.items()]
     desired = Desired(
         name=loaded.manifest.name,
         models=models,
-        listeners=tuple(resolution.listener(name, server) for name, server in loaded.manifest.servers.items()),
+        listeners=tuple(spec for spec, _ in listeners),
         memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
-        downloads=resolution.downloads(),
+        downloads=lookup.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
     )
-    wrong = resolution.wrong + [d for d in found if d.severity == "error"]
+    wrong = lookup.wrong + [d for _, d in listeners if d is not None] + [d for d in found if d.severity == "error"]
     return Look(desired, wrong, [d.place for d in desired.downloads if d.place is not None])
 
 
 class _Resolution:
-    """One pass. `wrong` and `missing` fill as sources are looked up: the latter has hub repositories and revisions that
-    are not in the cache, with the reason and what asks for each; `absent` has their folders."""
+    """Models of one manifest as specs. What is wrong is added to what `lookup` has found to be wrong."""
 
-    def __init__(self, loaded: Loaded, cache: DigestCache, hub: Path, changes: Changes = NO_CHANGES) -> None:
-        self.wrong: list[Diagnostic] = []
-        self.absent: set[Path] = set()
-        self.missing: dict[tuple[str, str], tuple[str, list[Source]]] = {}
-        self.found_folders: set[Path] = set()
+    def __init__(self, loaded: Loaded, lookup: Lookup, changes: Changes) -> None:
+        self._lookup = lookup
         self._loaded = loaded
-        self._cache = cache
-        self._hub = hub
         self._changes = changes
 
     def model(self, name: str, model: Model) -> ModelSpec | None:
         path: KeyPath = ("models", name)
         held = {path: source_at(self._loaded, path, entry) for path, entry in entries(name, model)}
-        found = self._digest(held[path], model_digest)
+        found = self._lookup.model(held[path])
         adapters = [self._adapter(held[(*path, "adapters", adapter)]) for adapter in self._adapters(name, model)]
         draft = None
         if model.draft is not None:
-            draft = self._digest(held["models", name, "draft"], model_digest)
+            draft = self._lookup.model(held["models", name, "draft"])
         if found is None or (model.draft is not None and draft is None):
             return None
         folder, weights = found
@@ -157,17 +145,6 @@ class _Resolution:
             **self._residence(model),
         )
 
-    def listener(self, name: str, server: Server) -> ListenerSpec:
-        spec = _listener(self._loaded, name, server, self._changes)
-        if server.tls is None:
-            return spec
-        try:
-            return replace(spec, tls=read_tls(*certificate(self._loaded, name, server.tls)))
-        except BadCertificate as error:
-            at = ("servers", name, "tls", error.file)
-            self.wrong.append(self._loaded.at(at, error.message, error.hint, code="E511"))
-            return spec
-
     def _chat_template(self, at: KeyPath, source: str | None) -> ChatTemplateSpec | None:
         """The file of a chat template: one of the manifest's inputs, so that an edit of it goes live."""
         if source is None:
@@ -179,7 +156,7 @@ class _Resolution:
         except (OSError, ValueError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeError) else "cannot be read"
             hint = "it is a file, relative to the manifest"
-            self.wrong.append(self._loaded.at(at, f'the chat template "{source}" {reason}', hint, code="E612"))
+            self._lookup.wrong.append(self._loaded.at(at, f'the chat template "{source}" {reason}', hint, code="E612"))
             return None
         return ChatTemplateSpec(source, file, hashlib.blake2b(content, digest_size=16).hexdigest())
 
@@ -189,98 +166,17 @@ class _Resolution:
         if model.default_adapter in taken:
             message = f'the default adapter "{model.default_adapter}" cannot be unloaded'
             hint = "choose another default_adapter in the manifest first"
-            self.wrong.append(self._loaded.at(("models", name, "default_adapter"), message, hint, code="E302"))
+            self._lookup.wrong.append(self._loaded.at(("models", name, "default_adapter"), message, hint, code="E302"))
         return [adapter for adapter in model.adapters if adapter not in taken]
 
     def _adapter(self, source: Source) -> AdapterSpec | None:
         _, model, _, name = map(str, source.path)
         entry = self._loaded.manifest.models[model].adapters[name]
-        if source.found:
-            found = self._found_adapter(source, source.folder or Path(source.text))
-        else:
-            found = self._digest(source, adapter_digest)
+        found = self._lookup.adapter(source)
         if found is None:
             return None
         folder, files = found
         return AdapterSpec(name=name, path=folder, digest=files.digest, scale=entry.scale)
-
-    def _found_adapter(self, source: Source, folder: Path) -> tuple[Path, FolderDigest] | None:
-        """An adapter that nobody listed: where it is not whole it is left out, or stays what it was."""
-        path = source.path
-        self.found_folders.add(folder)
-        try:
-            digest = adapter_digest(folder, self._cache)
-        except BadFolder as error:
-            earlier: FolderDigest | None = self._cache.whole.get(folder) if error.incomplete else None
-            if earlier is not None:
-                hint = "the adapter is served as it was until it is whole again"
-                self._loaded.warn(path, error.message, hint, code="W612")
-                return folder, earlier
-            if self._loaded.manifest.models[str(path[1])].default_adapter == path[3]:
-                self.wrong.append(self._loaded.at(path, error.message, error.hint, code=error.code))
-            else:
-                self._loaded.warn(path, f"is left out: {error.message}", error.hint, code="W612")
-            return None
-        self._cache.whole[folder] = digest
-        self._compare(check_locked(self._loaded, source))
-        self._compare(check_files(self._loaded, source, folder, self._cache))
-        return folder, digest
-
-    def _digest(
-        self, source: Source, digest: Callable[[Path, DigestCache], FolderDigest]
-    ) -> tuple[Path, FolderDigest] | None:
-        """The folder of a source and its digest, or None with a diagnostic."""
-        self._compare(check_locked(self._loaded, source))
-        folder = snapshot(self._hub, source.text, source.branch) if source.is_repository else source.folder
-        if folder is None:
-            if source.is_repository:
-                return self._not_downloaded(source, "is not in the hub's cache")
-            hint = "a path begins with ./ or ../, a Hugging Face repository is org/name"
-            message = f'there is no folder "{source.text}" beside the manifest'
-            self.wrong.append(self._loaded.at(source.at, message, hint, code="E601"))
-            return None
-        try:
-            found = digest(folder, self._cache)
-            if source.is_repository and (gone := _not_fetched(folder, source.kind, self._cache)):
-                return self._not_downloaded(source, f"is in the hub's cache without {gone}")
-            self._compare(check_files(self._loaded, source, folder, self._cache))
-            return folder, found
-        except BadFolder as error:
-            if source.is_repository and error.incomplete:
-                return self._not_downloaded(source, f"is not whole in the hub's cache: {error.message}")
-            self.wrong.append(self._loaded.at(source.at, error.message, error.hint, code=error.code))
-            return None
-
-    def _compare(self, problems: Iterable[Problem]) -> None:
-        """Note what the lock has against a source; where there is no lock, that is said once."""
-        for problem in problems:
-            found = self._loaded.at(problem.path, problem.message, problem.hint, code=problem.code)
-            if problem.code.startswith("W"):
-                self._loaded.tree.warnings.append(found._replace(severity="warning"))
-            elif found not in self.wrong:
-                self.wrong.append(found)
-
-    def _not_downloaded(self, source: Source, why: str) -> tuple[Path, FolderDigest]:
-        """A stand-in: what it will be is not known, only that it is none of what there is."""
-        repo, revision = source.text, source.branch
-        self.missing.setdefault((repo, revision), (f"{repo} ({revision}) {why}", []))[1].append(source)
-        folder = snapshot_folder(self._hub, repo, revision)
-        self.absent.add(folder)
-        return folder, FolderDigest(f"{repo}@{revision}", 0)
-
-    def downloads(self) -> tuple[Download, ...]:
-        """What is missing, with how much of it there is still to come."""
-        return tuple(
-            download(self._loaded, *key, found, why, self._left(*key, found))
-            for key, (why, found) in self.missing.items()
-        )
-
-    def _left(self, repo: str, revision: str, found: list[Source]) -> int | None:
-        """Bytes that are to come: by the lock, which has all files, else by the weights' index where that is here."""
-        files = {name: f for source in found if source.locked for name, f in source.locked.files.items()}
-        if not files:
-            return bytes_left(self._hub, repo, revision)
-        return blobs_left(self._hub, repo, {f.digest.partition(":")[2]: f.size for f in files.values()})
 
     def _generation(self, model: Model) -> dict[str, Any]:
         defaults = self._loaded.manifest.defaults
@@ -312,13 +208,6 @@ class _Resolution:
         )
 
 
-def _not_fetched(folder: Path, kind: Kind, cache: DigestCache) -> str:
-    """A file of a snapshot that serving takes and another tool did not bring along; empty where there is none."""
-    version = file_version(listing_file(folder))
-    listed = cache.remember("listing", version, listed_files) if version is not None else ()
-    return next((name for name in needed(listed, (kind,)) if not (folder / name).exists()), "")
-
-
 def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec | None:
     if model.draft is None or found is None:
         return None
@@ -343,41 +232,3 @@ def _kv_cache(settings: Mapping[str, Any]) -> KVCacheSpec | None:
 def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:
     """What a section says, without what it leaves out."""
     return {} if section is None else {key: value for key, value in section if value is not None}
-
-
-def _listener(loaded: Loaded, name: str, server: Server, changes: Changes) -> ListenerSpec:
-    """All but its certificate."""
-    at = ("servers", name, "auth", "api_keys")
-    keys = server.auth.api_keys if server.auth else None
-    models = tuple(server.models if server.models is not None else loaded.manifest.models)
-    models += tuple(m for m, servers in changes.servers.items() if name in servers and m not in models)
-    return ListenerSpec(
-        name=name,
-        host="127.0.0.1" if server.host == "localhost" else server.host,
-        port=server.port,
-        models=models,
-        apis=tuple(server.apis),
-        api_keys=tuple(key.get_secret_value() for key in keys or ()),
-        api_key_sources=tuple(_source(loaded, (*at, index)) for index, _ in enumerate(keys or ())),
-        allow_origins=tuple(server.cors.allow_origins) if server.cors else (),
-    )
-
-
-def certificate(loaded: Loaded, server: str, tls: Tls) -> tuple[Path, Path]:
-    """Where the certificate of a server and its key are."""
-    at = ("servers", server, "tls")
-    cert, key = (
-        loaded.folder((*at, name)) / Path(file).expanduser() for name, file in (("cert", tls.cert), ("key", tls.key))
-    )
-    return cert, key
-
-
-def _source(loaded: Loaded, path: KeyPath) -> str:
-    """Where a secret comes from, as in `ListenerSpec.api_key_sources`."""
-    variables = loaded.tree.variables
-    match = re.fullmatch(_REFERENCE, variables[path].text) if path in variables else None
-    if match is None:
-        return ""
-    if match["variable"]:
-        return f"variable:{match['variable']}"
-    return f"file:{loaded.folder(path) / Path(match['file']).expanduser()}"

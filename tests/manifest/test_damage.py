@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from runner.errors import ManifestError
 from runner.manifest.load import Loaded, load_manifest
 from runner.manifest.report import render_diagnostics
+from runner.manifest.section import Section
 
 SOUND = """\
 name: dev
@@ -171,7 +172,4 @@ def test_an_unknown_key_is_never_accepted(data: st.DataObject, key: str, value: 
 
 
 def _all_fields() -> set[str]:
-    import runner.manifest.models as models
-
-    sections = [m for m in vars(models).values() if isinstance(m, type) and issubclass(m, BaseModel)]
-    return {name for section in sections for name in section.model_fields}
+    return {name for section in Section.__subclasses__() for name in section.model_fields}
