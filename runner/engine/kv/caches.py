@@ -15,9 +15,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Piece, State
-from runner.engine.kv.layers import Layer, Recurrent, Straight, Window
+from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
+from runner.engine.kv.recurrent import Recurrent
 
 
 class Layout:

@@ -88,7 +88,6 @@ class Planes:
 
     def write(self, positions: Positions, new: Sequence[mx.array], size: int | None = None) -> None:
         """Put `new` [rows, heads, count, width] after each row's tokens; at their positions modulo `size`."""
-        self.land()
         same, rows, count = positions.same, positions.rows, positions.count
         if same is not None:
             start = same if size is None else same % size

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, Planes
@@ -42,6 +43,23 @@ def _written(plane: mx.array, new: mx.array, starts: mx.array, ring: int | None)
     at = (starts[:, None] + mx.arange(tokens)) % (ring or plane.shape[2])
     index = mx.broadcast_to(at[:, None, :, None], (rows, groups, tokens, width))
     return mx.concatenate([mx.put_along_axis(plane[:rows], index, new, axis=2), plane[rows:]])
+
+
+def only_with_arrays_on_the_host() -> None:
+    """Skip the test where they are not: what is written to a copy of them is lost."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("arrays are not in the host's memory")
+
+
+class OnDevice:
+    """The kernel itself."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __call__(self, call: Call) -> tuple[mx.array, Planes]:
+        self.launches += 1
+        return attention_kernel.attend_and_write(call)
 
 
 class OnHost:

@@ -12,7 +12,7 @@ import pytest
 from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
 from tests.engine.cuda_compiler import compile_kernel
-from tests.engine.kv.launches import OnHost, separately
+from tests.engine.kv.launches import OnHost, only_with_arrays_on_the_host, separately
 
 Geometry = tuple[int, int, int]
 """Query heads, key heads, width."""
@@ -41,7 +41,9 @@ def cases(geometry: Geometry, dtype: mx.Dtype, rows: int, longest: int) -> Itera
 
 
 def check(launch: Launch, geometry: Geometry, dtype: mx.Dtype, rows: int = 3, longest: int = 40) -> None:
-    close = {mx.float32: 1e-4, mx.bfloat16: 2e-2, mx.float16: 2e-3}[dtype]
+    # A GPU's own products of float32, which are compared with, take fewer bits.
+    exact = 2e-3 if mx.default_device() == mx.Device(mx.gpu) else 1e-4
+    close = {mx.float32: exact, mx.bfloat16: 2e-2, mx.float16: 3e-3}[dtype]
     for call in cases(geometry, dtype, rows, longest):
         expected, planes = separately(call)
         mx.eval(expected, planes)
@@ -55,6 +57,7 @@ def check(launch: Launch, geometry: Geometry, dtype: mx.Dtype, rows: int = 3, lo
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    only_with_arrays_on_the_host()
     return tmp_path_factory.mktemp("attention")
 
 

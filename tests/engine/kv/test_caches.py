@@ -15,7 +15,7 @@ from runner.engine.kv.kept import Beginning
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import active_memory
-from tests.engine.kv.launches import OnHost
+from tests.engine.kv.launches import OnDevice, OnHost
 
 SLACK = 5
 FAMILIES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2"]
@@ -137,7 +137,7 @@ def test_rows_compute_what_they_compute_alone(loaded: dict[str, LoadedModel], ki
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_that_are_written_in_place_as_well(
-    loaded: dict[str, LoadedModel], in_place: OnHost, kind: str, seed: int
+    loaded: dict[str, LoadedModel], in_place: OnHost | OnDevice, kind: str, seed: int
 ) -> None:
     before = in_place.launches
     follow(Rows(loaded[kind], Layout(loaded[kind].model, SLACK, launch=in_place), random.Random(seed)), 20)

@@ -21,7 +21,7 @@ from runner.engine.kv.positions import Positions
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
-from tests.engine.kv.launches import OnHost, separately
+from tests.engine.kv.launches import OnDevice, OnHost, separately
 from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
 from tests.engine.tiny import CONFIGS, encode
 
@@ -31,7 +31,7 @@ WINDOW = 24
 
 
 @pytest.fixture
-def on(in_place: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
+def on(in_place: OnHost | OnDevice, monkeypatch: pytest.MonkeyPatch) -> OnHost | OnDevice:
     """As if there were a device, and the switch on."""
     monkeypatch.setattr(attention_kernel, "launch", lambda: in_place)
     return in_place
@@ -42,7 +42,7 @@ def on(in_place: OnHost, monkeypatch: pytest.MonkeyPatch) -> OnHost:
 
 @pytest.mark.parametrize("model_type", sorted(CONFIGS))
 def test_a_model_is_tried_before_it_is_trusted_with_it(
-    model_folder: ModelFolder, on: OnHost, model_type: str, caplog: pytest.LogCaptureFixture
+    model_folder: ModelFolder, on: OnHost | OnDevice, model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = load(model_folder(model_type))
     # Upstream's gemma2 has an attention of its own.
@@ -95,7 +95,11 @@ def answers(loaded: LoadedModel, draft: Path) -> list[str]:
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])
 def test_an_engine_says_the_same(
-    model_folder: ModelFolder, in_place: OnHost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_type: str
+    model_folder: ModelFolder,
+    in_place: OnHost | OnDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model_type: str,
 ) -> None:
     folder = model_folder(model_type)
     draft = draft_folder(folder, tmp_path / "draft", "perturbed")
@@ -122,6 +126,7 @@ def operations(model: LoadedModel, layout: Layout, scratch: Path) -> Counter[str
     return Counter(label for label in labels if label not in VIEWS)
 
 
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal's own kernel attends there")
 def test_a_layer_has_one_operation_for_seven(llama: LoadedModel, tmp_path: Path) -> None:
     """And for eight launches: a scatter copies values that are not contiguous."""
 
@@ -133,11 +138,11 @@ def test_a_layer_has_one_operation_for_seven(llama: LoadedModel, tmp_path: Path)
     new = operations(llama, Layout(llama.model, launch=one), tmp_path)
     layers = 3
     gone = Counter({"ScatterAxis": 2, "Multiply": 1, "Matmul": 2, "Select": 1, "Softmax": 1})
-    # What is made once a step is not needed either: the mask, and the places to write to.
-    rest = (old - new) - Counter({name: count * layers for name, count in gone.items()})
-    assert (new - old) == Counter({"Depends": layers})
-    assert all(count * layers <= (old - new)[name] for name, count in gone.items())
-    assert rest.total() < 10
+    of_layers = Counter({name: count * layers for name, count in gone.items()})
+    assert new - old == Counter({"Depends": layers})
+    assert of_layers <= old - new
+    # What is made once a step goes as well: the mask, and the places to write to.
+    assert (old - new - of_layers).total() < 12
 
 
 # ------------------------------------------------------------- masks
@@ -173,7 +178,7 @@ OWN: dict[str, tuple[bool, Callable[[Straight], masks.Mask]]] = {
 
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("sinks", [False, True])
-def test_only_masks_of_the_caches_are_understood(in_place: OnHost, name: str, sinks: bool) -> None:
+def test_only_masks_of_the_caches_are_understood(in_place: OnHost | OnDevice, name: str, sinks: bool) -> None:
     launched, mask_of = OWN[name]
     bias = mx.array([0.5, 1.0, -1.0, 2.0]) if sinks else None
     before = in_place.launches
@@ -245,7 +250,7 @@ def test_a_launch_waits_for_the_one_before(llama: LoadedModel) -> None:
     assert all(call.after is before for call, before in zip(launch.calls[3:], launch.returned, strict=False))
 
 
-def test_what_is_kept_of_a_ring_stays_as_it_is(model_folder: ModelFolder, on: OnHost) -> None:
+def test_what_is_kept_of_a_ring_stays_as_it_is(model_folder: ModelFolder, on: OnHost | OnDevice) -> None:
     """Though it goes on being written in place, in the row that it was kept of and in those that began with it."""
     loaded = load(model_folder("gemma3_text"), slack=2)
     prompt = [(11 * i) % loaded.vocabulary for i in range(60)]
