@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from runner.errors import ManifestError, MlxRunError, UsageError
+from runner.options import state_dir
+
+_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What is wrong with a disk, and not with us."""
 
 COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
@@ -48,9 +52,7 @@ COMMANDS: Final = {
 
 
 _ESCAPE: Final = "mlx-run-escape"
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write that found no room fails with."""
-_NOT_OURS: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_OURS: Final = (errno.EACCES, errno.EPERM)
 """What a file that is not for us to read or write fails with."""
 
 
@@ -127,9 +129,10 @@ def _told(error: OSError) -> str:
     """What a file that cannot be read or written means to a user; empty where it is for us to look into."""
     if error.errno in _NOT_OURS and error.filename is not None:
         return f"{error.filename}: {error.strerror}\nIts owner has to allow it, or choose another place."
-    if error.errno in _NO_ROOM:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as above
-        return f"cannot write: {error.strerror}\nMake room on the disk, or write elsewhere."
+    if error.errno in _DISK:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
+        said = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+        return f"{said}\nMake room. State is kept in {state_dir()} (MLX_RUN_STATE_DIR)."
     return ""
 
 

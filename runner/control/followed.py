@@ -18,7 +18,7 @@ from runner.plan.spec import Desired
 
 @dataclass(slots=True)
 class Followed:
-    """`inputs` are what the last pass read, `seen` stands for what they came to (`Ledger.seen`).
+    """`inputs` and `hub_token` are what the last pass read, `seen` stands for what they came to (`Ledger.seen`).
 
     `watching`: edits go live as they are saved; `frozen`: what the lock does not have is refused. `portion` and `drift`
     are what is kept from the manifest, or changed beside it, until its next apply or edit.
@@ -26,6 +26,7 @@ class Followed:
 
     paths: tuple[Path, ...]
     inputs: Inputs
+    hub_token: str = field(default="", repr=False)
     seen: str = ""
     watching: bool = True
     frozen: bool = False

@@ -72,7 +72,7 @@ class Intents:
         if compiled is None:
             compiled = await self._reading.compile(followed.paths, frozen=followed.frozen)
         live.wanted.keep((*compiled.models, *live.deployments))
-        followed.inputs = compiled.inputs
+        followed.inputs, followed.hub_token = compiled.inputs, compiled.hub_token
         self._warn(compiled.warnings)
         followed.seen = await asyncio.to_thread(self._ledger.seen, compiled)
         restores, drift, asked = 0, Drift(), cause.via == "apply"

@@ -61,7 +61,7 @@ class Reconciler:
     def __init__(
         self, compiled: Compiled, live: Live, events: EventLog, compiler: Compiler, fetching: Fetching | None = None
     ) -> None:
-        self.followed = Followed(compiled.paths, compiled.inputs)
+        self.followed = Followed(compiled.paths, compiled.inputs, compiled.hub_token)
         self.last: Pass | None = None
         self._live = live
         self._ledger = Ledger(live.folder)
@@ -221,6 +221,10 @@ class Reconciler:
             if attempt is None or attempt.given_up is None:
                 raise  # the runner stops
             error = attempt.given_up
+        except OSError as caught:
+            logger.exception("pass failed")
+            place = caught.filename or f"the state folder {self._live.folder.folder}"
+            error = RunnerError(f"{place}: {caught.strerror or caught}", hint="Make room, or mend the folder.")
         except Exception as caught:
             # A fault of ours in one pass must not end what is being served.
             logger.exception("pass failed unexpectedly")

@@ -15,13 +15,6 @@ def test_folders_belong_to_the_owner_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.folder.stat().st_mode) == 0o700
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunnerError, match=r"state cannot be kept in .*: Not a directory\nSet MLX_RUN_STATE_DIR"):
-        StateFolder(tmp_path / "file", "dev")
-    assert not client.is_up(StateFolder(tmp_path / "file", "dev", create=False).control_socket)
-
-
 def test_a_long_path_gets_a_short_socket_that_both_sides_compute(tmp_path: Path) -> None:
     root = tmp_path / ("x" * 120)
     root.mkdir()
@@ -55,3 +48,18 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     StateFolder(tmp_path, "dev").lock().release()
+
+
+def test_one_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunnerError, match=r"state folder .*file/dev cannot be made: Not a directory") as caught:
+        StateFolder(tmp_path / "file", "dev")
+    assert "MLX_RUN_STATE_DIR" in caught.value.hint
+    assert not client.is_up(StateFolder(tmp_path / "file", "dev", create=False).control_socket)
+
+
+def test_no_model_writes_into_the_runners_log(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    logs = {str(folder.engine_log(model)).lower() for model in ("runner", "RUNNER", "runner.log", "chat")}
+    assert str(folder.log).lower() not in logs
+    assert len(logs) == 3
