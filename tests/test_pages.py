@@ -9,7 +9,7 @@ from runner.cli.main import COMMANDS
 
 RUNNER = Path(__file__).parents[1] / "runner"
 PAGES = (RUNNER / "README.md", RUNNER / "engine" / "README.md")
-NAMED = re.compile(r"`([\w/]+\.py)`")
+NAMED = re.compile(r"(?<![\w/])([\w/]+\.py)\b")
 
 
 def _modules() -> list[Path]:
