@@ -74,7 +74,7 @@ class Admin:
         """See the interface."""
         try:
             async with asyncio.timeout(SEARCH_TIMEOUT):
-                found = await search_hub(query, limit, self._reconciler.hub_token, _HURRIED)
+                found = await search_hub(query, limit, self._reconciler.followed.hub_token, _HURRIED)
         except Refused as refused:
             raise hub_error(refused.failures[0]) from None
         except TimeoutError:
@@ -87,19 +87,21 @@ class Admin:
 
     def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
         """See the interface."""
-        return pull(repo, revision, self._events, token=self._reconciler.hub_token, log=self._places.log)
+        return pull(repo, revision, self._events, token=self._reconciler.followed.hub_token, log=self._places.log)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
-        made = await reconciler.preview(reconciler.paths, scope)
+        made = await reconciler.preview(reconciler.followed.paths, scope)
         return Outcome(plan_json(made), reconciler.generation, 0.0, made.drift)
 
     async def apply(self, scope: Scope, by: By, seconds: float | None) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
         cause, attempt = Cause("apply", by.user, by.generation), Attempt(seconds)
-        applying = reconciler.apply(reconciler.paths, cause, watch=reconciler.watching, scope=scope, attempt=attempt)
+        applying = reconciler.apply(
+            reconciler.followed.paths, cause, watch=reconciler.followed.watching, scope=scope, attempt=attempt
+        )
         return await self._done(applying)
 
     async def load_model(self, name: str, entry: Mapping[str, Any] | None, servers: tuple[str, ...], by: By) -> Outcome:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from runner.engine.oom import be_first
+from runner.engine.oom import be_first, enter
 from runner.engine.process import EngineProcess, read_spec
 from runner.engine.transport import Transport
 from runner.telemetry import configure_logging
@@ -36,6 +36,7 @@ def serve(arguments: Sequence[str], started: float) -> int:
     be_first()
     try:
         spec = read_spec(given.spec)
+        enter(spec.control_group)
         _hold(Path(spec.path))
         transport = Transport(given.socket)
     except (OSError, msgspec.DecodeError) as error:

@@ -17,6 +17,7 @@ from runner.gateway.admin import wire as admin
 from runner.gateway.anthropic import wire as anthropic
 from runner.gateway.ollama import wire as ollama
 from runner.gateway.openai import wire as openai
+from runner.gateway.policy import OPEN_PATHS
 from runner.gateway.responses import wire as responses
 
 _JSON: Final = "application/json"
@@ -156,8 +157,9 @@ def _operation(api: str, operation: Operation, schema: Any, *, locked: bool) -> 
     content: dict[str, Any] = {operation.answer: {"schema": {"type": "object"} if operation.answer == _JSON else {}}}
     if operation.stream:
         content[operation.stream] = {"schema": {"description": "The same in pieces"}}  # readers parse each of them
+    locked = locked and operation.path not in OPEN_PATHS
     answers: dict[str, Any] = {"200": {"description": _MEANINGS[200], "content": content}}
-    for status in (*operation.status, *((401,) if locked and operation.path != "/health" else ())):
+    for status in (*operation.status, *((401,) if locked else ())):
         error = {"$ref": "#/components/schemas/Error"} if operation.path != "/ready" else {"type": "object"}
         answers[str(status)] = {"description": _MEANINGS[status], "content": {_JSON: {"schema": error}}}
     made: dict[str, Any] = {
@@ -170,7 +172,7 @@ def _operation(api: str, operation: Operation, schema: Any, *, locked: bool) -> 
         made["parameters"] = parameters
     if schema is not None:
         made["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
-    if locked and operation.path != "/health":
+    if locked:
         made["security"] = [{"key": []}]
     return made
 

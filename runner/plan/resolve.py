@@ -97,7 +97,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes 
         name=loaded.manifest.name,
         models=models,
         listeners=tuple(spec for spec, _ in listeners),
-        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
+        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine).declared,
         downloads=lookup.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
     )

@@ -25,7 +25,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     `dtype` is what the model computes in, "" for its own (float32 on the CPU); `kv_bits` quantise the KV cache, in
     groups of `kv_group_size` values, 0 not; `chat_template` is a file in place of the model's own, "" for that;
     `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
-    in seconds, the engine waits without a runner before it exits.
+    in seconds, the engine waits without a runner before it exits; `control_group` is the folder of a group that the
+    engine enters before it allocates, "" for none.
     """
 
     model: str
@@ -51,3 +52,4 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str = ""
     tool_parser: str = ""
     orphan_grace: float = 5.0
+    control_group: str = ""

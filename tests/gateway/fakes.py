@@ -58,7 +58,7 @@ class FakeDeployment:
             self.closed += 1
             self.changed.set()
 
-    async def until(self, condition: str, *, deadline: float = 5.0) -> None:
+    async def until(self, condition: str, *, deadline: float = 60.0) -> None:
         """Waits until `condition`, over this object's own names, holds."""
         async with asyncio.timeout(deadline):
             while not eval(condition, {}, vars(self)):  # the conditions are the tests' own

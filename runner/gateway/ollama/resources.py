@@ -3,6 +3,7 @@ what is not served only fills the hub's cache."""
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any, Final
 
 import falcon
@@ -34,6 +35,7 @@ from runner.gateway.ollama.wire import (
     show_decoder,
 )
 from runner.gateway.openai.shapes import encode_json
+from runner.gateway.streaming import LINES, answer_with
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -113,17 +115,23 @@ class Answering:
         head = Head(fields.model, form, think=fields.think is not False, started=exchange.started)
         response.content_type = "application/json"
         if generate is None:
-            response.data = loaded(head, "unload" if fields.keep_alive in (0, "0", "0s") else "load")
+            unload = fields.keep_alive in (0, "0", "0s")
+            if not unload:
+                await _make_sure_of(route)
+            response.data = loaded(head, "unload" if unload else "load")
             return
         generation = await start(route, [generate], exchange, self._metrics)
-        if fields.stream:
+        if fields.stream is not False:
             stream = lines(generation, head, exchange)
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_LINE
-            response.content_type = "application/x-ndjson"
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=LINES, cut=_CUT_LINE)
         else:
             response.data = await whole(generation, head)
+
+
+async def _make_sure_of(route: Route) -> None:
+    """Returns once the model is in memory. Raises what its deployment raises."""
+    async with aclosing(route.deployment.generate(Generate(id=0, prompt="", count_only=True))) as deltas:
+        await anext(deltas)
 
 
 class Models:
@@ -213,7 +221,7 @@ class Models:
             _send(request, response, request.path, {"status": "success"})
             return
         exchange_of(request).route = request.path
-        response.content_type = "application/x-ndjson"
+        response.content_type = LINES
         steps = ({"status": f"already here: {card.source}"}, {"status": "success"})
         response.data = b"".join(encode_json(step) + b"\n" for step in steps)
 
