@@ -201,6 +201,20 @@ async def test_what_can_never_fit_says_so_at_once(scene: Scene) -> None:
     assert await text(scene, model="a")
 
 
+async def test_what_the_machine_lacks_now_is_said_of_one_that_is_planned(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.control.room.available_memory", lambda: 10 * MIB)
+    scene.model("a", mib=50)
+    scene.write("a: {source: ./models/a}")
+    scene.start()
+    said = await scene.event("memory_short")
+    assert (said["target"], said["available"]) == ("models.a", 10 * MIB)
+    assert said["needed"] >= ENGINE_BYTES + 50 * MIB
+    await scene.event("applied")
+    assert await text(scene, model="a")
+
+
 async def test_an_edit_of_a_loaded_one_serves_the_new_one_at_the_next_request(scene: Scene) -> None:
     scene.model("other")
     scene.write(lazy("chat"))
