@@ -123,7 +123,7 @@ def encode_request(job: Job, index: int) -> bytes:
     body = msgspec.json.encode(request_fields(job.load, index, model=target.model, usage=target.usage))
     lines = [
         f"POST {target.base}/chat/completions HTTP/1.1",
-        f"Host: {target.host}:{target.port}",
+        f"Host: {target.authority}",
         "Content-Type: application/json",
         "Accept: text/event-stream",
         "User-Agent: mlx-run-bench",

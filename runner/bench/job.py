@@ -26,10 +26,14 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Whether to ask for usage in streams (`stream_options`); some servers refuse the field."""
 
     @property
+    def authority(self) -> str:
+        """Host and port as in a URL, and in the Host header."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
     def url(self) -> str:
         """As it is printed."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.base}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}{self.base}"
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
