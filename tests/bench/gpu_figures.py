@@ -62,11 +62,13 @@ _ROWS = ("--rows", "1", "4", "16", "32", "128")
 _SAMPLED = ("--temperature", "0.7", "--top-p", "0.9")
 _WAYS = ("fast, no mask", "grouped", "8 bits", "8 bits, in parts", "4 bits", "4 bits, in parts")
 _FEW = ("--rows", "1", "4", "--tokens", "32", "--repeat", "2")
+# 128 clients come last: the peer takes its whole limit for them, as often as there is time.
+_OVER_HTTP = ("--clients=1,8,32,512,128", "--limit=40")
 SECTIONS: Final = (
-    Section("levels", _SERVED, 260, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("loop", _SERVED, 70, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("adapters", _SERVED, 90, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("join", _SERVED, 50, 100, ("--limit=40",), _SCALED_DOWN),
+    Section("levels", _SERVED, 300, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("loop", _SERVED, 70, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("adapters", _SERVED, 90, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("join", _SERVED, 50, 100, _OVER_HTTP, _SCALED_DOWN),
     Section("speculation", "speculation.py", 100, 60, (*_ROWS, "--repeat", "3"), _FEW),
     # 16 and 8 bits only: each format has kernels of its own, which are compiled when they are first called.
     Section(
