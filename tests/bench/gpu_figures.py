@@ -74,8 +74,8 @@ SECTIONS: Final = (
     Section(
         "kv", "kv_quantised.py", 90, 60, ("--bits", "16", "8", "--prefill"), ("--context", "1024", "--tokens", "8")
     ),
-    Section("prefix", "prefix_hit.py", 40, 60, (), ("--prompt", "1024", "--repeat", "2")),
-    Section("start", "engine_start.py", 20, 30, (), ("--repeat", "3")),
+    Section("prefix", "prefix_hit.py", 60, 60, (), ("--prompt", "1024", "--repeat", "2")),
+    Section("start", "engine_start.py", 30, 30, (), ("--repeat", "3")),
     Section(
         "attention",
         "kv_attention.py",
