@@ -86,10 +86,10 @@ def answers(loaded: LoadedModel, draft: Path) -> list[str]:
         num_draft_tokens=5,
     )
     samplings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 7}, {}]
-    requests = [generate(i, prompt=TEXT[: 9 + 11 * i], max_tokens=12 + 7 * i, **samplings[i % 3]) for i in range(6)]
+    requests = [generate(i, prompt=TEXT[: 9 + 11 * i], max_tokens=12 + 7 * i, **samplings[i % 3]) for i in range(4)]
     driver.run(requests)
     # The same again, and further: with a window that has gone round since what was kept.
-    driver.run([generate(10 + i, prompt=TEXT[: 42 + 11 * i], max_tokens=30) for i in range(3)])
+    driver.run([generate(10 + i, prompt=TEXT[: 42 + 11 * i], max_tokens=30) for i in range(2)])
     return [answer.text for _, answer in sorted(driver.answers.items())]
 
 
@@ -107,7 +107,7 @@ def test_an_engine_says_the_same(
     before = in_place.launches
     monkeypatch.setattr(attention_kernel, "launch", lambda: in_place)
     assert answers(load(folder, slack=SLACK), draft) == expected
-    assert in_place.launches > before + 100
+    assert in_place.launches > before + 50
 
 
 # ------------------------------------------------------------- a step
