@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from runner.control.backstop import Backstop
 from runner.control.engine_process import EngineProcess
 from runner.errors import EngineDied
 from runner.machine import available_memory, resident_bytes
@@ -101,10 +102,18 @@ class _Claim:
 
 class Room:
     """The memory that engines share. `limit` is in bytes, 0 where the manifest declares none; `patience` in seconds is
-    how long a model may wait for room. `tenants` are the deployments, `emit` tells what happens."""
+    how long a model may wait for room. `tenants` are the deployments, `emit` tells what happens, and `backstop` is what
+    holds engines that do not keep to what they were told."""
 
-    def __init__(self, tenants: Callable[[], Iterable[Tenant]], patience: float, emit: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        tenants: Callable[[], Iterable[Tenant]],
+        patience: float,
+        emit: Callable[..., None],
+        backstop: Backstop,
+    ) -> None:
         self.limit = 0
+        self.backstop = backstop
         self._tenants = tenants
         self._patience = patience
         self._emit = emit
@@ -136,6 +145,11 @@ class Room:
         holding = Holding(spec, budget=self._budgets(spec).get(id(spec), 0))
         self._held.append(holding)
         return holding
+
+    @property
+    def engines(self) -> list[EngineProcess]:
+        """All that take requests, or finish those that they have: also of deployments that are gone."""
+        return [holding.engine for holding in self._held if holding.engine is not None and holding.engine.alive]
 
     def note(self, engine: EngineProcess, spec: ModelSpec) -> None:
         """An engine that is there already has its place."""
@@ -249,7 +263,8 @@ class Room:
     # ------------------------------------------------------------- what each may come to
 
     def share(self) -> None:
-        """Tell every engine what it may come to now: what it needs at least, and its part of what is left."""
+        """Tell every engine what it may come to now: what it needs at least, and its part of what is left. To be called
+        when another `limit` is in effect."""
         budgets = self._budgets(None)
         for holding in self._held:
             self._tell(holding, budgets.get(id(holding.spec), 0))
@@ -266,7 +281,7 @@ class Room:
 
     def _tell(self, holding: Holding, budget: int) -> bool:
         engine = holding.engine
-        if not budget or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
+        if holding.leaving or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
             return False
         holding.budget = budget
         engine.budget(budget)
@@ -279,7 +294,7 @@ class Room:
         specs = [holding.spec for holding in self._held if not holding.leaving]
         specs += [coming] if coming is not None else []
         spare = self.limit - sum(map(_needed, specs))
-        if spare <= 0:  # a limit that leaves no room for processes was meant as plans count: for models alone
+        if spare <= 0:  # old and new side by side: plans count models alone then, and so does this
             spare = max(0, self.limit - sum(map(least, specs)))
         growth = {id(spec): _growth(spec, self.limit) for spec in specs}
         whole = sum(growth.values()) or 1

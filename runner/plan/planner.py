@@ -53,12 +53,13 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     listening = {s.name: s for s in observed.listeners}
     wanted = {s.name: s for s in desired.listeners}
     actions: list[Action] = []
+    heirs = {new.port: name for name, new in wanted.items() if _opens(listening.get(name), new)}
     for listener in wanted.values():
-        actions += _listener_actions(listening.get(listener.name), listener)
+        actions += _listener_actions(listening.get(listener.name), listener, heirs)
     models = _Models(desired, observed)
     actions += models.actions()
     actions += [
-        CloseListener(spec=listening[name], reason=_REMOVED) for name in sorted(listening) if name not in wanted
+        _close(listening[name], heirs.get(listening[name].port, "")) for name in sorted(listening.keys() - wanted)
     ]
     touched = {a.target for a in actions}
     kept = [f"models.{m.name}" for m in desired.models] + [f"servers.{name}" for name in wanted]
@@ -167,16 +168,32 @@ def _taken_over(desired: tuple[ModelSpec, ...], before: Mapping[str, ModelSpec])
     return taken
 
 
-def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Action]:
+def _opens(old: ListenerSpec | None, new: ListenerSpec) -> bool:
+    """Whether an address has to be opened that this server does not have."""
+    return old is None or old.address != new.address
+
+
+def _close(old: ListenerSpec, heir: str) -> CloseListener:
+    return CloseListener(spec=old, heir=heir, reason=_REMOVED + _inherits(heir))
+
+
+def _inherits(heir: str) -> str:
+    return f"; servers.{heir} gets its port" if heir else ""
+
+
+def _listener_actions(old: ListenerSpec | None, new: ListenerSpec, heirs: Mapping[int, str]) -> list[Action]:
+    """`heirs` are the servers that open a port, by port."""
     if old is None:
         return [OpenListener(spec=new, reason="new in the manifest")]
     if old == new:
         return []
     if old.address != new.address:
+        heir = heirs.get(old.port, "")
         # One port cannot be had twice, so the old address has to be given back first.
-        disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
-        reason = f"address {old.host}:{old.port} → {new.host}:{new.port}"
-        return [MoveListener(old=old, spec=new, reason=reason, disruption=disruption)]
+        disruption = Disruption.DRAIN if heir else Disruption.NONE
+        heir = heir if heir != new.name else ""
+        reason = f"address {old.host}:{old.port} → {new.host}:{new.port}{_inherits(heir)}"
+        return [MoveListener(old=old, spec=new, heir=heir, reason=reason, disruption=disruption)]
     reason = "changed: " + ", ".join(c.path for c in changes(old, new))
     if old.tls != new.tls:
         return [MoveListener(old=old, spec=new, reason=reason, disruption=Disruption.NONE)]
@@ -206,6 +223,8 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return f"source {old.source} → {new.source}"
     if old.weights_digest != new.weights_digest:
         return "the model's files changed"
+    if old.trust_remote_code != new.trust_remote_code:
+        return f"its own code may {'' if new.trust_remote_code else 'not '}run: trust_remote_code"
     if old.draft != new.draft:
         return _draft_reason(old.draft, new.draft)
     if old.quantization != new.quantization:
@@ -238,7 +257,9 @@ def _quantization(spec: ModelSpec) -> str:
 def _draft_reason(old: DraftSpec | None, new: DraftSpec | None) -> str:
     if old is None or new is None:
         return "draft removed" if new is None else f"draft {new.source} added"
-    return "the draft's files changed" if old.source == new.source else f"draft {old.source} → {new.source}"
+    if old.source != new.source:
+        return f"draft {old.source} → {new.source}"
+    return "the draft's files changed" if old.digest != new.digest else "draft: trust_remote_code changed"
 
 
 def _update_reasons(old: ModelSpec, new: ModelSpec) -> list[str]:

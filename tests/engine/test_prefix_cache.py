@@ -248,12 +248,12 @@ def test_a_thousand_entries_are_looked_up_quickly() -> None:
     system = list(range(2000))
     for user in range(1000):
         store(cache, [*system, 5000 + user, user])
-    began = time.perf_counter()
+    began = time.process_time()
     for user in range(200):
         hit = cache.look_up("", [*system, 5000 + user, user, 1, 2, 3])
         assert hit is not None
         assert hit.length == 2002
-    assert time.perf_counter() - began < 0.2, "a millisecond each, and that on a busy machine"
+    assert time.process_time() - began < 0.2, "a millisecond each"
 
 
 @pytest.fixture(scope="module")
