@@ -187,6 +187,23 @@ def test_only_masks_of_the_caches_are_understood(in_place: OnHost | OnDevice, na
     assert in_place.launches - before == (launched and not sinks)
 
 
+def test_other_types_than_those_held_are_converted(in_place: OnHost | OnDevice) -> None:
+    """As an adapter of higher precision might make them."""
+    positions = Positions(1)
+    layer = Straight(positions, in_place)
+    before = in_place.launches
+    for dtype in (mx.bfloat16, mx.float32):
+        positions.begin(1, None)
+        layer.begin()
+        queries, new = mx.ones((1, 4, 1, 16), dtype=dtype), mx.full((1, 2, 1, 16), 3.0, dtype=dtype)
+        attended = attend(queries, *layer.update_and_fetch(new, new), layer, 0.25, layer.make_mask(1))
+        layer.end()
+        positions.end()
+    assert in_place.launches == before + 1
+    assert mx.allclose(attended, mx.array(3.0)).item()
+    assert layer.keys.dtype == mx.bfloat16
+
+
 # ------------------------------------------------------------- who else is at the planes
 
 
