@@ -118,6 +118,8 @@ class Straight:
         if self._launch is None or seen is None:
             return None
         (window,) = seen
+        if self._window is not None and not (window and window <= self._window):
+            return None  # a ring does not hold what such a mask may show
         positions = self._positions
         new, reach = (keys, values), min(positions.reach, window or positions.reach)
         if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):

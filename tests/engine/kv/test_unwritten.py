@@ -16,7 +16,7 @@ from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
-from runner.engine.kv.layers import Straight
+from runner.engine.kv.layers import Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
@@ -185,6 +185,18 @@ def test_only_masks_of_the_caches_are_understood(in_place: OnHost | OnDevice, na
     found, expected = attention(in_place, mask_of, bias), attention(None, mask_of, bias)
     assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5).item()
     assert in_place.launches - before == (launched and not sinks)
+
+
+@pytest.mark.parametrize(("window", "launched"), [(None, True), (6, True), (5, True), (7, False)])
+def test_a_ring_shows_no_more_than_its_window(in_place: OnHost | OnDevice, window: int | None, launched: bool) -> None:
+    positions = Positions(1)
+    layer = Window(positions, 6, 2, in_place)
+    before = in_place.launches
+    positions.begin(1, None)
+    layer.begin()
+    new = mx.ones((1, 2, 1, 16))
+    attend(mx.ones((1, 4, 1, 16)), *layer.update_and_fetch(new, new), layer, 0.25, layer.make_mask(1, True, window))
+    assert in_place.launches - before == launched
 
 
 def test_other_types_than_those_held_are_converted(in_place: OnHost | OnDevice) -> None:
