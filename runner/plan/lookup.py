@@ -13,6 +13,7 @@ from runner.hub.cache import blobs_left, bytes_left, listed_files, listing_file,
 from runner.hub.jobs import Kind
 from runner.hub.needs import needed
 from runner.manifest.load import Loaded
+from runner.manifest.presence import is_file
 from runner.manifest.tree import Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.pinned import check_files, check_locked
@@ -126,4 +127,4 @@ def _not_fetched(folder: Path, kind: Kind, cache: DigestCache) -> str:
     """A file of a snapshot that serving takes and another tool did not bring along; empty where there is none."""
     version = file_version(listing_file(folder))
     listed = cache.remember("listing", version, listed_files) if version is not None else ()
-    return next((name for name in needed(listed, (kind,)) if not (folder / name).exists()), "")
+    return next((name for name in needed(listed, (kind,)) if not is_file(folder / name)), "")
