@@ -27,7 +27,18 @@ from runner.protocol import (
 
 logger = logging.getLogger(__name__)
 
+_OPEN_FIELDS = ("tools", "chat_template_kwargs")
+"""Fields of a request in which clients send JSON of their own."""
+
 _REJECTIONS: dict[int, type[RequestError]] = {400: InvalidRequest, 404: NotServed, 503: Unavailable}
+
+
+def _can_be_sent(value: object) -> bool:
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, RecursionError):
+        return False
+    return True
 
 
 class _Row:
@@ -102,6 +113,18 @@ class EngineConnection(asyncio.Protocol):
             row.error = Unavailable(reason, code="drain_deadline")
             row.wake()
 
+    def _ask(self, request: Generate) -> None:
+        """Send a request. Raises InvalidRequest where it has what no frame can carry."""
+        try:
+            self.send(request)
+        except (OverflowError, RecursionError):  # JSON has integers of any size, frames have 64 bits
+            field = next((name for name in _OPEN_FIELDS if not _can_be_sent(getattr(request, name))), None)
+            raise InvalidRequest(
+                f"{f'`{field}`' if field else 'the request'} is nested too deeply or has an integer over 64 bits",
+                param=field,
+                code="invalid_value",
+            ) from None
+
     def send(self, message: ToEngine) -> None:
         """Write one frame; after the connection is lost it goes nowhere, and the requests have failed already."""
         if self._transport is not None:
@@ -122,7 +145,7 @@ class EngineConnection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         ended = False
         try:
-            self.send(msgspec.structs.replace(request, id=row_id))
+            self._ask(msgspec.structs.replace(request, id=row_id))
             while not ended:
                 try:
                     deltas = await row.take(loop)

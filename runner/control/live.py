@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.control.backstop import Backstop
 from runner.control.conditions import Wanted
 from runner.control.deployment import Deployment, Standing
 from runner.control.directory import Directory
@@ -54,7 +55,8 @@ class Live:
         self.directory = Directory()
         self.admin: Control | None = None
         self.metrics = GatewayMetrics()
-        self.room = Room(self._tenants, options.load_wait, emit)
+        self.backstop = Backstop(folder, wanted=options.cgroups)
+        self.room = Room(self._tenants, options.load_wait, emit, self.backstop)
         self.deployments: dict[str, Deployment] = {}
         self.coming: dict[str, Deployment] = {}
         self.listeners: dict[str, Listener] = {}
@@ -149,6 +151,7 @@ class Live:
         self.listeners.clear()
         self.deployments.clear()
         await self.settle()
+        await self.backstop.close()
 
     async def drain(self, deadline: float) -> None:
         """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
@@ -49,14 +50,14 @@ class Starting:
     async def start(self, spec: ModelSpec) -> EngineProcess:
         """An engine of `spec` that has generated a token. Raises EngineLoadError and EngineDied."""
         with _nothing_else(spec.name):
-            return await self._start(spec)
+            async with self._conversions.folder_for(spec) as folder:
+                return await self._start(spec, folder)
 
-    async def _start(self, spec: ModelSpec) -> EngineProcess:
-        folder = await self._conversions.folder_for(spec)
+    async def _start(self, spec: ModelSpec, folder: Path) -> EngineProcess:
         place = await self._room.enter(self._tenant, spec)
         what = engine_spec(spec, folder, self._options, place.budget)
         command = self._options.engine_command
-        engine = EngineProcess(what, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(what, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         self.engine = place.engine = engine
         try:
             await engine.start()
@@ -75,7 +76,7 @@ class Starting:
         Raises OSError and EngineDied.
         """
         command = self._options.engine_command
-        engine = EngineProcess(spec, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(spec, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         await engine.adopt(engine_id)
         self._room.note(engine, self._tenant.spec)
         return engine

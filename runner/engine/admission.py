@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
+
+from msgspec import structs
 
 from runner.engine.answer.conventions import Conventions
 from runner.engine.answer.forced import Tool, Writer, tool_writer
@@ -18,6 +21,15 @@ from runner.engine.stops import StopStrings
 from runner.engine.tokenizer import Tokenizer
 from runner.errors import InvalidRequest
 from runner.protocol import Delta, Generate, Grammar, Sampling, Usage
+
+_MOST_REPETITIONS: Final = 1 << 17
+"""Tokens that a repetition penalty looks back on at most, whatever the request says: for models without a limit."""
+
+_COLDEST: Final = 1e-6
+"""Temperature below which a row is greedy."""
+
+_LONG_TEXT: Final = 1 << 20
+"""Characters of a text that is read whole in any case: half a second's work."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Admission:
         Raises InvalidRequest, naming the field.
         """
         self._check_sampling(request.sampling)
-        text, prompt = self._prompt(request)
+        text, prompt = self._prompt(request, max_context)
         parser = preface = None
         if request.messages is not None:
             parser = parser_for(self.conventions, request.tools, text)
@@ -60,12 +72,13 @@ class Admission:
                 code="context_length_exceeded",
             )
         seed = request.sampling.seed
+        max_tokens = min(request.max_tokens or room, room)
         return Row(
             id=request.id,
             prompt=prompt,
-            sampling=request.sampling,
+            sampling=_computable(request.sampling, len(prompt) + max_tokens),
             seed=int.from_bytes(os.urandom(8)) if seed is None else seed,
-            max_tokens=min(request.max_tokens or room, room),
+            max_tokens=max_tokens,
             eos_ids=self.tokenizer.eos_ids,
             detokenizer=self.tokenizer.detokenizer(None if parser is None else self._markers),
             stops=StopStrings(request.stop),
@@ -90,15 +103,15 @@ class Admission:
             return self._writer.strict(tools, prompt, several=several)
         return self._writer.forced([tool for tool in tools if tool.name in request.must_call], prompt, several=several)
 
-    def counted(self, request: Generate) -> Delta:
-        """The only delta of a request that is not generated: its usage has the prompt's tokens.
+    def counted(self, request: Generate, max_context: int) -> Delta:
+        """The only delta of a request that is not generated: its usage has the prompt's tokens. `max_context` as above.
 
         Raises InvalidRequest.
         """
-        _, prompt = self._prompt(request)
+        _, prompt = self._prompt(request, max_context)
         return Delta(request.id, "", 0, "stop", Usage(len(prompt), 0))
 
-    def _prompt(self, request: Generate) -> tuple[str, list[int]]:
+    def _prompt(self, request: Generate, max_context: int) -> tuple[str, list[int]]:
         """The prompt's text, as far as it is text, and its tokens."""
         if (request.messages is None) == (request.prompt is None):
             raise InvalidRequest("give either messages or prompt", param="messages")
@@ -106,9 +119,9 @@ class Admission:
             rendered = self.chat.prompt(
                 request.messages, self._variables(request), continue_final=request.continue_final
             )
-            return rendered, self.tokenizer.encode_rendered(rendered)
+            return rendered, _encoded(self.tokenizer.encode_rendered, rendered, max_context, "messages")
         if isinstance(request.prompt, str):
-            return request.prompt, self.tokenizer.encode_prompt(request.prompt)
+            return request.prompt, _encoded(self.tokenizer.encode_prompt, request.prompt, max_context, "prompt")
         assert request.prompt is not None
         for token in request.prompt:
             if not 0 <= token < self.vocabulary:
@@ -147,3 +160,32 @@ class Admission:
             raise InvalidRequest("temperature should be 0 or greater", param="temperature")
         if sampling.seed is not None and not -(1 << 63) <= sampling.seed < 1 << 64:
             raise InvalidRequest("seed should fit 64 bits", param="seed")
+
+
+def _encoded(encode: Callable[[str], list[int]], text: str, max_context: int, field: str) -> list[int]:
+    """The tokens of a text. Of one that is far too long only the beginning is looked at: every row waits meanwhile.
+
+    Raises InvalidRequest.
+    """
+    beginning = max(_LONG_TEXT, 16 * max_context)
+    if max_context and len(text) > beginning and len(encode(text[:beginning])) > max_context:
+        raise InvalidRequest(
+            f"{field} has {len(text)} characters, whose first {beginning} are more tokens than the {max_context} that "
+            "the model's context holds",
+            param=field,
+            code="context_length_exceeded",
+        )
+    return encode(text)
+
+
+def _computable(sampling: Sampling, length: int) -> Sampling:
+    """The same for a row of at most `length` tokens, in numbers that arrays can have.
+
+    The batch holds the window for repetitions, for each row: it is no wider than the row gets long. And logits over the
+    coldest temperatures are no float32 any more: what comes of them is the likeliest token.
+    """
+    size = min(sampling.repetition_context_size, length, _MOST_REPETITIONS)
+    temperature = sampling.temperature if sampling.temperature >= _COLDEST else 0.0
+    if (size, temperature) == (sampling.repetition_context_size, sampling.temperature):
+        return sampling
+    return structs.replace(sampling, repetition_context_size=size, temperature=temperature)

@@ -78,7 +78,7 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the chat template refuses these messages: {error.message or error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             # A template that trips over a message, as `message.content + x` does when content is no string.
             raise InvalidRequest(f"the chat template fails on these messages: {error}", param="messages") from error
 
@@ -127,7 +127,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 

@@ -183,8 +183,9 @@ class Engine:
         return deltas
 
     def _release(self, row: Row) -> None:
-        if row.adapter is not None:
-            self._bank.release(row.adapter)
+        adapter, row.adapter = row.adapter, None  # once, though a step fails in which it has left
+        if adapter is not None:
+            self._bank.release(adapter)
 
     # ------------------------------------------------------------- requests
 
@@ -192,7 +193,7 @@ class Engine:
         """Queue a request, or emit its Rejected. One whose grammar is not known yet is queued once it is."""
         try:
             if request.count_only:
-                self._send([self._admission.counted(request)])
+                self._send([self._admission.counted(request, self.max_context)])
                 return
             row = self._row(request)
             if row.asked is None or self._has_grammar(row, row.asked):
@@ -211,7 +212,7 @@ class Engine:
     def _has_grammar(self, row: Row, grammar: Grammar) -> bool:
         try:
             return self._grammars.give(row, grammar)
-        except RequestError:
+        except Exception:
             self._release(row)
             raise
 

@@ -146,6 +146,9 @@ class Penalties:
 
 
 def _right_justified(tokens: Sequence[Sequence[int]], width: int) -> mx.array:
-    if not width:
-        return mx.zeros((len(tokens), 0), dtype=mx.int32)
-    return mx.array([[-1] * (width - len(row)) + list(row) for row in tokens], dtype=mx.int32)
+    """[B, width], the places without a token -1; those that no row fills never pass through the host."""
+    longest = max(map(len, tokens))
+    if not longest:
+        return mx.full((len(tokens), width), -1, dtype=mx.int32)
+    filled = mx.array([[-1] * (longest - len(row)) + list(row) for row in tokens], dtype=mx.int32)
+    return mx.pad(filled, [(0, 0), (width - longest, 0)], constant_values=-1)

@@ -142,7 +142,11 @@ class Call:
                 message = await self._receive()
         except TimeoutError:
             raise InvalidRequest("the body did not arrive in time", code="body_timeout") from None
-        if message["type"] == "http.request":
+        if message["type"] == "http.disconnect":
+            # Before the body was complete: what came of it may look whole, and nobody waits for an answer.
+            self._leave()
+            await asyncio.sleep(0)  # the cancellation arrives here
+        elif message["type"] == "http.request":
             self._body_bytes += len(message.get("body", b""))
             if self._body_bytes > self._policy.max_body_bytes:
                 if message.get("more_body"):
@@ -169,6 +173,10 @@ class Call:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
+        """The client is gone: nothing more is done for it."""
         if not self._ended:
             self.left = True
             self._task.cancel()

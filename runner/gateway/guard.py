@@ -63,6 +63,8 @@ class Guard:
             return
         # ASGI promises no more than an iterable of iterables.
         scope["headers"] = [(name, value) for name, value in scope["headers"]]
+        if scope["http_version"] == "1":  # Granian's name for 1.0, which proxies such as nginx speak and Falcon refuses
+            scope["http_version"] = "1.0"
         headers: dict[bytes, bytes] = dict(scope["headers"])
         exchange = scope[SCOPE_KEY] = Exchange(_request_id(headers), scope["path"])
         policy = self.policy
@@ -71,6 +73,8 @@ class Guard:
         try:
             answer = self._own_answer(scope, headers, policy)
             if answer is None:
+                if scope["method"] == "HEAD":
+                    scope["method"] = "GET"  # as GET; the server leaves out the body
                 await call.run(self.application(scope, call.receive, call.send))
             elif answer[0] == 413 and b"expect" not in headers:
                 await call.run(call.refuse_body(answer))

@@ -1,8 +1,9 @@
 """Who may ask a listener for what: pure decisions on a request's headers.
 
 Host: a page on the web can point its own name at 127.0.0.1 and so read a local server as if it were same-origin (DNS
-rebinding), but its requests still carry that name; an address is never rebound. CORS: nothing unless the manifest
-declares origins. Keys: compared by digest, in constant time, and all of them every time.
+rebinding), but its requests still carry that name; an address is never rebound, nor a name that public DNS does not
+have (`host.docker.internal`, a service's in a network of containers). CORS: nothing unless the manifest declares
+origins. Keys: compared by digest, in constant time, and all of them every time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from runner.plan.spec import ListenerSpec
 MAX_HEADER_BYTES: Final = 32 * 1024
 """Names and values together. Granian itself refuses more than 100 headers, and 64 KiB before its parser is done."""
 
-_OPEN_PATHS: Final = frozenset({"/health", "/openapi.json", "/docs"})
+OPEN_PATHS: Final = frozenset({"/health", "/openapi.json", "/docs"})
+"""What needs no key."""
+
+_NEVER_PUBLIC: Final = (".localhost", ".internal")
+"""Endings that are reserved, and so in nobody's power (RFC 6761; ICANN's resolution of July 2024)."""
+
 _EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, x-mlx-run-adapter")
 
 
@@ -41,7 +47,7 @@ class Policy:
         self._names = _allowed_names(spec.host)
         self._loopback = _is_loopback(spec.host)
         # A page that rebinds its name has no key, and proxies have names of their own.
-        self._any_host = bool(self._keys) and not self._loopback
+        self._any_host = bool(self._keys)
 
     def refuse_sender(self, headers: Mapping[bytes, bytes], header_bytes: int) -> Refusal | None:
         """The reason to tell a sender nothing at all, or None."""
@@ -58,7 +64,7 @@ class Policy:
 
     def refuse_request(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
         """The reason to refuse a request of an acceptable sender, or None."""
-        if self._keys and path not in _OPEN_PATHS and not self._key_matches(headers):
+        if self._keys and path not in OPEN_PATHS and not self._key_matches(headers):
             return Refusal(401, "invalid_api_key", "no API key, or not a valid one; send `Authorization: Bearer <key>`")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.max_body_bytes:
@@ -86,7 +92,7 @@ class Policy:
         if method != "OPTIONS" or b"access-control-request-method" not in headers or not self.cors_headers(headers):
             return None
         answer = [
-            (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", headers.get(b"access-control-request-headers", b"content-type")),
             (b"access-control-max-age", b"600"),
         ]
@@ -96,11 +102,11 @@ class Policy:
 
     def _host_allowed(self, host: str) -> bool:
         name = _without_port(host)
-        if name in self._names or name.endswith(".localhost"):
+        if name in self._names or name.endswith(_NEVER_PUBLIC):
             return True
         address = _address(name)
         if address is None:
-            return False
+            return name != "" and "." not in name and not name.isdigit()
         return address.is_loopback or not self._loopback
 
     def _key_matches(self, headers: Mapping[bytes, bytes]) -> bool:

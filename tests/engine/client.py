@@ -18,7 +18,7 @@ from runner.protocol import EngineSpec, FromEngine, Loaded, Step, ToEngine, deco
 from tests.engine.drive import Answer
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30.0
+PATIENCE = 100.0
 """Seconds that anything may take before a test fails."""
 
 POLL = 0.005

@@ -75,7 +75,7 @@ class Driver:
         while self.engine.busy or self.engine.rows:
             assert steps, "the engine does not come to an end"
             if not self.engine.busy:
-                self._woken.get(timeout=30)  # a grammar is being compiled
+                self._woken.get(timeout=100)  # a grammar is being compiled
             self.engine.step()
             steps -= 1
         return self.answers

@@ -9,6 +9,7 @@ import pytest
 from runner.engine.admission import Admission
 from runner.engine.loader import LoadedModel
 from runner.engine.row import Row
+from runner.engine.tokenizer import Tokenizer
 from runner.errors import InvalidRequest
 from runner.protocol import Generate
 from tests.engine.drive import generate
@@ -72,3 +73,40 @@ def test_rows_without_a_seed_get_different_ones(admission: Admission) -> None:
     seeds = {admission.row(Generate(id=i, prompt="x"), 64).seed for i in range(50)}
     assert len(seeds) == 50
     assert row(admission, prompt="x", seed=-3).seed == -3
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": "a b " * 300_000}, {"messages": [{"role": "user", "content": "ab" * 999_999}]}]
+)
+def test_a_text_that_is_far_too_long_is_not_read_to_its_end(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Sixteen megabytes take ten seconds, in which no other request gets a token."""
+    read: list[int] = []
+    monkeypatch.setattr(Tokenizer, "encode_rendered", lambda _, text: read.append(len(text)) or [1] * (len(text) // 4))
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda _, text: read.append(len(text)) or [1] * (len(text) // 4))
+    for work in (lambda: row(admission, **fields), lambda: admission.counted(generate(1, **fields), 64)):
+        with pytest.raises(InvalidRequest, match=r"more tokens than the 64 that the model's context holds") as refusal:
+            work()
+        assert (refusal.value.param, refusal.value.code) == (next(iter(fields)), "context_length_exceeded")
+    assert read == [1 << 20, 1 << 20]
+    assert admission.counted(generate(1, **fields), 0).usage is not None, "a model without a limit"
+    assert read[-1] > 1 << 20
+
+
+@pytest.mark.parametrize(("asked", "max_context", "held"), [(2, 64, 2), (2**31 - 1, 64, 64), (2**31 - 1, 0, 1 << 17)])
+def test_a_window_for_repetitions_is_no_wider_than_the_row_gets_long(
+    admission: Admission, asked: int, max_context: int, held: int
+) -> None:
+    """The batch holds the whole window for each row: two thousand million places would be the end of the machine."""
+    made = row(admission, max_context, prompt=[5, 6, 7], repetition_penalty=1.1, repetition_context_size=asked)
+    assert made.sampling.repetition_context_size == held
+    short = row(admission, 64, prompt=[5, 6, 7], max_tokens=2, repetition_context_size=asked)
+    assert short.sampling.repetition_context_size == min(asked, 5)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(0.0, 0.0), (5e-324, 0.0), (1e-45, 0.0), (1e-6, 1e-6), (0.7, 0.7)])
+def test_temperatures_that_no_logits_can_be_divided_by_are_greedy(
+    admission: Admission, asked: float, made: float
+) -> None:
+    assert row(admission, prompt=[5, 6, 7], temperature=asked).sampling.temperature == made

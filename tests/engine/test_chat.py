@@ -117,3 +117,18 @@ def test_the_last_message_can_be_the_beginning_of_the_answer() -> None:
     assert template.prompt(messages, {}, continue_final=True) == "<user>Count<end><assistant>1, 2,"
     with pytest.raises(InvalidRequest, match="no text to go on from"):
         template.prompt([*user("Count"), {"role": "assistant", "content": " "}], {}, continue_final=True)
+
+
+@pytest.mark.parametrize("arguments", ["[" * 20_000, "[" * 990 + "]" * 990, '{"a": ' + "1" * 5000 + "}"])
+def test_arguments_of_a_past_call_that_are_too_much_to_read_stay_text(arguments: str) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    source = "{{ messages[0].tool_calls[0].function.arguments }}"
+    assert prompt(source, [{"role": "assistant", "content": "", "tool_calls": [call]}]) == arguments
+
+
+def test_what_is_nested_too_deeply_for_a_template_is_the_requests_fault() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="the chat template fails on these messages"):
+        prompt("{{ tools | tojson }}", user("hi"), tools=deep)

@@ -78,5 +78,5 @@ def test_a_process_restarts_itself_once_with_its_arguments() -> None:
     )
     environ = {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", script, "--spec", "a b"]
-    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=True)
+    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=True)
     assert output.stdout.split("\n")[0] == "12.5 ['--spec', 'a b'] 1"

@@ -357,3 +357,10 @@ def test_a_request_that_only_counts_is_answered_at_once(llama: LoadedModel) -> N
     engine.submit(Generate(id=4, prompt=PROMPT, count_only=True))
     assert not engine.busy
     assert frames == [Step([Delta(4, "", 0, "stop", Usage(len(PROMPT), 0))])]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-7])
+def test_the_coldest_answer_is_the_greedy_one(llama: LoadedModel, temperature: float) -> None:
+    """A float32 of 1e-45 is nothing, and logits over it are no numbers."""
+    answer = Driver(llama).one(prompt=PROMPT, max_tokens=6, temperature=temperature, seed=1)
+    assert answer.text == greedy_text(llama, 6)

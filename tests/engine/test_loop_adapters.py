@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from runner.engine.grammar.service import Grammars
 from runner.engine.loader import load
-from runner.protocol import AdapterSource
+from runner.engine.prefix_cache import PrefixCache
+from runner.engine.row import Row
+from runner.protocol import AdapterSource, Grammar
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
@@ -71,3 +77,49 @@ def test_a_dropped_adapters_late_rows_leave_no_entry(model_folder: ModelFolder, 
     driver.engine.drop_adapter("a")
     driver.drain()
     assert driver.engine.stats().prefix_cache_bytes == 0
+
+
+@pytest.fixture
+def adapted(model_folder: ModelFolder, tmp_path: Path) -> Driver:
+    """An engine with the adapter `a`."""
+    loaded = load(model_folder("llama"))
+    driver = Driver(loaded, prefix_cache_bytes=1 << 20)
+    folder = write_mlx(tmp_path / "a", draw(linear_shapes(loaded, ATTENTION), 4, 1))
+    driver.engine.load_adapter(AdapterSource("a", str(folder)))
+    return driver
+
+
+def test_an_adapter_is_given_back_once_by_rows_whose_end_goes_wrong(
+    adapted: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keeping what the second row has computed fails, when the first has left already."""
+    stored: list[str] = []
+
+    def store(self: PrefixCache, key: str, *_: Any) -> None:
+        stored.append(key)
+        if len(stored) == 2:
+            raise RuntimeError("no memory for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixCache, "store", store)
+        answers = adapted.run([generate(i, prompt=PROMPT, adapter="a", max_tokens=3) for i in range(2)])
+    assert stored == ["a", "a"]
+    assert [answers[i].finish_reason for i in range(2)] == ["length", "length"]
+    assert adapted.one(prompt=PROMPT, adapter="a", max_tokens=3).tokens == 3
+    adapted.engine.drop_adapter("a")
+    assert adapted.engine._bank.nbytes == 0, "no row holds it"
+
+
+def test_an_adapter_is_given_back_where_a_grammar_cannot_be_looked_up(
+    adapted: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give(self: Grammars, row: Row, grammar: Grammar) -> bool:
+        raise RuntimeError("a matcher's bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Grammars, "give", give)
+        refused = adapted.one(prompt=PROMPT, adapter="a", grammar=Grammar("regex", "a", "x")).rejected
+    assert refused is not None
+    assert refused.status == 500
+    adapted.engine.drop_adapter("a")
+    assert adapted.engine._bank.nbytes == 0, "no row holds it"

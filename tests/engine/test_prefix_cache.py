@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from runner.engine.arrays import to_list
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
-from runner.engine.kv.layers import Recurrent, Straight
+from runner.engine.kv.layers import Straight
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.recurrent import Recurrent
 from runner.engine.loader import LoadedModel, load
 from runner.engine.prefix_cache import PrefixCache
 from tests.engine.conftest import ModelFolder
@@ -247,12 +248,12 @@ def test_a_thousand_entries_are_looked_up_quickly() -> None:
     system = list(range(2000))
     for user in range(1000):
         store(cache, [*system, 5000 + user, user])
-    began = time.perf_counter()
+    began = time.process_time()
     for user in range(200):
         hit = cache.look_up("", [*system, 5000 + user, user, 1, 2, 3])
         assert hit is not None
         assert hit.length == 2002
-    assert time.perf_counter() - began < 0.2, "a millisecond each, and that on a busy machine"
+    assert time.process_time() - began < 0.2, "a millisecond each"
 
 
 @pytest.fixture(scope="module")

@@ -361,7 +361,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, spec: str | None) -> None:
         path.write_text(spec)
     command = [sys.executable, "-m", "runner.engine", "--spec", str(path), "--socket", str(tmp_path / "e.sock")]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=30, check=False
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

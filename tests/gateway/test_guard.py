@@ -116,7 +116,7 @@ async def test_a_client_that_leaves_closes_its_generator(
     request = asyncio.create_task(client.request("POST", CHAT, [body], JSON, left))
     await deployment.until("opened == 1")
     left.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         answer = await request
     assert deployment.closed == 1
     assert b"late" not in answer.body
@@ -135,9 +135,26 @@ async def test_a_client_that_leaves_is_seen_whatever_way_its_body_came(
         request = asyncio.create_task(client.request("POST", CHAT, pieces, headers, left))
         await deployment.until("opened > closed")
         left.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await request
         assert deployment.opened == deployment.closed
+
+
+@pytest.mark.parametrize("sent", [BODY, BODY[:20]])
+async def test_a_client_that_leaves_before_its_body_is_complete_is_not_answered(
+    client: Client, deployment: FakeDeployment, metrics: GatewayMetrics, sent: bytes
+) -> None:
+    """What has come may be JSON already: it is not a request yet, and nobody waits for its tokens."""
+    waiting(deployment)
+    left = asyncio.Event()
+    left.set()
+    headers = {**JSON, "content-length": str(len(BODY) + 1)}
+    async with asyncio.timeout(60):
+        answer = await client.request("POST", CHAT, [sent], headers, left, complete=False)
+    assert (answer.status_code, answer.body) == (0, b"")
+    assert deployment.requests == []
+    assert client.guard.in_flight == 0
+    assert metrics.requests.values == {("lm", CHAT, "", str(CLIENT_LEFT)): 1}
 
 
 async def test_a_client_that_leaves_closes_all_of_n(client: Client, deployment: FakeDeployment) -> None:

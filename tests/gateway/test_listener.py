@@ -143,7 +143,7 @@ async def test_close_lets_streams_finish(connect: Connect, listener: Listener, d
     assert await idle.status() == 200
     await streaming.send(chat(stream=True))
     await streaming.until(b"Hel")
-    closing = asyncio.create_task(listener.close(5))
+    closing = asyncio.create_task(listener.close(60))
     await idle.until(b"}")
     assert await idle.rest() == b"", "an idle connection is closed at once"
     with pytest.raises(ConnectionRefusedError):
@@ -165,6 +165,9 @@ async def test_close_cuts_what_is_late(connect: Connect, listener: Listener, dep
     await uploading.send(chat()[:-5])
     await streaming.until(b"Hel")
     await deployment.until("opened == 2")
+    async with asyncio.timeout(60):
+        while listener.in_flight < 3:
+            await asyncio.sleep(0.001)
     cut = await listener.close(0.05)
     assert cut == 3
     assert b"shutting_down" in await streaming.rest()
@@ -173,11 +176,25 @@ async def test_close_cuts_what_is_late(connect: Connect, listener: Listener, dep
     assert (deployment.opened, deployment.closed) == (2, 2)
 
 
+async def test_close_does_not_wait_for_a_client_that_does_not_read(
+    connect: Connect, listener: Listener, deployment: FakeDeployment
+) -> None:
+    """Its stream is stuck in the middle, and so is whatever would be said to it at the end."""
+    deployment.scripts = [[[Delta(0, "x" * 1_000_000, 1)]] * 64]
+    connection = await connect(listener)
+    connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await connection.send(chat(stream=True))
+    await deployment.until("opened == 1")
+    async with asyncio.timeout(60):
+        assert await listener.close(0.1) == 1
+    assert deployment.closed == 1
+
+
 async def test_close_does_not_wait_for_half_a_request(connect: Connect, listener: Listener) -> None:
     half = await connect(listener)
     await half.send(b"GET /health HT")
-    async with asyncio.timeout(2):
-        assert await listener.close(30) == 0
+    async with asyncio.timeout(60):
+        assert await listener.close(100) == 0
     with pytest.raises(ConnectionRefusedError):
         await connect(listener)
 
@@ -206,7 +223,7 @@ asyncio.run(main())
 
 def test_a_process_that_closes_its_listener_ends_without_a_word() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SERVE_AND_END], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", SERVE_AND_END], capture_output=True, text=True, timeout=100, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -303,3 +320,27 @@ async def test_pipelined_requests_on_one_connection(connect: Connect, listener: 
     for _ in range(3):
         assert await connection.status() == 200
         await connection.until(b"}")
+
+
+async def test_http_1_0_as_proxies_speak_it(connect: Connect, listener: Listener) -> None:
+    """nginx, unless told otherwise; an answer in pieces ends with the connection then."""
+    for request in (get("/v1/models"), chat(), chat(stream=True)):
+        connection = await connect(listener)
+        await connection.send(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert await connection.status() == 200
+        assert await connection.rest() != b""
+
+
+@pytest.mark.parametrize("path", ["/ready", "/metrics", "/v1/models", "/v1/models/chat", "/docs", "/openapi.json"])
+async def test_head_is_get_without_its_body(connect: Connect, listener: Listener, path: str) -> None:
+    connection = await connect(listener)
+    await connection.send(get(path).replace(b"GET", b"HEAD") + get("/health"))
+    assert await connection.status() == 200
+    assert await connection.status() == 200
+    assert await connection.until(b"}") == b'{"status":"ok"}'
+
+
+async def test_head_where_there_is_no_get(connect: Connect, listener: Listener) -> None:
+    connection = await connect(listener)
+    await connection.send(get("/v1/chat/completions").replace(b"GET", b"HEAD"))
+    assert await connection.status() == 405

@@ -79,6 +79,10 @@ async def test_with_keys_the_document_says_so_and_is_itself_open(
     answer = await client.get("/openapi.json")
     assert answer.status_code == 200
     assert answer.json["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+    for path in ("/health", "/docs", "/openapi.json"):
+        assert "security" not in answer.json["paths"][path]["get"]
+        assert "401" not in answer.json["paths"][path]["get"]["responses"]
+        assert (await client.get(path)).status_code == 200
     assert "secret" not in answer.text
     assert (await client.get("/v1/models")).status_code == 401
 

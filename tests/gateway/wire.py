@@ -9,7 +9,8 @@ from typing import Any
 
 from runner.gateway.listener import Listener
 
-DEADLINE = 5.0
+DEADLINE = 60.0
+"""Seconds after which something that should have come has not. Far beyond what it takes, for busy machines."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ def chat_generate(request: ChatRequest, route: Route) -> Generate:
     options = request.options or Options()
     return Generate(
         id=0,
-        messages=[_message(index, message) for index, message in enumerate(request.messages)],
+        messages=[_message(index, message) for index, message in enumerate(request.messages or ())],
         adapter=route.adapter_key,
         max_tokens=_max_tokens(options, route.generation),
         stop=_stop(options, route.generation),
@@ -106,6 +106,8 @@ def _sampling(options: Options, defaults: Mapping[str, Any], logprobs: int | Non
     for name in (*_SAME, *_RENAMED):
         if (value := getattr(options, name)) is not None:
             chosen[_RENAMED.get(name, name)] = value
+    if options.seed == -1:  # what Ollama's clients call "any"
+        chosen.pop("seed")
     if chosen.get("top_k") == -1:
         chosen["top_k"] = 0
     if chosen.get("repetition_context_size") == -1:

@@ -109,10 +109,11 @@ Think = bool | Literal["low", "medium", "high", "max"]
 
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`keep_alive` is accepted and without effect: the manifest says which models stay."""
+    """Streamed unless `stream` is false. `keep_alive` is accepted and without effect: the manifest says which models
+    stay."""
 
     model: Name
-    stream: bool = True
+    stream: bool | None = None
     options: Options | None = None
     think: Think | None = None
     format: Any = None
@@ -127,7 +128,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /api/chat`. Without messages the model is only made sure of."""
 
-    messages: list[Message] = []
+    messages: list[Message] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
 
 

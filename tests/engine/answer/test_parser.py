@@ -228,3 +228,23 @@ def test_harmony_and_thinking_are_found() -> None:
     assert conventions("<|channel|>analysis<|message|>", ()).harmony
     assert conventions("", ("<think>", "</think>")).think == THINK
     assert conventions("{{ content.split('</think>') }}<think>", ()).think == THINK
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(r"\ud83d", "\ufffd"), (r"a\udc00b", "a\ufffdb"), (r"\ud83d\ude00", "\U0001f600"), (r"\u00e9", "é")],
+)
+def test_half_a_character_does_not_leave_the_engine(written: str, read: str) -> None:
+    """No message can carry one: encoding it would end every row of the batch."""
+    text = f'<tool_call>{{"name": "get_weather", "arguments": {{"city": "{written}"}}}}</tool_call>'
+    parser = parser_for(HERMES, TOOLS, "")
+    assert parser is not None
+    (piece,) = [*parser.feed(text), *parser.finish(cut=False)]
+    assert piece.call is not None
+    assert json.loads(piece.call.arguments.encode("utf-8")) == {"city": read}
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have_make_no_call(number: str) -> None:
+    text = f'<tool_call>{{"name": "get_weather", "arguments": {{"days": {number}}}}}</tool_call>'
+    assert parsed(HERMES, text) == ("", text, [])

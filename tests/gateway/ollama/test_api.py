@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.errors import EngineFailed
+from runner.errors import EngineFailed, Unavailable
 from runner.gateway.ollama import wire
 from runner.protocol import Delta, Sampling, ToolCall, Usage
 from runner.telemetry import GatewayMetrics
@@ -76,6 +76,20 @@ async def test_options_reach_the_sampler(client: Client, deployment: FakeDeploym
     assert (request.max_tokens, request.stop) == (9, ["X"])
 
 
+async def test_seed_minus_one_is_any_seed(client: Client, directory: FakeDirectory) -> None:
+    """As Ollama's clients say it, whatever the manifest has."""
+    directory.generation = {"seed": 5}
+    await chat(client, options={"seed": -1})
+    await chat(client, options={"seed": -2})
+    await chat(client)
+    assert [request.sampling.seed for request in directory.deployment.requests] == [None, -2, 5]
+
+
+async def test_null_is_not_given(client: Client) -> None:
+    assert len(lines_of(await chat(client, stream=None))) > 1
+    assert (await chat(client, messages=None)).json["done_reason"] == "load"
+
+
 async def test_the_manifest_has_the_defaults(client: Client, directory: FakeDirectory) -> None:
     directory.generation = {"temperature": 0.7, "max_tokens": 40, "stop": "END"}
     await chat(client)
@@ -127,7 +141,13 @@ async def test_nothing_to_say_makes_sure_of_the_model(
     answers.append(await generate(client, prompt="", keep_alive=keep_alive))
     for answer in answers:
         assert (answer.json["done"], answer.json["done_reason"]) == (True, reason)
-    assert deployment.requests == []
+    assert [request.count_only for request in deployment.requests] == ([] if reason == "unload" else [True, True])
+
+
+async def test_a_model_that_cannot_be_loaded_is_not_said_to_be(client: Client, deployment: FakeDeployment) -> None:
+    deployment.scripts = [[Unavailable("no room", retry_after=2)]]
+    answer = await chat(client, messages=[])
+    assert (answer.status_code, answer.json, answer.headers["retry-after"]) == (503, {"error": "no room"}, "2")
 
 
 async def test_an_adapter_is_a_model(client: Client, deployment: FakeDeployment) -> None:
@@ -151,6 +171,7 @@ async def test_what_is_served(client: Client) -> None:
 async def test_pull_of_what_is_here_and_of_what_is_not(client: Client) -> None:
     assert lines_of(await client.post("/api/pull", {"model": "chat"}))[-1] == {"status": "success"}
     assert (await client.post("/api/pull", {"name": "chat:latest", "stream": False})).json == {"status": "success"}
+    assert (await client.post("/api/pull", {"model": "hf.co/org/gpt-4o", "stream": False})).status_code == 403
     missing = await client.post("/api/pull", {"model": "llama3"})
     assert (missing.status_code, missing.json["error"]) == (404, "model 'llama3' not found: it is not in the manifest")
 
