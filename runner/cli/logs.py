@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = known(name) if name else find(None)
     path = _log(folder, arguments.model)
     with path.open(encoding="utf-8", errors="replace") as log:
-        sys.stdout.writelines(deque(log, maxlen=max(arguments.tail, 0)))
+        sys.stdout.writelines(deque(log, maxlen=min(max(arguments.tail, 0), sys.maxsize)))
         sys.stdout.flush()
         while arguments.follow:
             line = log.readline()

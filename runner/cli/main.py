@@ -21,6 +21,9 @@ from runner.options import state_dir
 _DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What is wrong with a disk, and not with us."""
 
+_PLACE: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+"""What is wrong with a file or a folder that somebody named."""
+
 COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
     "apply": "Make it so: start or change what a manifest declares",
@@ -109,9 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in (*_DISK, *_PLACE):
             raise
         print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        if error.errno in _PLACE:
+            return 1
         print(f"Make room. State is kept in {state_dir()} (MLX_RUN_STATE_DIR).", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
         return 1

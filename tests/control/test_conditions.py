@@ -82,7 +82,7 @@ async def test_an_engine_that_died_degrades_until_its_successor_is_stable() -> N
     health.came_back()
     health.behind("")
     assert health.conditions["Degraded"][:2] == ("true", "RecentlyRestarted")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while health.conditions["Degraded"].status == "true":
             await asyncio.sleep(0.01)
     assert health.conditions["Degraded"].reason == "AsDeclared"
