@@ -125,7 +125,11 @@ def _local_sources(loaded: Loaded) -> Iterator[Path]:
 def main(descriptor: int) -> int:
     """Answer requests until the other side is gone."""
     cache: DigestCache | None = None
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
+    with (
+        suppress(BrokenPipeError, ConnectionResetError),  # nobody is left to be answered
+        socket.socket(fileno=descriptor) as connection,
+        connection.makefile("rwb") as stream,
+    ):
         while True:
             try:
                 request = Request(*pickle.load(stream))  # noqa: S301 - from the process that started this one
@@ -134,6 +138,7 @@ def main(descriptor: int) -> int:
             cache = cache or _unsealed(request.digests)
             pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
+    return 0
 
 
 if __name__ == "__main__":
