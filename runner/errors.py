@@ -26,6 +26,7 @@
         ├── TooLarge            413
         ├── CannotBeDone        422, understood, tried, and not possible; nothing was changed
         ├── EngineFailed        500, the engine failed or died while it worked on this request
+        ├── HubFailed           502, the answer is the hub's, and it gave none
         └── Unavailable         503 with Retry-After: loading, draining, or the queue is full
 
 Each boundary maps the tree once: the CLI to an exit code (`runner.cli.main`), the gateway to an OpenAI-shaped body
@@ -218,6 +219,13 @@ class EngineFailed(RequestError):  # noqa: N818
     """The engine failed, or died, while it worked on this request."""
 
     status = 500
+    kind = "server_error"
+
+
+class HubFailed(RequestError):  # noqa: N818
+    """The hub, whose answer it takes, cannot be reached or refuses; `code` is of `runner.manifest.codes`."""
+
+    status = 502
     kind = "server_error"
 
 

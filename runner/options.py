@@ -57,6 +57,7 @@ class Options(NamedTuple):
     orphan_grace: float = 5.0
     load_wait: float = LOAD_WAIT
     cache_dir: Path | None = None
+    cgroups: bool = True
 
     @property
     def converted(self) -> Path:

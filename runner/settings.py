@@ -25,6 +25,9 @@ class Settings(BaseSettings):
     orphan_grace: float = Field(default=5.0, ge=0, description="Seconds an engine waits without its runner.")
     load_wait: float = Field(default=LOAD_WAIT, ge=0, description="Seconds a request waits for its model.")
     cache_dir: Path = Field(default_factory=cache_dir, description="Quantised copies of models.")
+    cgroups: bool = Field(
+        default=True, description="On Linux, have the kernel hold each engine to its memory where control groups can."
+    )
 
     def options(self) -> Options:
         """The same values without pydantic."""

@@ -4,8 +4,8 @@ It stands in where only the control plane is tested. `{"fake": {...}}` in the mo
 `load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
 then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself),
 `abort_after` (the same by an abort, with `last_words`), `overrun_after` (the same, for too much memory), `tokens` (the
-most of an answer, which ends by itself). A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one
-every `token_seconds`.
+most of an answer, which ends by itself), `eats_after` (tokens, then it takes `eats_mib` of memory). A chat's answer is
+`ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every `token_seconds`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from runner.engine.oom import enter
 from runner.protocol import (
     VERSION,
     AdapterDropped,
@@ -57,6 +58,7 @@ class FakeEngine:
         self.writer: asyncio.StreamWriter | None = None
         self.loaded = asyncio.Event()
         self.tokens = 0
+        self.eaten = b""
         self.budget = spec.budget_bytes
         self.cancelled = 0
         self.connected = asyncio.Event()
@@ -138,6 +140,8 @@ class FakeEngine:
                 sys.stderr.write(str(self.script["last_words"]))
                 sys.stderr.flush()
                 os.abort()
+            if self.tokens == self.script.get("eats_after"):
+                self.eaten = b"x" * (int(str(self.script["eats_mib"])) * 2**20)
             if self.tokens == self.script.get("overrun_after"):
                 self.send(Overrun(200, 100))
                 assert self.writer is not None
@@ -181,6 +185,7 @@ async def main() -> None:
     spec = msgspec.json.decode(arguments.spec.read_bytes(), type=EngineSpec)
     script = json.loads((Path(spec.path) / "config.json").read_text()).get("fake", {})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    enter(spec.control_group)
     engine = FakeEngine(spec, script)
     await asyncio.start_unix_server(engine.serve, str(arguments.socket))
     while True:

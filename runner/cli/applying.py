@@ -128,7 +128,8 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wis
     from runner.plan.scope import Scope  # noqa: PLC0415
 
     # Line buffered, so that `mlx-run logs -f` follows.
-    with StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8") as log:
+    log = StateFolder(options.state_dir, compiled.name).log.open("a", buffering=1, encoding="utf-8")
+    try:
         configure_logging(options.log_level, stream=log)
         scope = Scope(wish.target, wish.prune)
         result = run(
@@ -141,6 +142,9 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wis
             timeout=wish.timeout,
             frozen=wish.frozen,
         )
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk, what matters is how it ended
+            log.close()
     raise_for(result)
     return 0
 

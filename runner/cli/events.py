@@ -58,6 +58,12 @@ def _share(event: Event) -> str:
     return f"{format_bytes(done)} of {format_bytes(total)} are here"
 
 
+def _backstop(event: Event) -> str:
+    if event["kind"] == "cgroup":
+        return f"the kernel holds each engine to a hard limit, by a control group in {event['path']}"
+    return f"no hard limit for engines by the kernel: {event['reason']}"
+
+
 def _plain(event: Event) -> str:
     """An event that has no words of its own: its name, and its fields."""
     fields = [f"{k}={v}" for k, v in event.items() if k not in ("event", "time", "target")]
@@ -65,6 +71,7 @@ def _plain(event: Event) -> str:
 
 
 _WORDS: Final[dict[str, Callable[[Event], str]]] = {
+    "memory_backstop": _backstop,
     "planned": _planned,
     "unchanged": lambda e: f"nothing to do, generation {e['generation']} is what the manifest says",
     "warned": lambda e: "warning: " + "\n".join(e["warnings"]),

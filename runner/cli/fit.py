@@ -17,7 +17,7 @@ from runner.inspect.files import DigestCache
 from runner.machine import this_machine
 from runner.manifest.load import load_manifest
 from runner.manifest.values import format_size
-from runner.plan.forecast import least
+from runner.plan.forecast import ENGINE_BYTES, least
 from runner.plan.memory import MemoryBudget, memory_budget
 from runner.plan.resolve import look
 from runner.plan.spec import ModelSpec
@@ -41,7 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n  mlx-run fit configs/dev.yaml\n  mlx-run fit --for memory=16GiB configs/production.yaml\n\n"
         "A model may have what the others leave that are loaded with it: those without `load: on_demand`, each with\n"
-        "its weights and one request. Kept prefixes give way, and are not counted."
+        f"its weights and one request, and {ENGINE_BYTES // 2**20} MiB for each engine's process. Kept prefixes give\n"
+        "way, and are not counted."
     )
 
 
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     seen = look(loaded, machine, DigestCache())
     if wrong := [diagnostic for diagnostic in seen.wrong if not diagnostic.code.startswith(_TOO_LARGE)]:
         raise ManifestError(wrong)
-    budget = memory_budget(loaded.manifest.memory, machine.memory)
+    budget = memory_budget(loaded.manifest.memory, machine)
     models = seen.desired.models
     fits = {model.name: fit(model, models, budget.usable) for model in models}
     if arguments.json:
@@ -78,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fit(model: ModelSpec, models: Sequence[ModelSpec], usable: int) -> Fit:
     """What there is memory for, beside the others that are loaded at the same time; `usable` is in bytes."""
-    others = sum(least(other) for other in models if other.name != model.name and other.load == "eager")
-    room = max(0, usable - others)
+    others = [other for other in models if other.name != model.name and other.load == "eager"]
+    room = max(0, usable - sum(map(least, others)) - (len(others) + 1) * ENGINE_BYTES)
     if model.memory_limit_bytes:
         room = min(room, model.memory_limit_bytes)
     memory = model.memory

@@ -21,7 +21,8 @@ from runner.manifest.report import render_diagnostics
 from runner.manifest.values import format_size
 from runner.plan.candidates import Candidate, Fit, fit, fitting, in_hub_cache, named
 from runner.plan.resolve import look
-from runner.plan.starter import KEY_VARIABLE, LIMIT_PERCENT, Chosen, Starter, compose, recommended
+from runner.plan.starter import KEY_VARIABLE, Chosen, Starter, compose, recommended
+from runner.plan.verdict import budget
 
 DEFAULT_FILE: Final = "mlx-run.yaml"
 _FIRST_PORT, _PORTS = 8080, 100
@@ -71,7 +72,7 @@ class _Wizard:
         self._asking = asking
         self._digests = DigestCache()
         self._cache = hub_cache(os.environ)
-        self._budget = machine.memory * LIMIT_PERCENT // 100
+        self._budget = budget(machine)
 
     def decide(self, arguments: argparse.Namespace) -> Starter:
         """Everything that the manifest needs. Raises RunnerError."""

@@ -92,7 +92,7 @@ def _is_file(word: str) -> bool:
 
 def _ask(loaded: Loaded, downloads: list[Download]) -> Mapping[tuple[str, str], Listing]:
     try:
-        jobs = [Job(d.repo, d.revision, d.kinds) for d in downloads]
+        jobs = [Job(d.repo, d.revision, d.kinds, code=d.code) for d in downloads]
         return asyncio.run(listings(jobs, token=loaded.hub_token))
     except Refused as refused:
         raise download_failed(downloads, refused.failures) from None

@@ -8,6 +8,7 @@ asked for is imported.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from runner.errors import ManifestError, MlxRunError, UsageError
+from runner.options import state_dir
+
+_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What is wrong with a disk, and not with us."""
 
 COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
@@ -103,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; keep the interpreter from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        print(f"Make room. State is kept in {state_dir()} (MLX_RUN_STATE_DIR).", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
+        return 1
     return code
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.cli.text import format_age, format_bytes, table
-from runner.hub.download import Match
-from runner.plan.available import Available, Verdict
+from runner.plan.available import Available
+from runner.plan.verdict import Found, Verdict
 
 
 def listing(found: Sequence[Available], cache: Path) -> str:
@@ -54,13 +54,13 @@ def card(one: Available, judgement: Verdict | None) -> str:
     return "\n".join([one.source, table(shown)])
 
 
-def matches(judged: Sequence[tuple[Match, Verdict]], here: Collection[str]) -> str:
+def matches(found: Sequence[Found]) -> str:
     """A line for each repository that a search found."""
     rows = [("REPOSITORY", "WEIGHTS", "DOWNLOADS", "ON THIS MACHINE")]
-    for match, judgement in judged:
+    for match, judgement, here in found:
         size = format_bytes(judgement.needed) if judgement.needed else ""
         notes = [judgement.why if judgement.fits else f"no: {judgement.why}"]
-        notes += ["in the cache"] if match.repo in here else []
+        notes += ["in the cache"] if here else []
         notes += ["gated"] if match.gated else []
         rows.append((match.repo, size, str(match.downloads), ", ".join(notes)))
     return table(rows)

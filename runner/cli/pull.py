@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not wanted:
         print("Nothing to pull: every source of this manifest is a folder.")
         return 0
-    jobs = [Job(d.repo, d.revision, d.kinds, arguments.verify) for d in wanted]
+    jobs = [Job(d.repo, d.revision, d.kinds, arguments.verify, d.code) for d in wanted]
     with PullView(json=arguments.json) as view:
         try:
             asyncio.run(download(jobs, view.told, token=token))

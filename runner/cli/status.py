@@ -119,6 +119,8 @@ def _render(status: dict[str, Any], *, verbose: bool) -> str:
         lines += ["", *_problem_lines(status)]
     if status["warnings"]:
         lines += ["", *map(_warning_line, status["warnings"])]
+    if verbose:
+        lines += ["", _backstop_line(status["memory_backstop"])]
     lines += ["", "SERVERS"]
     for server in status["servers"]:
         auth = "  (API key)" if server["auth"] else ""
@@ -149,6 +151,15 @@ def _warning_line(warning: dict[str, Any]) -> str:
     return f"  warning: {place}: {warning['path']}: {warning['message']} [{warning['code']}]{hint}"
 
 
+def _backstop_line(backstop: dict[str, str]) -> str:
+    if backstop["kind"] == "cgroup":
+        return f"  Memory: the kernel holds each engine to a hard limit, by a control group in {backstop['path']}."
+    if backstop["kind"] == "none":
+        return "  Memory: engines watch themselves; this system has no hard limit for them."
+    first = "engines are the first that it ends when the machine is out of memory"
+    return f"  Memory: no hard limit by the kernel ({backstop['reason']}); {first}."
+
+
 def _model_lines(model: dict[str, Any], now: float, *, verbose: bool) -> list[str]:
     state = model["state"]
     if state == "loading" and model["stage"]:
@@ -166,6 +177,8 @@ def _model_lines(model: dict[str, Any], now: float, *, verbose: bool) -> list[st
     of_model = commits.pop("model", "")
     lines.append(f"    {model['source']}" + (f"@{of_model if verbose else of_model[:12]}" if of_model else ""))
     lines += [f"    {what}: commit {commit}" for what, commit in commits.items() if verbose]
+    if verbose and model["hard_limit_bytes"]:
+        lines.append(f"    hard limit: {format_bytes(model['hard_limit_bytes'])}")
     if model["adapters"]:
         default = model["default_adapter"]
         names = [a["name"] + (" (default)" if a["name"] == default else "") for a in model["adapters"]]

@@ -74,6 +74,9 @@ def systemd_unit(service: Service) -> str:
         f"WorkingDirectory={_specifiers(str(service.manifests[0].parent))}",
         *(f'Environment="{_quoted(name)}={_quoted(value)}"' for name, value in service.environment.items()),
         "KillMode=process",
+        # A control group for each engine, beside the runner's own; systemd before 254 does not know the second line.
+        "Delegate=yes",
+        "DelegateSubgroup=runner",
         f"TimeoutStopSec={STOP_SECONDS}",
         "Restart=on-failure",
         f"RestartSec={_RESTART_SECONDS}",

@@ -118,7 +118,7 @@ def _check(names: Sequence[str], arguments: argparse.Namespace, cache: DigestCac
 def _with_memory(loaded: Loaded, machine: Machine, seen: Look, report: FileReport) -> tuple[str, FileReport]:
     from runner.cli.memory_table import memory_json, memory_table  # noqa: PLC0415 - for those who ask only
 
-    budget = memory_budget(loaded.manifest.memory, machine.memory)
+    budget = memory_budget(loaded.manifest.memory, machine)
     models = seen.desired.models
     return memory_table(models, budget), report._replace(memory=memory_json(models, budget))
 

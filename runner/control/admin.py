@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from runner.control.attempt import Attempt
 from runner.control.drift import Edit
+from runner.control.events import EventLog
 from runner.control.inventory import inventory
 from runner.control.ledger import Cause
+from runner.control.pulling import cached_models, hub_error, pull
 from runner.control.reconciler import Pass, Reconciler
-from runner.errors import InvalidRequest, Unavailable
-from runner.gateway.admin.control import By, Outcome
+from runner.control.searching import search_hub
+from runner.errors import HubFailed, InvalidRequest, Unavailable
+from runner.gateway.admin.control import By, CachedModel, Outcome
+from runner.hub.download import Progress, Refused
+from runner.hub.jobs import Patience
 from runner.manifest import drift
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
 
 Start = Callable[[Coroutine[Any, Any, Pass]], asyncio.Task[Pass]]
 """Runs a pass that whoever asked for it does not own."""
+
+
+SEARCH_TIMEOUT = 20.0
+"""Seconds: the hub's library has a patience of its own with a network that is not there."""
+
+_HURRIED: Final = Patience(tries=3, first=0.5, longest=2.0, asked=5.0)
+"""With the hub, while somebody waits for an answer over HTTP."""
+
+
+class Places(NamedTuple):
+    """Where the runners of this user keep their state, this one its log, and all of them their quantised copies."""
+
+    state: Path
+    log: Path
+    converted: Path
 
 
 class Admin:
@@ -32,13 +52,15 @@ class Admin:
         status: Callable[[], dict[str, Any]],
         servers: Callable[[], Collection[str]],
         start: Start,
-        state: Path,
+        places: Places,
+        events: EventLog,
     ) -> None:
         self._reconciler = reconciler
         self._status = status
         self._servers = servers
         self._start = start
-        self._state = state
+        self._places = places
+        self._events = events
 
     def status(self) -> dict[str, Any]:
         """See the interface."""
@@ -46,19 +68,40 @@ class Admin:
 
     async def available(self) -> dict[str, Any]:
         """See the interface."""
-        return await inventory(self._state)
+        return await inventory(self._places.state, self._places.converted)
+
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        """See the interface."""
+        try:
+            async with asyncio.timeout(SEARCH_TIMEOUT):
+                found = await search_hub(query, limit, self._reconciler.followed.hub_token, _HURRIED)
+        except Refused as refused:
+            raise hub_error(refused.failures[0]) from None
+        except TimeoutError:
+            raise HubFailed(f"the hub gave no answer in {SEARCH_TIMEOUT:g} seconds", code="E804") from None
+        return [one.as_json for one in found]
+
+    async def cached(self) -> list[CachedModel]:
+        """See the interface."""
+        return await asyncio.to_thread(cached_models)
+
+    def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
+        """See the interface."""
+        return pull(repo, revision, self._events, token=self._reconciler.followed.hub_token, log=self._places.log)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
-        made = await reconciler.preview(reconciler.paths, scope)
+        made = await reconciler.preview(reconciler.followed.paths, scope)
         return Outcome(plan_json(made), reconciler.generation, 0.0, made.drift)
 
     async def apply(self, scope: Scope, by: By, seconds: float | None) -> Outcome:
         """See the interface."""
         reconciler = self._reconciler
         cause, attempt = Cause("apply", by.user, by.generation), Attempt(seconds)
-        applying = reconciler.apply(reconciler.paths, cause, watch=reconciler.watching, scope=scope, attempt=attempt)
+        applying = reconciler.apply(
+            reconciler.followed.paths, cause, watch=reconciler.followed.watching, scope=scope, attempt=attempt
+        )
         return await self._done(applying)
 
     async def load_model(self, name: str, entry: Mapping[str, Any] | None, servers: tuple[str, ...], by: By) -> Outcome:

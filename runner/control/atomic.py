@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """write + fsync + rename + fsync of the folder."""
+    """write + fsync + rename + fsync of the folder. Raises OSError with the file's name; nothing of it is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(temporary, path, data, mode)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+def _write(temporary: Path, path: Path, data: bytes, mode: int) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)

@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
+from runner.control.copies import CONVERTING, PARTIAL, hold, note, place_of, sweep_alone, try_lock
 from runner.control.sources import Sources
 from runner.errors import EngineDied, EngineLoadError, SourceChanged
-from runner.machine import mlx_version
 from runner.plan.spec import ModelSpec
 from runner.processes import python_module
 
 Emit = Callable[..., None]
-
-_FORMAT: Final = "1"
-"""Of how copies are made: another is another name."""
 
 _RETRY: Final = 0.1
 """Seconds between attempts to become the one that makes a copy."""
@@ -48,24 +43,25 @@ class Conversions:
         self._work: asyncio.Task[None] | None = None
         self._abandoned = False
 
-    def place_of(self, spec: ModelSpec) -> Path:
-        """What an engine of `spec` loads, whether it is there (yet) or not."""
-        wanted = spec.quantization
-        if wanted is None:
-            return spec.path
-        made_of = "\0".join((_FORMAT, spec.weights_digest, wanted.key, spec.dtype, mlx_version()))
-        digest = hashlib.blake2b(made_of.encode(), digest_size=12).hexdigest()
-        return self._folder / f"{digest}-{wanted.mode}{wanted.bits}"
-
-    async def folder_for(self, spec: ModelSpec) -> Path:
-        """What an engine of `spec` loads; made first where it has to be.
+    @contextlib.asynccontextmanager
+    async def folder_for(self, spec: ModelSpec) -> AsyncIterator[Path]:
+        """What an engine of `spec` loads; made first where it has to be, and not removed until the end of the block.
 
         Raises EngineLoadError (it cannot be made), SourceChanged, and EngineDied where it is abandoned. Cancelling ends
         it; either way nothing is left behind.
         """
-        place = self.place_of(spec)
-        if spec.quantization is None or place.is_dir():
-            return place
+        if spec.quantization is None:
+            yield spec.path
+            return
+        place = place_of(self._folder, spec)
+        while (held := hold(place)) is None:
+            await self._made(spec, place)
+        try:
+            yield place
+        finally:
+            os.close(held)
+
+    async def _made(self, spec: ModelSpec, place: Path) -> None:
         self.stage, self._abandoned = "converting", False
         self._work = asyncio.create_task(self._make(spec, place))
         try:
@@ -81,7 +77,6 @@ class Conversions:
             ) from None
         finally:
             self.stage, self._work = "", None
-        return place
 
     def abandon(self) -> None:
         """End what is being made; whoever waits for it gets EngineDied."""
@@ -91,7 +86,7 @@ class Conversions:
 
     async def _make(self, spec: ModelSpec, place: Path) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        async with _alone(self._folder / "converting.lock"):
+        async with _alone(self._folder / CONVERTING):
             if not self._is_open(spec, place):
                 return
             started = time.monotonic()
@@ -99,14 +94,15 @@ class Conversions:
             self._emit("converted", target=f"models.{spec.name}", seconds=round(time.monotonic() - started, 3))
 
     async def _write(self, spec: ModelSpec, place: Path) -> None:
-        beside = place.with_name(f"{place.name}.partial")
-        settings = beside.with_suffix(".partial.json")
+        beside = place.with_name(f"{place.name}{PARTIAL}")
+        settings = beside.with_suffix(f"{PARTIAL}.json")
         try:
             settings.write_text(json.dumps(_settings(spec, beside)), encoding="utf-8")
             await _run(spec, settings, self._log(spec.name), _Progress(self, spec.name, self._emit))
             changed = [it for it in await self._sources.changed([spec]) if it.path == f"models.{spec.name}.source"]
             if changed:
                 raise SourceChanged("files changed while they were quantised:\n" + "\n".join(map(str, changed)))
+            note(beside, spec.source)
             await asyncio.to_thread(_sync, beside)
             beside.rename(place)
         finally:
@@ -117,16 +113,9 @@ class Conversions:
         """Whether the copy is still to be made; tidies up for it. Raises EngineLoadError where it has no room."""
         if place.is_dir():  # somebody else was at it
             return False
-        self._sweep()
+        sweep_alone(self._folder)  # nobody else is at it, as long as we hold the lock
         self._require_space(spec)
         return True
-
-    def _sweep(self) -> None:
-        """Remove what was cut off: nobody else is at it, as long as we hold the lock."""
-        for left in self._folder.glob("*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-        for settings in self._folder.glob("*.partial.json"):
-            settings.unlink(missing_ok=True)
 
     def _require_space(self, spec: ModelSpec) -> None:
         free, needed = shutil.disk_usage(self._folder).free, spec.weights_bytes
@@ -166,6 +155,7 @@ def _settings(spec: ModelSpec, target: Path) -> dict[str, Any]:
         "mode": wanted.mode,
         "layers": wanted.layers,
         "dtype": spec.dtype,
+        "trust_remote_code": spec.trust_remote_code,
     }
 
 
@@ -203,17 +193,9 @@ async def _run(spec: ModelSpec, settings: Path, log: Path, progress: _Progress) 
 async def _alone(path: Path) -> AsyncIterator[None]:
     """Hold a lock that the kernel drops with its process."""
     with path.open("a+b") as file:
-        while not _locked(file):  # noqa: ASYNC110 - the lock may be of another process
+        while not try_lock(file):  # noqa: ASYNC110 - the lock may be of another process
             await asyncio.sleep(_RETRY)
         yield
-
-
-def _locked(file: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _sync(folder: Path) -> None:

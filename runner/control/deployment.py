@@ -12,8 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import msgspec
-
+from runner.control.adapter_versions import AdapterVersions
 from runner.control.demand import Demand
 from runner.control.engine_process import EngineProcess
 from runner.control.engine_spec import configure
@@ -23,7 +22,8 @@ from runner.control.restarts import Restarts
 from runner.control.room import Room
 from runner.control.starting import Starting
 from runner.control.state_folder import StateFolder
-from runner.errors import EngineDied, EngineError, NotServed, RequestError
+from runner.control.unloading import Unloading
+from runner.errors import EngineDied, EngineError, RequestError
 from runner.options import Options
 from runner.plan.spec import ModelSpec
 from runner.protocol import Delta, Generate, Stats
@@ -68,9 +68,9 @@ class Deployment:
         self.held = HeldRequests(self, self._demand, options.load_wait)
         self._using = 0
         self._explaining: asyncio.Task[None] | None = None
-        self._unloading: dict[EngineProcess, asyncio.Task[None]] = {}
-        self._adapter_names: dict[str, str] = {}
-        self._remember_adapters(spec)
+        self._unloading = Unloading(options.drain_timeout)
+        self._adapters = AdapterVersions()
+        self._adapters.remember(spec)
 
     @property
     def state(self) -> str:
@@ -128,8 +128,7 @@ class Deployment:
             engine = self.engine
             if engine is None:
                 engine = await self.held.engine()
-            if request.adapter:
-                request = self._with_current_adapter(request)
+            request = self._adapters.current(request, self.spec)
             async with aclosing(engine.connection.generate(request)) as deltas:
                 async for some in deltas:
                     yield some
@@ -138,21 +137,6 @@ class Deployment:
             if not self._using:
                 self._demand.used()
                 self._room.touch()
-
-    def _with_current_adapter(self, request: Generate) -> Generate:
-        """A request that was routed before an edit and has no row yet gets the adapter's current version."""
-        if any(a.key == request.adapter for a in self.spec.adapters):
-            return request
-        name = self._adapter_names.get(request.adapter, request.adapter)
-        adapter = self.spec.adapter(name)
-        if adapter is None:
-            raise NotServed(
-                f"the model {self.name!r} has no adapter {name!r}", param="adapter_name", code="adapter_not_found"
-            )
-        return msgspec.structs.replace(request, adapter=adapter.key)
-
-    def _remember_adapters(self, spec: ModelSpec) -> None:
-        self._adapter_names.update({a.key: a.name for a in spec.adapters})
 
     # ------------------------------------------------------------- reconciler's side
 
@@ -195,7 +179,7 @@ class Deployment:
         if spec != self.spec:
             self.health.sources_changed("")
         self.spec = spec
-        self._remember_adapters(spec)
+        self._adapters.remember(spec)
         if self.engine is not None:
             self._demand.rearm()
         if changed and self.engine is not None and self.engine.alive:
@@ -277,9 +261,7 @@ class Deployment:
         engine = self._release()
         self.held.let_go()  # whoever waits is told
         deadline = self._options.drain_timeout if deadline is None else deadline
-        for unloading in self._unloading.values():
-            unloading.cancel()
-        ending = [*self._unloading, *([engine] if engine is not None else [])]
+        ending = [*self._unloading.hand_over(), *([engine] if engine is not None else [])]
         await asyncio.gather(*(one.drain(deadline) for one in ending))
 
     async def kill(self) -> None:
@@ -345,14 +327,7 @@ class Deployment:
             return
         self._on_event("unloaded", target=f"models.{self.name}", reason=reason)
         self._room.leaving(engine)
-
-        async def finish() -> None:
-            if engine.alive:
-                await engine.connection.wait_idle()
-            await engine.drain(self._options.drain_timeout)
-
-        task = self._unloading[engine] = asyncio.create_task(finish())
-        task.add_done_callback(lambda _: self._unloading.pop(engine, None))
+        self._unloading.begin(engine)
 
     def came_back(self, engine: EngineProcess, changed: str) -> None:
         """Serve from an engine that takes the place of one that ended; `changed` as from `bring_up_again`."""

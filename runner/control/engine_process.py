@@ -17,6 +17,8 @@ from itertools import chain
 import msgspec
 
 from runner.control.atomic import write_atomically
+from runner.control.backstop import Backstop
+from runner.control.bounds import Bounds
 from runner.control.connection import EngineConnection
 from runner.control.postmortem import lack_of_memory, oom_kills
 from runner.control.state_folder import StateFolder
@@ -61,9 +63,12 @@ class EngineProcess:
     and `lacked_memory` says so, once it is gone, where there was none left to be had.
     """
 
-    def __init__(self, spec: EngineSpec, folder: StateFolder, command: str, on_exit: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: EngineSpec, folder: StateFolder, command: str, backstop: Backstop, on_exit: Callable[[], None]
+    ) -> None:
         self.spec = spec
         self.id = secrets.token_hex(4)
+        self.bounds = Bounds(backstop)
         self.stage = "starting"
         self.loaded: Loaded | None = None
         self.stats: Stats | None = None
@@ -139,12 +144,15 @@ class EngineProcess:
             self._connection.send(Shutdown(0.0))
             self._connection.close()
             raise EngineDied(f"the engine of {self.spec.model} that was left behind cannot be adopted")
+        self.bounds.found(engine_id, self.spec)
         self.started_at = self._folder.engine_spec(engine_id).stat().st_mtime
         self.loaded_at = self.started_at + self.loaded.seconds
         logger.info("engine adopted", extra={"model": self.spec.model, "pid": self.hello.pid})
 
     async def _spawn(self) -> None:
         spec_path = self._folder.engine_spec(self.id)
+        group = self.bounds.enclose(self.id, self.spec)
+        self.spec = msgspec.structs.replace(self.spec, control_group=group)
         write_atomically(spec_path, msgspec.json.encode(self.spec))
         command = shlex.split(self._command) if self._command else python_module("runner.engine")
         with self._folder.engine_log(self.spec.model).open("ab") as log:
@@ -179,10 +187,12 @@ class EngineProcess:
         self.lacked_memory = lack_of_memory(
             code,
             killed_by_us=self._killed,
+            over=self.bounds.broken,
             kills_before=self._kills_before,
             log=self._folder.engine_log(self.spec.model),
             written_before=self._written_before,
         )
+        self.bounds.release()
         self._exited.set()
         logger.info("engine exited", extra={"model": self.spec.model, "pid": process.pid, "code": code})
         self._folder.forget_engine(self.id)
@@ -208,6 +218,8 @@ class EngineProcess:
             if not self._draining:
                 self._signal(signal.SIGKILL)
             if self._process is None:  # adopted: not a child, so its socket is all there is to wait for
+                self.lacked_memory = self.bounds.broken
+                self.bounds.release()
                 self._exited.set()
                 self._folder.forget_engine(self.id)
             self._gone()
@@ -234,6 +246,7 @@ class EngineProcess:
                 self._settle(key, EngineLoadError(reason))
             case Stats():
                 self.stats = message
+                self.bounds.kept_to(message.budget_bytes)
             case Overrun():
                 self.overrun = message
             case _:
@@ -273,6 +286,7 @@ class EngineProcess:
 
     def budget(self, memory_limit: int) -> None:
         """Have it keep to so many bytes from now on."""
+        self.bounds.told(memory_limit)
         self.connection.send(Configure(memory_limit_bytes=memory_limit))
 
     async def gone(self) -> None:
@@ -307,6 +321,7 @@ class EngineProcess:
     async def kill(self) -> None:
         """End the process now and wait until it is gone."""
         if self.pid is None:
+            self.bounds.release()
             return
         self._killed = True
         self._signal(signal.SIGKILL)

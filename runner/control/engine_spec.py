@@ -27,6 +27,8 @@ def engine_spec(spec: ModelSpec, folder: Path, options: Options, budget: int) ->
         working_bytes=spec.memory.working(spec.limits.prefill_step_size),
         draft=str(spec.draft.path) if spec.draft else "",
         num_draft_tokens=spec.limits.num_draft_tokens,
+        trust_remote_code=spec.trust_remote_code,
+        trust_draft_code=spec.draft is not None and spec.draft.trust_remote_code,
         dtype=spec.dtype,
         kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
         kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,

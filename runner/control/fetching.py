@@ -33,7 +33,7 @@ class Fetching:
         def told(progress: Progress) -> None:
             self._told(progress, models[progress.repo, progress.revision])
 
-        jobs = [Job(d.repo, d.revision, d.kinds) for d in downloads]
+        jobs = [Job(d.repo, d.revision, d.kinds, code=d.code) for d in downloads]
         try:
             await download(jobs, told, token=compiled.hub_token, log=self._log, patience=self._patience)
         except Refused as refused:
@@ -45,14 +45,21 @@ class Fetching:
             raise download_failed(downloads, refused.failures) from None
 
     def _told(self, progress: Progress, models: Iterable[str]) -> None:
-        about = {"repo": progress.repo, "revision": progress.revision}
+        tell_progress(self._events, progress)
         if progress.whole:
-            self._events.emit("downloaded", **about, commit=progress.commit, bytes=progress.total)
             return
         share = progress.done * 100 // progress.total if progress.total else 0
         message = f"{progress.repo} at {progress.revision}: {share} % of {progress.total / 2**20:.1f} MiB"
         self._wanted.not_downloaded(models, "Downloading", message)
-        self._events.tell("download_progress", **about, done_bytes=progress.done, total_bytes=progress.total)
+
+
+def tell_progress(events: EventLog, progress: Progress) -> None:
+    """How far a repository is, for whoever follows; that it has come is kept."""
+    about = {"repo": progress.repo, "revision": progress.revision}
+    if progress.whole:
+        events.emit("downloaded", **about, commit=progress.commit, bytes=progress.total)
+    else:
+        events.tell("download_progress", **about, done_bytes=progress.done, total_bytes=progress.total)
 
 
 def download_failed(downloads: Iterable[Download], failures: Iterable[Failure]) -> DownloadFailed:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.control.backstop import Backstop
 from runner.control.conditions import Wanted
 from runner.control.deployment import Deployment, Standing
 from runner.control.directory import Directory
@@ -53,7 +54,8 @@ class Live:
         self.directory = Directory()
         self.admin: Control | None = None
         self.metrics = GatewayMetrics()
-        self.room = Room(self._tenants, options.load_wait, emit)
+        self.backstop = Backstop(folder, wanted=options.cgroups)
+        self.room = Room(self._tenants, options.load_wait, emit, self.backstop)
         self.deployments: dict[str, Deployment] = {}
         self.coming: dict[str, Deployment] = {}
         self.listeners: dict[str, Listener] = {}
@@ -148,6 +150,7 @@ class Live:
         self.listeners.clear()
         self.deployments.clear()
         await self.settle()
+        await self.backstop.close()
 
 
 def _run(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:

@@ -34,6 +34,7 @@ def status_of(deployment: Deployment) -> dict[str, Any]:
         "notes": loaded.notes if loaded else [],
         "weights_bytes": deployment.spec.weights_bytes,
         "active_bytes": stats.active_bytes if stats else (loaded.active_bytes if loaded else None),
+        "hard_limit_bytes": engine.bounds.limit_of(engine.pid) if engine else 0,
         "rows": stats.rows if stats else 0,
         "waiting": (stats.waiting if stats else 0) + deployment.held.count,
         "in_flight": engine.connection.in_flight if engine and engine.alive else 0,
@@ -49,7 +50,7 @@ def absent(name: str) -> dict[str, Any]:
     return {
         **dict.fromkeys(("pid", "started_at", "loaded_at", "load_seconds", "active_bytes")),
         **dict.fromkeys(("stage", "source", "digest", "device", "last_error"), ""),
-        **dict.fromkeys(("weights_bytes", "rows", "waiting", "in_flight", "restarts"), 0),
+        **dict.fromkeys(("weights_bytes", "hard_limit_bytes", "rows", "waiting", "in_flight", "restarts"), 0),
         **dict.fromkeys(("drafted_tokens", "accepted_tokens"), 0),
         "aliases": [],
         "adapters": [],

@@ -31,9 +31,14 @@ def oom_kills() -> int:
     return found
 
 
-def lack_of_memory(code: int, *, killed_by_us: bool, kills_before: int, log: Path, written_before: int) -> str:
-    """What an exit has to do with memory; empty for nothing. `code` is negative for a signal, `kills_before` what
-    `oom_kills` was and `written_before` how long the log was when the process was started."""
+def lack_of_memory(
+    code: int, *, killed_by_us: bool, over: str, kills_before: int, log: Path, written_before: int
+) -> str:
+    """What an exit has to do with memory; empty for nothing. `code` is negative for a signal, `over` what its control
+    group says of it, `kills_before` what `oom_kills` was and `written_before` how long the log was when the process was
+    started."""
+    if code == -signal.SIGKILL and over and not killed_by_us:
+        return over
     if code == -signal.SIGKILL and not killed_by_us and oom_kills() > kills_before:
         return "the kernel ended the engine because the machine was out of memory"
     if code == 0 or killed_by_us:

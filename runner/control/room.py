@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from runner.control.backstop import Backstop
 from runner.control.engine_process import EngineProcess
 from runner.errors import EngineDied
 from runner.machine import available_memory, resident_bytes
@@ -101,10 +102,18 @@ class _Claim:
 
 class Room:
     """The memory that engines share. `limit` is in bytes, 0 where the manifest declares none; `patience` in seconds is
-    how long a model may wait for room. `tenants` are the deployments, `emit` tells what happens."""
+    how long a model may wait for room. `tenants` are the deployments, `emit` tells what happens, and `backstop` is what
+    holds engines that do not keep to what they were told."""
 
-    def __init__(self, tenants: Callable[[], Iterable[Tenant]], patience: float, emit: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        tenants: Callable[[], Iterable[Tenant]],
+        patience: float,
+        emit: Callable[..., None],
+        backstop: Backstop,
+    ) -> None:
         self.limit = 0
+        self.backstop = backstop
         self._tenants = tenants
         self._patience = patience
         self._emit = emit
@@ -279,7 +288,7 @@ class Room:
         specs = [holding.spec for holding in self._held if not holding.leaving]
         specs += [coming] if coming is not None else []
         spare = self.limit - sum(map(_needed, specs))
-        if spare <= 0:  # a limit that leaves no room for processes was meant as plans count: for models alone
+        if spare <= 0:  # old and new side by side: plans count models alone then, and so does this
             spare = max(0, self.limit - sum(map(least, specs)))
         growth = {id(spec): _growth(spec, self.limit) for spec in specs}
         whole = sum(growth.values()) or 1

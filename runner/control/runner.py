@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from runner.control.admin import Admin
+from runner.control.admin import Admin, Places
 from runner.control.attempt import Attempt
 from runner.control.compiled import Compiled
 from runner.control.compiler import Compiler
@@ -58,11 +58,12 @@ class Runner:
         self._live = Live(self._folder, options, self._events.emit)
         self._compiler = compiler
         self._reconciler = Reconciler(compiled, self._live, self._events, compiler)
-        self._reconciler.watching = watch
-        self._reconciler.frozen = frozen
+        self._reconciler.followed.watching = watch
+        self._reconciler.followed.frozen = frozen
         requests = Requests(self._reconciler, self._live, self._events, self.status, self._end)
-        servers, state = (lambda: list(self._live.listeners)), options.state_dir
-        self._live.admin = Admin(self._reconciler, self.status, servers, requests.carry_through, state)
+        servers = lambda: list(self._live.listeners)  # noqa: E731
+        places = Places(options.state_dir, self._folder.log, options.converted)
+        self._live.admin = Admin(self._reconciler, self.status, servers, requests.carry_through, places, self._events)
         self._requests = requests
         self._control = ControlSocket(self._folder.control_socket, requests.handlers, FEEDS)
         self._scope = scope
@@ -82,6 +83,7 @@ class Runner:
         self._catch_signals()
         try:
             await self._control.start()
+            self._events.emit("memory_backstop", **self._live.backstop.open())
             return await self._serve()
         finally:
             await self._shut_down()
@@ -163,6 +165,7 @@ class Runner:
             "started_at": self._started_at,
             "stopping": self._stop.is_set(),
             **self._reconciler.status(),
+            "memory_backstop": self._live.backstop.as_json,
             "servers": [
                 {
                     "name": listener.spec.name,

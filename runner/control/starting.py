@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
@@ -43,11 +44,14 @@ class Starting:
 
     async def start(self, spec: ModelSpec) -> EngineProcess:
         """An engine of `spec` that has generated a token. Raises EngineLoadError and EngineDied."""
-        folder = await self._conversions.folder_for(spec)
+        async with self._conversions.folder_for(spec) as folder:
+            return await self._start(spec, folder)
+
+    async def _start(self, spec: ModelSpec, folder: Path) -> EngineProcess:
         place = await self._room.enter(self._tenant, spec)
         what = engine_spec(spec, folder, self._options, place.budget)
         command = self._options.engine_command
-        engine = EngineProcess(what, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(what, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         self.engine = place.engine = engine
         try:
             await engine.start()
@@ -66,7 +70,7 @@ class Starting:
         Raises OSError and EngineDied.
         """
         command = self._options.engine_command
-        engine = EngineProcess(spec, self._folder, command, lambda: self._gone(engine))
+        engine = EngineProcess(spec, self._folder, command, self._room.backstop, lambda: self._gone(engine))
         await engine.adopt(engine_id)
         self._room.note(engine, self._tenant.spec)
         return engine

@@ -9,21 +9,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from runner.errors import AlreadyRunning
+from runner.errors import AlreadyRunning, RunnerError
 
 _SOCKET_PATH_LIMIT: Final = 100
 """Bytes. macOS allows 103 characters in a unix socket's path, Linux 107."""
 
 
 class StateFolder:
-    """The paths of one runner. Creating the object creates the folders, mode 0700."""
+    """The paths of one runner. Creating the object creates the folders, mode 0700. Raises RunnerError where they cannot
+    be made."""
 
     def __init__(self, root: Path, name: str, *, create: bool = True) -> None:
         self.name = name
         self.folder = root / name
         if create:
-            for folder in (self.folder, self.folder / "logs", self.folder / "e"):
+            self._make(self.folder, self.folder / "logs", self.folder / "e")
+
+    @staticmethod
+    def _make(*folders: Path) -> None:
+        for folder in folders:
+            try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunnerError(
+                    f"the state folder {folder} cannot be made: {error.strerror}",
+                    hint="Mend it, or choose another place with MLX_RUN_STATE_DIR.",
+                ) from None
 
     @property
     def control_socket(self) -> Path:
@@ -74,6 +85,14 @@ class StateFolder:
     def engines(self) -> list[str]:
         """Ids of the engines that were started and not seen to end."""
         return sorted(path.stem for path in (self.folder / "e").glob("*.json"))
+
+    def engine_group(self, engine_id: str) -> Path:
+        """Says where an engine's control group is (`runner.control.backstop`)."""
+        return self.folder / "e" / f"{engine_id}.group"
+
+    def engine_groups(self) -> list[str]:
+        """Ids of the engines whose groups may not have been removed."""
+        return sorted(path.stem for path in (self.folder / "e").glob("*.group"))
 
     def forget_engine(self, engine_id: str) -> None:
         """Remove what an engine leaves behind."""

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
+from runner.control.followed import Followed
 from runner.manifest.inputs import Inputs
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,9 @@ POLL = 1.0
 class Subject(Protocol):
     """What is kept in step with its files; `runner.control.reconciler.Reconciler` is."""
 
-    inputs: Inputs
-    """What was last read. A pass notes what it reads; what changes behind its back is seen in the next look."""
-    watching: bool
-    """Whether edits count; tries that are due are made all the same."""
+    followed: Followed
+    """What was last read: a pass notes its inputs, and what changes behind its back is seen in the next look. Where it
+    is not watching, edits do not count; tries that are due are made all the same."""
 
     def prepare(self) -> None:
         """A pass is coming, once the files have settled."""
@@ -59,21 +59,21 @@ class Watcher:
 
     async def run(self) -> None:
         """Watch until cancelled."""
+        followed = self._reconciler.followed
         try:
             retry_at: float | None = None
             while True:
-                watching = self._reconciler.watching
-                self._follow(self._reconciler.inputs.folders_to_watch() if watching else ())
+                self._follow(followed.inputs.folders_to_watch() if followed.watching else ())
                 retry_at = await self._wait(retry_at)
                 due = retry_at is not None and asyncio.get_running_loop().time() >= retry_at
-                if not (self._reconciler.watching or due):
+                if not (followed.watching or due):
                     continue
-                now = self._reconciler.inputs.now()
-                if now == self._reconciler.inputs and not due:
+                now = followed.inputs.now()
+                if now == followed.inputs and not due:
                     continue
                 self._reconciler.prepare()
                 # What a pass that fails early does not come to read is not looked at again until it changes again.
-                self._reconciler.inputs = await self._settled(now)
+                followed.inputs = await self._settled(now)
                 await self._reconciler.reconcile()
                 delay = self._reconciler.retry_delay()
                 retry_at = None if delay is None else asyncio.get_running_loop().time() + delay
@@ -96,7 +96,7 @@ class Watcher:
 
         An edit does not wait for a folder into which something large is being copied.
         """
-        read = self._reconciler.inputs
+        read = self._reconciler.followed.inputs
         quiet = QUIET
         while True:
             await asyncio.sleep(quiet)

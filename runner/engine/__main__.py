@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 
-from runner.engine.environment import restart_if_needed
+from runner.engine.environment import restart_if_needed, stay_offline
 
 
 def main() -> int:
     """See `runner.engine.command.serve`."""
     started = restart_if_needed(time.monotonic())
+    stay_offline()
     # Imported here: a process that replaces itself first would pay for it twice (40 of 240 ms).
     from runner.engine.command import serve  # noqa: PLC0415
 

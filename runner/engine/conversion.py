@@ -32,14 +32,14 @@ class Refused(Exception):  # noqa: N818 - a condition
 def convert(source: Path, target: Path, settings: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
     """Write `source`, quantised, into the folder `target`, which is new.
 
-    `settings` has `bits`, `group_size`, `mode`, `layers` (patterns to such a mapping, or False) and `dtype` ("" for
-    what config.json says). `tell` gets the bytes that are written, and all of them. Raises Refused, OSError, and what
-    upstream raises.
+    `settings` has `bits`, `group_size`, `mode`, `layers` (patterns to such a mapping, or False), `dtype` ("" for what
+    config.json says) and `trust_remote_code`. `tell` gets the bytes that are written, and all of them. Raises Refused,
+    OSError, and what upstream raises.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if "quantization" in config or "quantization_config" in config:
         raise Refused("the source is quantised already")
-    model, config = load_weights(source, config, [])
+    model, config = load_weights(source, config, [], trust_remote_code=settings["trust_remote_code"])
     _cast(model, settings["dtype"] or _stated_dtype(config))
     predicate = _Rules(settings["layers"], getattr(model, "quant_predicate", None))
     model, config = quantize_model(

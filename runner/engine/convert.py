@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from runner.engine.environment import restart_if_needed
+from runner.engine.environment import restart_if_needed, stay_offline
 
 _TELL_EVERY: Final = 0.2
 """Seconds between two messages."""
@@ -54,5 +54,6 @@ def _say(message: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     restart_if_needed(time.monotonic())
+    stay_offline()
     sys.stdout = sys.stderr  # upstream prints
     sys.exit(main(sys.argv[1:]))

@@ -10,11 +10,12 @@ the same noise, by token id, as in `runner.engine.draw`.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, Final
 
 import mlx.core as mx
+
+from runner.engine import cuda_kernels
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -216,7 +217,7 @@ _LEAST_SHIFTS: Final = {mx.bfloat16: 16, mx.float16: 12, mx.float32: 0}
 
 def applies(logits: mx.array) -> bool:
     """Whether the kernel can take a call."""
-    return _available() and logits.dtype in _LEAST_SHIFTS
+    return cuda_kernels.usable(SWITCH) and logits.dtype in _LEAST_SHIFTS
 
 
 def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array) -> mx.array:
@@ -236,11 +237,6 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array) -> mx.arra
     )
     result: mx.array = tokens
     return result
-
-
-@cache
-def _available() -> bool:
-    return os.environ.get(SWITCH) != "0" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
 @cache

@@ -83,6 +83,12 @@ def notes(environ: Mapping[str, str]) -> list[str]:
     return [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {_DEBIAN}"]
 
 
+def stay_offline() -> None:
+    """Have the hub's library ask for nothing in this process: what is loaded is what was planned and fetched, and code
+    that a trusted repository takes from another one would be neither."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def restart_if_needed(now: float) -> float:
     """Replace this process by itself with the environment that it needs.
 

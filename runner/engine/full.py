@@ -13,15 +13,20 @@ from runner.engine.narrow import NAMED_TOKENS
 from runner.engine.tokenizer import Tokenizer
 
 
-def full_model(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model with its weights, not yet evaluated, and its configuration. Raises what upstream raises."""
-    model, config = mlx_lm_utils.load_model(folder, lazy=True)
+def full_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, not yet evaluated, and its configuration. `trust_remote_code`: the Python file that
+    config.json names is run. Raises what upstream raises."""
+    model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     return model, config
 
 
-def full_tokenizer(folder: Path, eos_ids: frozenset[int]) -> tuple[Tokenizer, Render | None]:
-    """The folder's tokenizer and its chat renderer. Raises what transformers raises."""
-    wrapper = mlx_lm_utils.load_tokenizer(folder, eos_token_ids=sorted(eos_ids) or None)
+def full_tokenizer(
+    folder: Path, eos_ids: frozenset[int], *, trust_remote_code: bool = False
+) -> tuple[Tokenizer, Render | None]:
+    """The folder's tokenizer and its chat renderer. `trust_remote_code`: a class that the folder brings is run. Raises
+    what transformers raises."""
+    settings = {"trust_remote_code": trust_remote_code}
+    wrapper = mlx_lm_utils.load_tokenizer(folder, settings, eos_token_ids=sorted(eos_ids) or None)
     inner = wrapper._tokenizer  # noqa: SLF001 - upstream's wrapper has no public name for it
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:

@@ -49,8 +49,8 @@ class JoinedLayers:
         self._x, self._parts = None, []
 
 
-class PartialLinear(nn.Linear):  # type: ignore[misc]
-    """A linear layer that is computed with its siblings. Its weight is a view of theirs."""
+class _Part(nn.Module):  # type: ignore[misc]
+    """One layer of a group that is computed at once."""
 
     def __init__(self, joined: JoinedLayers, index: int, **arrays: mx.array) -> None:
         nn.Module.__init__(self)
@@ -68,24 +68,16 @@ class PartialLinear(nn.Linear):  # type: ignore[misc]
         return self._joined.part(self._index, x)
 
 
-class PartialQuantizedLinear(nn.QuantizedLinear):  # type: ignore[misc]
+class PartialLinear(_Part, nn.Linear):  # type: ignore[misc]
+    """A linear layer that is computed with its siblings. Its weight is a view of theirs."""
+
+
+class PartialQuantizedLinear(_Part, nn.QuantizedLinear):  # type: ignore[misc]
     """The same for packed weights."""
 
     def __init__(self, joined: JoinedLayers, index: int, **arrays: mx.array) -> None:
-        nn.Module.__init__(self)
-        self._joined, self._index = joined, index
+        super().__init__(joined, index, **arrays)
         self.group_size, self.bits, self.mode = joined.layer.group_size, joined.layer.bits, joined.layer.mode
-        for name, array in arrays.items():
-            self[name] = array
-
-    @property
-    def place(self) -> tuple[JoinedLayers, int]:
-        """The group, and the index in it."""
-        return self._joined, self._index
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x is [..., in]."""
-        return self._joined.part(self._index, x)
 
 
 def join_siblings(model: Any, try_out: Callable[[], object]) -> int:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import mlx.core as mx
@@ -23,6 +23,8 @@ from runner.engine.narrow import NotNarrow, narrow_tokenizer
 from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
 from runner.errors import EngineLoadError
+
+_CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true beside the source in the manifest."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +57,28 @@ def load(
     quantisation: Quantisation | None = None,
     chat_template: str = "",
     dtype: str = "",
+    *,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells;
     `chat_template` is a file in place of its own, "" for that.
 
     `slack` is how many tokens its caches can take back where it has sliding windows. `dtype` is what the model
-    computes in, "" for its own: but on the CPU that is float32 then, which is several times faster there. Raises
+    computes in, "" for its own: but on the CPU that is float32 then, which is several times faster there.
+    `trust_remote_code`: Python code that the folder brings, as its architecture or its tokenizer, is run. Raises
     EngineLoadError: the folder is not a model, or one that cannot be served.
     """
     config = _read_config(folder)
     notes: list[str] = []
     try:
-        model, config = load_weights(folder, config, notes)
+        model, config = load_weights(folder, config, notes, trust_remote_code=trust_remote_code)
         if not dtype and mx.default_device() == mx.Device(mx.cpu):
             dtype = "float32"
         if dtype:
             model.set_dtype(getattr(mx, dtype))
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
         mx.eval(model.parameters())
-        tokenizer, render = _load_tokenizer(folder, config, notes)
+        tokenizer, render = _load_tokenizer(folder, config, notes, trust_remote_code=trust_remote_code)
         if chat_template:
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
@@ -129,7 +134,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> tuple[Any, dict[str, Any]]:
+def load_weights(
+    folder: Path, config: dict[str, Any], notes: list[str], *, trust_remote_code: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """The model with its weights, not yet evaluated, and its configuration. Raises EngineLoadError where it brings its
+    architecture as code that may not be run, and what upstream raises."""
+    if (named := config.get("model_file")) and not trust_remote_code:
+        raise EngineLoadError(f"{folder.name} brings its architecture as Python code ({named})", hint=_CONSENT)
     try:
         if "__float__" in json.dumps(config):
             raise NotNarrow("config.json has tagged numbers")
@@ -139,17 +150,24 @@ def load_weights(folder: Path, config: dict[str, Any], notes: list[str]) -> tupl
     # Imported here: 1.2 s and 77 MB that most models need not pay.
     from runner.engine.full import full_model  # noqa: PLC0415
 
-    return full_model(folder)
+    return full_model(folder, trust_remote_code=trust_remote_code)
 
 
-def _load_tokenizer(folder: Path, config: Mapping[str, Any], notes: list[str]) -> tuple[Tokenizer, Render | None]:
+def _load_tokenizer(
+    folder: Path, config: Mapping[str, Any], notes: list[str], *, trust_remote_code: bool
+) -> tuple[Tokenizer, Render | None]:
     try:
         tokenizer, template = narrow_tokenizer(folder, config, eos_ids(config))
     except NotNarrow as reason:
         notes.append(f"tokenizer loaded by transformers: {reason}")
         from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
 
-        return full_tokenizer(folder, eos_ids(config))
+        try:
+            return full_tokenizer(folder, eos_ids(config), trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise EngineLoadError(f"{folder.name} brings its tokenizer as Python code", hint=_CONSENT) from None
     return tokenizer, None if template is None else jinja_render(template, tokenizer.special_tokens)
 
 

@@ -117,8 +117,20 @@ class EngineProcess:
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
-        model = load(Path(spec.path), spec.tool_parser, slack, quantisation, spec.chat_template, spec.dtype)
-        speculation, notes = speculate(Path(spec.draft), model, slack) if spec.draft else (None, [])
+        model = load(
+            Path(spec.path),
+            spec.tool_parser,
+            slack,
+            quantisation,
+            spec.chat_template,
+            spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        speculation, notes = (
+            speculate(Path(spec.draft), model, slack, trust_remote_code=spec.trust_draft_code)
+            if spec.draft
+            else (None, [])
+        )
         engine = Engine(
             model,
             Limits.of(spec),

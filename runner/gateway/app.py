@@ -37,9 +37,8 @@ def _add_openai(app: App[Any, Any], listener: str, directory: Directory, metrics
 APIS: Final[dict[str, AddRoutes]] = {
     "openai": _add_openai,
     "anthropic": anthropic.add_routes,
-    "ollama": ollama.add_routes,
 }
-"""The APIs that a `servers` entry may name, beside admin."""
+"""The APIs that a `servers` entry may name, beside admin, and ollama, which does more where admin is there too."""
 
 
 def build_app(
@@ -56,7 +55,9 @@ def build_app(
         assert control is not None, "who serves the admin API can be administered"
         admin.add_routes(app, spec.name, control)
     for api in spec.apis:
-        if api != "admin":
+        if api == "ollama":
+            ollama.add_routes(app, spec.name, directory, metrics, control if "admin" in spec.apis else None)
+        elif api != "admin":
             APIS[api](app, spec.name, directory, metrics)
     if "anthropic" in spec.apis:
         add_models(app, spec.name, directory, shared="openai" in spec.apis)

@@ -79,6 +79,10 @@ def page(document: Mapping[str, Any]) -> str:
 
 def _operation(path: str, method: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
     yield f"<details><summary><b>{method}</b> <code>{escape(path)}</code> {escape(operation['summary'])}</summary>"
+    if parameters := operation.get("parameters"):
+        required = [p["name"] for p in parameters if p["required"]]
+        asked = {"properties": {p["name"]: p["schema"] for p in parameters}, "required": required}
+        yield f"<table>{''.join(_fields(asked, schemas))}</table>"
     body = operation.get("requestBody")
     if body is not None:
         schema = body["content"]["application/json"]["schema"]

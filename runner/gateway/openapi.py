@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +28,8 @@ _PARAMETER: Final = re.compile(r"{(\w+)(?::\w+)?}")
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `body` is the type that decodes it, `stream` how an answer comes in pieces.
+    """One method of one path. `body` is the type that decodes it, `stream` how an answer comes in pieces, `query` its
+    parameters as JSON Schema, those without a default required.
 
     `status` are the answers other than 200 that it may give.
     """
@@ -40,6 +41,7 @@ class Operation:
     stream: str = ""
     answer: str = _JSON
     status: tuple[int, ...] = ()
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _ASKING: Final = (400, 404, 413, 415, 500, 503)
@@ -78,12 +80,21 @@ OPERATIONS: Final[Mapping[str, tuple[Operation, ...]]] = {
         Operation("get", "/api/ps", "The models that are loaded"),
         Operation("get", "/api/version", "The version of the API"),
         Operation("post", "/api/show", "One model", ollama.ShowRequest, status=(400, 404, 413)),
-        Operation("post", "/api/pull", "Make sure of a model", ollama.PullRequest, _LINES, status=(400, 404, 413)),
+        Operation(
+            "post", "/api/pull", "Fetch a model", ollama.PullRequest, _LINES, status=(400, 403, 404, 413, 422, 502, 503)
+        ),
         Operation("post", "/api/create", "Make sure of a model", ollama.CreateRequest, _LINES, status=(400, 413, 501)),
     ),
     "admin": (
         Operation("get", "/v1/status", "What is up, and how it stands"),
         Operation("get", "/v1/models/available", "What is in the hub's cache and in folders that manifests use"),
+        Operation(
+            "get",
+            "/v1/models/search",
+            "What the hub has for some words, and whether it would fit here",
+            status=(400, 502, 503),
+            query=admin.SEARCH,
+        ),
         Operation("post", "/v1/plan", "What apply would do", admin.Plan, status=_CHANGING),
         Operation("post", "/v1/apply", "Make the manifest live, as its files are now", admin.Apply, status=_CHANGING),
         Operation("post", "/v1/models/load", "Serve a model", admin.LoadModel, status=_CHANGING),
@@ -129,6 +140,7 @@ _MEANINGS: Final = {
     200: "The answer",
     400: "The request is refused; the error names the field",
     401: "No key, or not a valid one",
+    403: "This server may not do that: it has no admin API",
     404: "No such model, adapter or object here",
     409: "It does not go with how things stand: another generation, an edit that is not live, another declaration",
     413: "The body is over the server's limit",
@@ -136,6 +148,7 @@ _MEANINGS: Final = {
     422: "It was tried and cannot be had; nothing was changed",
     500: "The engine failed on this request",
     501: "Models come from the manifest here",
+    502: "The hub cannot be reached, or refuses",
     503: "Loading, draining, or the queue is full: see Retry-After",
 }
 
@@ -155,14 +168,20 @@ def _operation(api: str, operation: Operation, schema: Any, *, locked: bool) -> 
         "tags": [api or "server"],
         "responses": dict(sorted(answers.items())),
     }
-    if names := _PARAMETER.findall(operation.path):
-        text = {"type": "string", "minLength": 1}
-        made["parameters"] = [{"name": name, "in": "path", "required": True, "schema": text} for name in names]
+    if parameters := list(_parameters(operation)):
+        made["parameters"] = parameters
     if schema is not None:
         made["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
     if locked:
         made["security"] = [{"key": []}]
     return made
+
+
+def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
+    for name in _PARAMETER.findall(operation.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    for name, schema in operation.query.items():
+        yield {"name": name, "in": "query", "required": "default" not in schema, "schema": dict(schema)}
 
 
 def main() -> None:

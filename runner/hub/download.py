@@ -16,7 +16,7 @@ from runner.processes import python_module
 
 
 class Progress(NamedTuple):
-    """How far a repository has come, in bytes. `commit` is empty until it is `whole` and in the cache."""
+    """How far a repository has come, in bytes. `commit` is what its revision means; it is in the cache once `whole`."""
 
     repo: str
     revision: str
@@ -50,6 +50,7 @@ async def download(
     if is_offline(os.environ):
         raise Refused([_offline(job) for job in jobs])
     failures: list[Failure] = []
+    commits: dict[tuple[str, str], str] = {}
     async for line in lines("runner.hub.fetch", request(list(jobs), token, patience or Patience()), log):
         if "failed" in line:
             failures.append(Failure(**line["failed"]))
@@ -59,7 +60,9 @@ async def download(
             told(Progress(done["repo"], done["revision"], total, total, done["commit"], whole=True))
         else:
             here = line.get("started") or line["bytes"]
-            told(Progress(here["repo"], here["revision"], here["done"], here["total"]))
+            key = (here["repo"], here["revision"])
+            commit = commits.setdefault(key, here.get("commit", ""))
+            told(Progress(*key, here["done"], here["total"], commit))
     if failures:
         raise Refused(failures)
 

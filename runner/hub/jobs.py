@@ -12,13 +12,15 @@ KINDS: Final[tuple[Kind, ...]] = ("model", "adapter")
 class Job(NamedTuple):
     """A repository at a revision. `kinds` say what it is to serve as, nothing: whatever it is.
 
-    `verify`: read what is in the cache already, too, and fetch again what is not as the hub says.
+    `verify`: read what is in the cache already, too, and fetch again what is not as the hub says. `code`: its Python
+    files as well.
     """
 
     repo: str
     revision: str
     kinds: tuple[Kind, ...] = ()
     verify: bool = False
+    code: bool = False
 
     def __str__(self) -> str:
         return f"{self.repo} ({self.revision})" if self.revision else self.repo

@@ -33,7 +33,7 @@ def listing(client: Client, job: Job) -> Listing:
         )
         raise Failed(Failure(job.repo, job.revision, "E807", f"{job} cannot be served: {why}", hint))
     files = []
-    for name in needed(siblings, kinds):
+    for name in needed(siblings, kinds, code=job.code):
         sibling = siblings[name]
         lfs = sibling.lfs
         digest = f"sha256:{lfs.sha256}" if lfs is not None else f"git:{sibling.blob_id}"

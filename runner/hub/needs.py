@@ -1,4 +1,5 @@
-"""Which files of a repository are fetched: safetensors and what belongs to them, and never code or other weights."""
+"""Which files of a repository are fetched: safetensors and what belongs to them, never other weights, and code only by
+consent."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ _OF_A_MODEL: Final = (
     "*.tiktoken",
     "tiktoken.model",
 )
-"""As mlx-lm has it, without Python files: nothing here runs what a repository brings."""
+"""As mlx-lm has it, without Python files."""
+
+CODE: Final = "*.py"
+"""Of a model whose entry says `trust_remote_code`: all of them, since they import each other."""
 
 _OF_AN_ADAPTER: Final = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors")
 """Without the checkpoints of training beside them."""
@@ -25,10 +29,16 @@ _OF_AN_ADAPTER: Final = ("adapter_config.json", "adapters.safetensors", "adapter
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".npz", ".onnx", ".h5", ".safetensors")
 
 
-def needed(names: Iterable[str], kinds: Collection[Kind]) -> list[str]:
-    """Of a repository's files those that it takes to serve it as one of `kinds`."""
+def needed(names: Iterable[str], kinds: Collection[Kind], *, code: bool = False) -> list[str]:
+    """Of a repository's files those that it takes to serve it as one of `kinds`; with its `code` or without."""
     patterns = [p for kind in kinds for p in (_OF_A_MODEL if kind == "model" else _OF_AN_ADAPTER)]
+    patterns += [CODE] if code else []
     return [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a model's folder holds weights, as mlx-lm looks for them."""
+    return name.startswith("model") and name.endswith(".safetensors")
 
 
 def kinds_of(names: Collection[str]) -> tuple[Kind, ...]:

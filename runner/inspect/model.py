@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from runner.hub.needs import is_weights
 from runner.inspect.architectures import cache_layout
 from runner.inspect.caches import CacheLayout
 from runner.inspect.config import Config, read_config
@@ -50,8 +51,3 @@ def _read(folder: Path, cache: DigestCache) -> ModelFacts:
     except BadFolder as error:
         groups, unclear = tensors.groups, error.message
     return ModelFacts(config, groups, tensors.written_by, layout, unclear)
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file of a model's folder holds weights, as mlx-lm looks for them."""
-    return name.startswith("model") and name.endswith(".safetensors")

@@ -31,6 +31,7 @@ def advise(loaded: Loaded) -> list[Diagnostic]:
         entries += [((*at, "draft"), model.draft)] if model.draft else []
         for path, entry in entries:
             found += [*_unpinned(loaded, path, entry), *_left_behind(loaded, path, entry)]
+            found += _trusting(loaded, path, entry)
     return loaded.tree.in_order(found)
 
 
@@ -43,6 +44,13 @@ def _left_behind(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) 
         message = f"is from {revision.name}, but the source from {source.name}: a commit of another repository?"
         hint = f"give {source.name} a revision too, or revision: !reset"
         yield _warning(loaded, "W602", (*path, "revision"), message, hint)
+
+
+def _trusting(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> Iterator[Diagnostic]:
+    if not isinstance(entry, Adapter) and entry.trust_remote_code:
+        message = f"the Python code that {entry.source} brings runs with all that you may do"
+        hint = "read it, and lock its commit; remove this where the model needs no code of its own"
+        yield _warning(loaded, "W614", (*path, "trust_remote_code"), message, hint)
 
 
 def _unpinned(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> Iterator[Diagnostic]:

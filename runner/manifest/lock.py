@@ -34,13 +34,14 @@ class LockedFile(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class LockedSource:
     """What one source is. `source` and `revision` are as in the manifest, `commit` is empty of a folder, `tokenizer` a
-    digest of the files that turn text into tokens, empty of an adapter."""
+    digest of the files that turn text into tokens, empty of an adapter. `code`: its Python files are among `files`."""
 
     source: str
     revision: str | None = None
     commit: str = ""
     tokenizer: str = ""
     files: Mapping[str, LockedFile] = field(default_factory=dict)
+    code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,8 @@ def _source(entry: Any) -> LockedSource:
     if not all(re.fullmatch(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}", file.digest) for file in files.values()):
         raise ValueError
     tokenizer = str(entry.get("tokenizer", ""))
-    return LockedSource(entry["source"], None if revision is None else str(revision), commit, tokenizer, files)
+    code = entry.get("trust_remote_code", False) is True
+    return LockedSource(entry["source"], None if revision is None else str(revision), commit, tokenizer, files, code)
 
 
 def lock_text(manifest: str, sources: Mapping[str, LockedSource]) -> str:
@@ -111,6 +113,8 @@ def lock_text(manifest: str, sources: Mapping[str, LockedSource]) -> str:
             entry["revision"] = held.revision
         if held.commit:
             entry["commit"] = held.commit
+        if held.code:
+            entry["trust_remote_code"] = True
         if held.tokenizer:
             entry["tokenizer"] = held.tokenizer
         entry["files"] = {name: _Inline(held.files[name]._asdict()) for name in sorted(held.files)}

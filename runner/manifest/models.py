@@ -129,6 +129,11 @@ class Draft(_Section):
     revision: _Text | None = Field(
         None, description="Branch, tag or commit of a hub source. Default: main.", examples=["main"]
     )
+    trust_remote_code: bool = Field(
+        False,
+        description="As of a model, for the draft's own source: what its model says does not count.",
+        examples=[True],
+    )
     num_draft_tokens: int = Field(4, ge=1, le=64, description="Tokens that are proposed at a time.", examples=[4])
 
 
@@ -176,6 +181,12 @@ class Model(_Section):
         None,
         description="Branch, tag or commit of a hub source. Default: main.",
         examples=["main", "08231374eeacb049a0eade7922910865b8fce912"],
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run the Python code that the source brings, as its tokenizer or its architecture (mlx-lm's "
+        "model_file). It can do whatever you can: read it first, and pin its revision. Default: false.",
+        examples=[True],
     )
     aliases: list[Alias] = Field(
         default=[], description="Other ids that requests may use for this model.", examples=[["gpt-4o-mini"]]

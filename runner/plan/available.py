@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from runner.hub.jobs import File, Kind
+from runner.hub.jobs import Kind
 from runner.hub.needs import kinds_of
 from runner.hub.store import Stored, stored
 from runner.inspect.files import BadFolder, DigestCache, list_files
-from runner.inspect.model import ModelFacts, is_weights
+from runner.inspect.model import ModelFacts
 from runner.inspect.tensors import FLOATING
 from runner.machine import Machine
 from runner.plan.candidates import Candidate, examine, fit
 from runner.plan.digests import adapter_digest
+from runner.plan.verdict import Verdict, budget
 
 
 class Use(NamedTuple):
@@ -27,12 +28,13 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """A model or an adapter. `source` is as a manifest would name it, `commit` empty of a folder, `refs` the branches
-    that mean this commit here. `size` is bytes on the disk, `parameters` a count, 0 where unknown; `used` seconds since
-    the epoch. `problem` is why it cannot be served, empty where it can."""
+    """A model, an adapter, or a quantised copy of a model, whose `source` is what it was made of. `source` is as a
+    manifest would name it, `commit` empty of a folder, `refs` the branches that mean this commit here. `size` is bytes
+    on the disk, `parameters` a count, 0 where unknown; `used` seconds since the epoch. `problem` is why it cannot be
+    served, empty where it can."""
 
     source: str
-    kind: Kind
+    kind: Kind | Literal["copy"]
     folder: Path
     size: int
     used: float
@@ -133,31 +135,12 @@ def quantization(facts: ModelFacts) -> str:
     return max(floating, key=lambda group: group.nbytes).dtype.lower() if floating else ""
 
 
-class Verdict(NamedTuple):
-    """Whether a model can be served here alone. `needed` are bytes of its weights, `why` is for people."""
-
-    fits: bool
-    needed: int
-    why: str
-
-
-def verdict(candidate: Candidate, machine: Machine, budget: int) -> Verdict:
+def verdict(candidate: Candidate, machine: Machine) -> Verdict:
     """Of a model that is here, with its contexts and rows."""
     if candidate.problem or candidate.facts is None:
         return Verdict(False, candidate.stored, candidate.problem or "it is not here")
-    found = fit(candidate, budget, float32=machine.float32)
+    found = fit(candidate, budget(machine), float32=machine.float32)
     held = candidate.memory(1, 1, float32=machine.float32).held
     if found is None:
         return Verdict(False, held, "does not fit")
     return Verdict(True, held, f"{found.rows} requests of {found.context} tokens")
-
-
-def verdict_of_files(files: Iterable[File], machine: Machine, budget: int) -> Verdict:
-    """Of a model on the hub, by the sizes of its weights, which are exact; where models compute in float32 unpacked
-    weights take up to twice as much, which only the headers of the files tell."""
-    needed = sum(file.size for file in files if is_weights(file.name))
-    if needed > budget:
-        return Verdict(False, needed, "does not fit")
-    if machine.float32 and 2 * needed > budget:
-        return Verdict(True, needed, "fits if its weights are quantised")
-    return Verdict(True, needed, "fits")

@@ -109,6 +109,8 @@ def examine(folder: Path, digests: DigestCache, *, source: str, revision: str = 
 
 
 def _problem(facts: ModelFacts) -> str:
+    if named := facts.config.get("model_file"):
+        return f"brings its architecture as Python code ({named})"
     if facts.layout is None:
         return facts.unclear
     if not facts.layout.known:

@@ -32,6 +32,7 @@ _OF_THE_TOKENIZER: Final = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    "tokenization*.py",
 )
 
 
@@ -49,57 +50,65 @@ def make_lock(
     loaded: Loaded, hub: Path, cache: DigestCache, ask: Ask | None, upgrade: Collection[str] | None = ()
 ) -> dict[str, LockedSource]:
     """Every source of a manifest, by path. What is locked already and still asked for stays; of the models in `upgrade`
-    (None: all) and of what is new, the hub is asked what their branches mean now; without `ask` the cache is.
+    (None: all) and of what is new, the hub is asked what their branches mean now; without `ask` the cache is. Whether a
+    source's Python files are locked is as the manifest says, and moves no commit.
 
     Raises ManifestError where a folder cannot be read or a repository is not in the cache, and what `ask` does.
     """
     found = list(sources(loaded))
-    new = [source for source in found if source.is_repository and (source.locked is None or _moves(source, upgrade))]
-    unknown = [source for source in new if ask is not None and not _is_here(source, hub)]
-    listed = ask(_downloads(loaded, unknown)) if ask is not None and unknown else {}
+    new = {source.target: at for source in found if (at := _to_be_locked(source, upgrade))}
+    unknown = [it for it in found if it.target in new and ask is not None and not _is_here(it, new[it.target], hub)]
+    listed = ask(_downloads(loaded, unknown, new)) if ask is not None and unknown else {}
     made: dict[str, LockedSource] = {}
     for source in found:
         if not source.is_repository:
             made[source.target] = _of_folder(loaded, source, cache)
         elif source in unknown:
-            made[source.target] = _of_listing(source, listed[source.text, source.revision or "main"])
-        elif source in new or source.locked is None:
-            made[source.target] = _of_cache(loaded, source, hub, cache)
+            made[source.target] = _of_listing(source, listed[source.text, new[source.target]])
+        elif source.target in new:
+            made[source.target] = _of_cache(loaded, source, new[source.target], hub, cache)
         else:
+            assert source.locked is not None, "what is not locked is new"
             made[source.target] = source.locked
     return made
 
 
-def _moves(source: Source, upgrade: Collection[str] | None) -> bool:
-    return upgrade is None or str(source.path[1]) in upgrade
+def _to_be_locked(source: Source, upgrade: Collection[str] | None) -> str:
+    """The revision at which a source is to be locked; empty where it is a folder, or stays as it is locked."""
+    if not source.is_repository:
+        return ""
+    if source.locked is None or upgrade is None or str(source.path[1]) in upgrade:
+        return source.revision or "main"
+    return source.locked.commit if source.code != source.locked.code else ""
 
 
-def _is_here(source: Source, hub: Path) -> bool:
-    """A commit that is in the cache tells everything itself."""
-    whole = source.revision is not None and re.fullmatch(r"[0-9a-f]{40}", source.revision)
-    return bool(whole) and snapshot(hub, source.text, source.revision or "") is not None
+def _is_here(source: Source, revision: str, hub: Path) -> bool:
+    """A commit that is in the cache tells everything itself; but it may have come without its code."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None and not source.code and _held(source, revision, hub)
 
 
-def _downloads(loaded: Loaded, new: list[Source]) -> list[Download]:
+def _held(source: Source, commit: str, hub: Path) -> bool:
+    return snapshot(hub, source.text, commit) is not None
+
+
+def _downloads(loaded: Loaded, new: list[Source], revisions: Mapping[str, str]) -> list[Download]:
     """By what the manifest says, not by what they are locked to."""
     named: dict[tuple[str, str], list[Source]] = {}
     for source in new:
-        named.setdefault((source.text, source.revision or "main"), []).append(source)
+        named.setdefault((source.text, revisions[source.target]), []).append(source)
     return [download(loaded, *key, found) for key, found in named.items()]
 
 
 def _of_listing(source: Source, listed: Listing) -> LockedSource:
-    names = needed([file.name for file in listed.files], (source.kind,))
+    names = needed([file.name for file in listed.files], (source.kind,), code=source.code)
     files = {file.name: LockedFile(file.size, file.digest) for file in listed.files if file.name in names}
     return _locked(source, listed.commit, files)
 
 
-def _of_cache(loaded: Loaded, source: Source, hub: Path, cache: DigestCache) -> LockedSource:
-    folder = snapshot(hub, source.text, source.revision or "main")
+def _of_cache(loaded: Loaded, source: Source, revision: str, hub: Path, cache: DigestCache) -> LockedSource:
+    folder = snapshot(hub, source.text, revision)
     if folder is None:
-        message = (
-            f"{source.text} ({source.revision or 'main'}) is not in the hub's cache, and the hub is not to be asked"
-        )
+        message = f"{source.text} ({revision}) is not in the hub's cache, and the hub is not to be asked"
         raise ManifestError([loaded.at(source.at, message, "unset it", code="E801")])
     return _locked(source, folder.name, _files(loaded, source, folder, cache))
 
@@ -117,7 +126,7 @@ def _files(loaded: Loaded, source: Source, folder: Path, cache: DigestCache) -> 
     made: dict[str, LockedFile] = {}
     try:
         there = list_files(folder)
-        for name in needed(there, (source.kind,)):
+        for name in needed(there, (source.kind,), code=source.code):
             version = there[name]
             kind = {64: "sha256", 40: "git"}.get(len(version.blob))
             digest = f"{kind}:{version.blob}" if kind is not None else digest_of(version, "sha256", cache)
@@ -129,7 +138,7 @@ def _files(loaded: Loaded, source: Source, folder: Path, cache: DigestCache) -> 
 
 def _locked(source: Source, commit: str, files: dict[str, LockedFile]) -> LockedSource:
     tokenizer = "" if source.kind == "adapter" else _tokenizer(files)
-    return LockedSource(source.text, source.revision, commit, tokenizer, files)
+    return LockedSource(source.text, source.revision, commit, tokenizer, files, source.code)
 
 
 def _tokenizer(files: Mapping[str, LockedFile]) -> str:
@@ -157,13 +166,16 @@ def _different(source: Source, lock: Lock, hub: Path, cache: DigestCache) -> Ite
         yield Difference(source.target, "is not in the lock")
     elif source.locked is None:
         yield Difference(source.target, f"is {_named(held)} in the lock, and {_asked(source)} in the manifest")
+    elif source.code != held.code:
+        having = "has its Python files, which it may not run" if held.code else "does not have its Python files"
+        yield Difference(source.target, f"the lock {having}")
     elif source.is_repository:
         folder = snapshot(hub, source.text, held.commit)
         if folder is not None:
-            damage = changes(held.files, folder, source.kind, cache, thorough=True)
+            damage = changes(held, source, folder, cache, thorough=True)
             yield from (Difference(source.target, f"in the hub's cache {found}") for found in damage)
     elif source.folder is not None:
-        changed = changes(held.files, source.folder, source.kind, cache, thorough=True)
+        changed = changes(held, source, source.folder, cache, thorough=True)
         yield from (Difference(source.target, found) for found in changed)
 
 
@@ -189,7 +201,7 @@ def moved(before: Lock | None, after: Mapping[str, LockedSource]) -> Iterator[Di
 
 def _state(held: LockedSource) -> str:
     if held.commit:
-        return f"{held.source}@{held.commit[:12]}"
+        return f"{held.source}@{held.commit[:12]}" + " with its Python files" * held.code
     return f"{len(held.files)} files of {held.source}, {_digest(held)[:12]}"
 
 

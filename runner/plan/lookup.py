@@ -10,8 +10,8 @@ from pathlib import Path
 
 from runner.errors import Diagnostic
 from runner.hub.cache import blobs_left, bytes_left, listed_files, listing_file, snapshot, snapshot_folder
-from runner.hub.jobs import Kind
 from runner.hub.needs import needed
+from runner.inspect.remote_code import remote_code
 from runner.manifest.load import Loaded
 from runner.manifest.tree import Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
@@ -87,7 +87,7 @@ class Lookup:
             return None
         try:
             found = digest(folder, self._cache)
-            if source.is_repository and (gone := _not_fetched(folder, source.kind, self._cache)):
+            if source.is_repository and (gone := _not_fetched(folder, source, self._cache)):
                 return self._not_downloaded(source, f"is in the hub's cache without {gone}")
             self._compare(check_files(self._loaded, source, folder, self._cache))
             return folder, found
@@ -122,8 +122,12 @@ class Lookup:
         return blobs_left(self._hub, repo, {f.digest.partition(":")[2]: f.size for f in files.values()})
 
 
-def _not_fetched(folder: Path, kind: Kind, cache: DigestCache) -> str:
-    """A file of a snapshot that serving takes and another tool did not bring along; empty where there is none."""
+def _not_fetched(folder: Path, source: Source, cache: DigestCache) -> str:
+    """A file of a snapshot that serving takes and that did not come along: another tool left it out, or it is code,
+    which was not wanted then. Empty where there is none. Raises BadFolder."""
     version = file_version(listing_file(folder))
     listed = cache.remember("listing", version, listed_files) if version is not None else ()
-    return next((name for name in needed(listed, (kind,)) if not (folder / name).exists()), "")
+    wanted = needed(listed, (source.kind,), code=source.code)
+    if source.code:
+        wanted += remote_code(folder, cache).files
+    return next((name for name in wanted if not (folder / name).exists()), "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from runner.inspect.memory import ModelMemory
 from runner.machine import Machine
@@ -15,7 +16,11 @@ from runner.manifest.load import Loaded
 from runner.manifest.models import Memory
 from runner.manifest.tree import KeyPath, Problem
 from runner.manifest.values import format_size
+from runner.plan.forecast import ENGINE_BYTES
 from runner.plan.subject import Subject
+
+_FEWER: Final = "quantise, or serve fewer models"
+_ONE_TAKES: Final = f"its engine takes {format_size(ENGINE_BYTES)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +38,39 @@ class MemoryBudget:
         return max(0, self.limit - self.reserve)
 
 
-def memory_budget(memory: Memory | None, machine_memory: int) -> MemoryBudget:
-    """What the manifest's `memory` comes to on a machine with so many bytes."""
-    limit = machine_memory if memory is None or memory.limit is None else memory.limit.of(machine_memory)
-    reserve = 0 if memory is None else memory.reserve.of(machine_memory)
+def memory_budget(memory: Memory | None, machine: Machine) -> MemoryBudget:
+    """What the manifest's `memory` comes to on a machine. What it does not have is not used, whatever the limit is; but
+    a GPU may have memory of its own, which is not what is known of the machine."""
+    whole = machine.memory
+    asked = whole if memory is None or memory.limit is None else memory.limit.of(whole)
+    limit = min(asked, whole) if machine.float32 else asked
+    reserve = 0 if memory is None else memory.reserve.of(whole)
     declared = memory is not None and (memory.limit is not None or reserve > 0)
-    parts = format_size(limit) + (" (all of the machine)" if limit == machine_memory else "")
+    parts = format_size(limit) + (" (all of the machine)" if limit == whole else "")
     if memory is not None and memory.limit is not None and memory.limit.percent is not None:
-        parts = f"{format_size(limit)} ({memory.limit} of {format_size(machine_memory)})"
+        parts = f"{format_size(limit)} ({memory.limit} of {format_size(whole)})"
     if reserve:
         parts += f" - {format_size(reserve)} reserve = {format_size(max(0, limit - reserve))}"
-    return MemoryBudget(limit, reserve, machine_memory, parts, max(1, limit - reserve) if declared else 0)
+    return MemoryBudget(limit, reserve, whole, parts, max(1, limit - reserve) if declared else 0)
 
 
 def check_memory(loaded: Loaded, models: Sequence[Subject], machine: Machine) -> list[Problem]:
     """What does not fit: a model into its own `memory_limit`, or all of them into `memory`."""
-    budget = memory_budget(loaded.manifest.memory, machine.memory)
-    found: list[Problem] = []
+    budget = memory_budget(loaded.manifest.memory, machine)
+    found = list(_more_than_there_is(loaded, machine))
     for it in models:
         if it.spec.memory_limit_bytes:
             found += _within_its_own(it)
     return found + list(_all_together(loaded, models, budget))
+
+
+def _more_than_there_is(loaded: Loaded, machine: Machine) -> Iterator[Problem]:
+    memory = loaded.manifest.memory
+    if memory is not None and memory.limit is not None and memory.limit.of(machine.memory) > machine.memory:
+        there = format_size(machine.memory)
+        message = f"is {format_size(memory.limit.of(machine.memory))}, and the machine has {there}"
+        hint = "give a share of the machine, such as 75%"
+        yield Problem("W704", ("memory", "limit"), message, hint)
 
 
 def _within_its_own(it: Subject) -> Iterator[Problem]:
@@ -104,20 +121,41 @@ def _all_together(loaded: Loaded, models: Sequence[Subject], budget: MemoryBudge
             f"the models need {format_size(sum(least.values()))} ({_sum(least)}) for their weights and one request "
             f"each, and may use {budget.explained}"
         )
-        yield Problem("E702", _place(loaded), message, "raise memory.limit, quantise, or serve fewer models")
+        yield Problem("E702", _place(loaded), message, f"raise memory.limit, {_FEWER}" if _limited(loaded) else _FEWER)
+        return
+    together = sum(least.values()) + len(least) * ENGINE_BYTES
+    if budget.declared and together > budget.usable:
+        yield _without_processes(loaded, least, budget, together)
         return
     most = _at_once(models, _bounded)
-    if sum(most.values()) > budget.usable:
+    processes = len(most) * ENGINE_BYTES if budget.declared else 0
+    if sum(most.values()) + processes > budget.usable:
         free = [it for it in models if not it.spec.memory_limit_bytes]
         message = (
-            f"with every row at its longest the models take {format_size(sum(most.values()))} ({_sum(most)}), and may "
-            f"use {budget.explained}"
+            f"with every row at its longest the models take {format_size(sum(most.values()))} ({_sum(most)})"
+            f"{f', their processes {format_size(processes)}' if processes else ''}, and may use {budget.explained}"
         )
         if free:
             hint = f"lower kv_cache.max_context or batching.max_rows of {free[0].spec.name}, or give it a memory_limit"
         else:
             hint = "lower the memory_limit of some"
         yield Problem("W702", _place(loaded), message, hint)
+
+
+def _without_processes(loaded: Loaded, least: dict[str, int], budget: MemoryBudget, together: int) -> Problem:
+    """The models fit, and the processes that serve them do not."""
+    count = len(least)
+    engines = f"{count} engines take {format_size(ENGINE_BYTES)} each" if count > 1 else _ONE_TAKES
+    message = (
+        f"the models need {format_size(sum(least.values()))} ({_sum(least)}) for their weights and one request each, "
+        f"and {engines} beside that: {format_size(together)} together, where they may use {budget.explained}"
+    )
+    more = (
+        f"give memory.limit {_rounded_up(together + budget.reserve)} or more"
+        if _limited(loaded)
+        else f"lower memory.reserve, {_FEWER}"
+    )
+    return Problem("E703", _place(loaded), message, more)
 
 
 def _at_once(models: Sequence[Subject], size: Callable[[Subject], int]) -> dict[str, int]:
@@ -160,6 +198,10 @@ def _rounded_up(size: int) -> str:
             tenths = -(-size * 10 // unit)
             return f"{tenths // 10}{name}" if tenths % 10 == 0 else f"{tenths / 10:g}{name}"
     return str(size)
+
+
+def _limited(loaded: Loaded) -> bool:
+    return loaded.manifest.memory is not None and loaded.manifest.memory.limit is not None
 
 
 def _place(loaded: Loaded) -> KeyPath:

@@ -9,6 +9,7 @@ from runner.inspect import fit
 from runner.inspect.files import DigestCache
 from runner.inspect.served import is_known_to_mlx_lm, is_served_alone, takes_quantised_cache
 from runner.manifest.tree import KeyPath, Problem
+from runner.plan.code_checks import check_code
 from runner.plan.draft_checks import check_draft
 from runner.plan.subject import Subject, unclear
 
@@ -18,6 +19,7 @@ _KV_GROUPS: Final = (128, 64, 32)
 def check_model(it: Subject, cache: DigestCache) -> Iterator[Problem]:
     """Everything about one deployment but its memory."""
     yield from it.problems
+    yield from check_code(it, cache)
     if it.facts is None:
         return
     if not is_known_to_mlx_lm(it.facts.config):

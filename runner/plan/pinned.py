@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from runner.hub.jobs import Kind
-from runner.hub.needs import needed
+from runner.hub.needs import CODE, needed
 from runner.inspect.files import BadFolder, DigestCache, FileVersion, list_files
 from runner.manifest.load import Loaded
-from runner.manifest.lock import LockedFile, lock_path
+from runner.manifest.lock import LockedFile, LockedSource, lock_path
 from runner.manifest.tree import Problem
 from runner.plan.sources import Source
 
@@ -28,7 +28,7 @@ def check_files(loaded: Loaded, source: Source, folder: Path, cache: DigestCache
     """
     if source.locked is None:
         return
-    changed = list(changes(source.locked.files, folder, source.kind, cache, thorough=loaded.frozen))
+    changed = list(changes(source.locked, source, folder, cache, thorough=loaded.frozen))
     if not changed:
         return
     what = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -46,9 +46,11 @@ def check_files(loaded: Loaded, source: Source, folder: Path, cache: DigestCache
 
 def check_locked(loaded: Loaded, source: Source) -> Iterator[Problem]:
     """Whether the lock has this very source, as `check_files` has it; no file is looked at."""
-    if source.locked is not None:
-        return
     name = lock_path(loaded.paths).name
+    if source.locked is not None:
+        if source.code and not source.locked.code:
+            yield _unlocked(loaded, source, f"may run its Python files, and {name} does not have them")
+        return
     if loaded.lock is None:
         if loaded.frozen:
             yield Problem(
@@ -60,25 +62,29 @@ def check_locked(loaded: Loaded, source: Source) -> Iterator[Problem]:
         what = f"is not in {name}"
     else:
         what = f"is {_named(held.source, held.revision)} in {name}, and {_named(source.text, source.revision)} here"
+    yield _unlocked(loaded, source, what)
+
+
+def _unlocked(loaded: Loaded, source: Source, what: str) -> Problem:
     if loaded.frozen:
-        yield Problem("E812", source.at, what, "bring the lock up to date with `mlx-run lock`")
-    else:
-        yield Problem("W811", source.at, f"{what}: it is taken as it comes", "bring it up to date with `mlx-run lock`")
+        return Problem("E812", source.at, what, "bring the lock up to date with `mlx-run lock`")
+    return Problem("W811", source.at, f"{what}: it is taken as it comes", "bring it up to date with `mlx-run lock`")
 
 
 def _named(source: str, revision: str | None) -> str:
     return source if revision is None else f"{source} ({revision})"
 
 
-def changes(
-    locked: Mapping[str, LockedFile], folder: Path, kind: Kind, cache: DigestCache, *, thorough: bool
-) -> Iterator[str]:
-    """In words, which files of a folder are not as locked, gone or new. `thorough`: large ones are read, too."""
+def changes(locked: LockedSource, source: Source, folder: Path, cache: DigestCache, *, thorough: bool) -> Iterator[str]:
+    """In words, which files of a folder are not as locked, gone or new. `thorough`: large ones are read, too. Python
+    files count where both the manifest and the lock want them."""
+    code = source.code and locked.code
+    expected = {name: file for name, file in locked.files.items() if code or not fnmatchcase(name, CODE)}
     try:
         there = list_files(folder)
     except BadFolder:
         there = {}
-    for name, file in locked.items():
+    for name, file in expected.items():
         version = there.get(name)
         if version is None:
             yield f"{name} is gone"
@@ -92,7 +98,7 @@ def changes(
             else:
                 if not same:
                     yield f"{name} is another"
-    yield from (f"{name} is new" for name in needed(there, (kind,)) if name not in locked)
+    yield from (f"{name} is new" for name in needed(there, (source.kind,), code=code) if name not in expected)
 
 
 def _same(version: FileVersion, file: LockedFile, cache: DigestCache, *, thorough: bool) -> bool:

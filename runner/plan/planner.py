@@ -206,6 +206,8 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
         return f"source {old.source} → {new.source}"
     if old.weights_digest != new.weights_digest:
         return "the model's files changed"
+    if old.trust_remote_code != new.trust_remote_code:
+        return f"its own code may {'' if new.trust_remote_code else 'not '}run: trust_remote_code"
     if old.draft != new.draft:
         return _draft_reason(old.draft, new.draft)
     if old.quantization != new.quantization:
@@ -238,7 +240,9 @@ def _quantization(spec: ModelSpec) -> str:
 def _draft_reason(old: DraftSpec | None, new: DraftSpec | None) -> str:
     if old is None or new is None:
         return "draft removed" if new is None else f"draft {new.source} added"
-    return "the draft's files changed" if old.source == new.source else f"draft {old.source} → {new.source}"
+    if old.source != new.source:
+        return f"draft {old.source} → {new.source}"
+    return "the draft's files changed" if old.digest != new.digest else "draft: trust_remote_code changed"
 
 
 def _update_reasons(old: ModelSpec, new: ModelSpec) -> list[str]:

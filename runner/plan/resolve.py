@@ -97,7 +97,7 @@ def look(loaded: Loaded, machine: Machine, cache: DigestCache, changes: Changes 
         name=loaded.manifest.name,
         models=models,
         listeners=tuple(spec for spec, _ in listeners),
-        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine.memory).declared,
+        memory_limit_bytes=memory_budget(loaded.manifest.memory, machine).declared,
         downloads=lookup.downloads(),
         warnings=tuple(d for d in found if d.severity == "warning"),
     )
@@ -142,6 +142,7 @@ class _Resolution:
             tool_parser=model.tool_parser or "",
             quantization=_quantization(model.quantization),
             dtype=model.dtype or "",
+            trust_remote_code=model.trust_remote_code,
             **self._residence(model),
         )
 
@@ -212,7 +213,7 @@ def _draft(model: Model, found: tuple[Path, FolderDigest] | None) -> DraftSpec |
     if model.draft is None or found is None:
         return None
     folder, weights = found
-    return DraftSpec(model.draft.source, folder, weights.digest)
+    return DraftSpec(model.draft.source, folder, weights.digest, model.draft.trust_remote_code)
 
 
 def _quantization(section: Quantization | None) -> QuantizationSpec | None:

@@ -21,7 +21,7 @@ class Source(NamedTuple):
 
     `at` is where its text is. It is a repository of the hub, or a `folder`, None where there is none of a bare name.
     `found`: a pattern of folders found it; then `text` is its path from the manifest's folder. `locked` is what the
-    lock says of it.
+    lock says of it. `code`: its Python files may be run.
     """
 
     path: KeyPath
@@ -32,6 +32,7 @@ class Source(NamedTuple):
     folder: Path | None
     found: bool
     locked: LockedSource | None
+    code: bool = False
 
     @property
     def branch(self) -> str:
@@ -82,7 +83,8 @@ def download(
     hint = "it has to be downloaded first"
     place = loaded.at(found[0].at, why or f"{repo} ({revision})", hint, code="E604")
     kinds = tuple(sorted({source.kind for source in found}))
-    return Download(repo, revision, left, tuple(".".join(map(str, source.path)) for source in found), kinds, place)
+    targets = tuple(".".join(map(str, source.path)) for source in found)
+    return Download(repo, revision, left, targets, kinds, any(source.code for source in found), place)
 
 
 def source_at(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> Source:
@@ -95,7 +97,8 @@ def source_at(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> 
     is_repository = known or (folder is None and not is_path(entry.source))
     text = f"./{os.path.relpath(entry.source, loaded.folder(at))}" if found else entry.source
     locked = loaded.pin(path, text, entry.revision)
-    return Source(path, at, text, entry.revision, is_repository, folder, found, locked)
+    code = not isinstance(entry, Adapter) and entry.trust_remote_code
+    return Source(path, at, text, entry.revision, is_repository, folder, found, locked, code)
 
 
 def _folder(loaded: Loaded, at: KeyPath, source: str) -> Path | None:

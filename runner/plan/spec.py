@@ -39,6 +39,7 @@ class DraftSpec:
     source: str
     path: Path
     digest: str
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ class ModelSpec:
     and `priority` who comes first where memory is short: more before less.
     `kv_cache` is None where keys and values are kept as they are computed, `chat_template` where the model's own is
     rendered, and `tool_parser` empty where that tells how it writes tool calls. `generation` holds the manifest's
-    defaults for request fields, by the request's names. `memory` is what it takes on this machine, term by term; it
+    defaults for request fields, by the request's names. `trust_remote_code`: the engine may run the Python code in the
+    folder. `memory` is what it takes on this machine, term by term; it
     follows from the rest, and is not compared.
     """
 
@@ -127,18 +129,20 @@ class ModelSpec:
     load: Literal["eager", "on_demand"] = "eager"
     idle_timeout: float = 0.0
     priority: int = 0
+    trust_remote_code: bool = False
     memory: ModelMemory = field(default=ModelMemory(), compare=False)
 
     @property
     def process_digest(self) -> str:
         """Same value, same engine process."""
-        draft = "" if self.draft is None else f"-{self.draft.digest}"
+        draft = "" if self.draft is None else f"-{self.draft.digest}{'-code' * self.draft.trust_remote_code}"
         kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
         packing = "" if self.quantization is None else f"-q{self.quantization.key}"
         dtype = f"-{self.dtype}" if self.dtype else ""
         template = "" if self.chat_template is None else f"-t{self.chat_template.digest}"
         tools = f"-{self.tool_parser}" if self.tool_parser else ""
-        return f"{self.weights_digest}-{self.memory_limit_bytes}{draft}{kv}{packing}{dtype}{template}{tools}"
+        code = "-code" * self.trust_remote_code
+        return f"{self.weights_digest}{code}-{self.memory_limit_bytes}{draft}{kv}{packing}{dtype}{template}{tools}"
 
     def adapter(self, name: str) -> AdapterSpec | None:
         """The adapter of that name, or None."""
@@ -189,7 +193,8 @@ class ListenerSpec:
 class Download:
     """A hub repository that is not in the cache, or not all of it. `bytes_left` None where nothing says how much.
 
-    `targets` are the dotted paths of what needs it, as `kinds`; `place` is the first of them in the manifest.
+    `targets` are the dotted paths of what needs it, as `kinds`; `place` is the first of them in the manifest. `code`:
+    its Python files are needed, too.
     """
 
     repo: str
@@ -197,6 +202,7 @@ class Download:
     bytes_left: int | None
     targets: tuple[str, ...]
     kinds: tuple[Kind, ...] = ("model",)
+    code: bool = False
     place: Diagnostic | None = field(default=None, compare=False)
 
 

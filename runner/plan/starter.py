@@ -9,9 +9,7 @@ from typing import Final
 
 from runner.manifest.values import format_size
 from runner.plan.candidates import PREFIX_CACHE, Candidate, Fit
-
-LIMIT_PERCENT: Final = 75
-"""Of the machine's memory, for all models together; the rest is left to everything else (and to the GPU's driver)."""
+from runner.plan.verdict import LIMIT_PERCENT
 
 KEY_VARIABLE: Final = "MLX_RUN_API_KEY"
 

@@ -21,10 +21,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     left for what is computed; `row_bytes` is the most that a row keeps however long it gets, 0 if not known;
     `max_context` is tokens (prompt + completion), 0 for the model's own; `prefill_step_size` is tokens per prefill
     chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
+    `trust_remote_code` and `trust_draft_code` let the Python code in the folder of either be run;
     `dtype` is what the model computes in, "" for its own (float32 on the CPU); `kv_bits` quantise the KV cache, in
     groups of `kv_group_size` values, 0 not; `chat_template` is a file in place of the model's own, "" for that;
     `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
-    in seconds, the engine waits without a runner before it exits.
+    in seconds, the engine waits without a runner before it exits; `control_group` is the folder of a group that the
+    engine enters before it allocates, "" for none.
     """
 
     model: str
@@ -42,9 +44,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     row_bytes: int = 0
     draft: str = ""
     num_draft_tokens: int = 0
+    trust_remote_code: bool = False
+    trust_draft_code: bool = False
     dtype: str = ""
     kv_bits: int = 0
     kv_group_size: int = 64
     chat_template: str = ""
     tool_parser: str = ""
     orphan_grace: float = 5.0
+    control_group: str = ""

@@ -1,25 +1,34 @@
 """What is predicted of memory beside what is then held, for every architecture that the tests can build.
 
     python tests/bench/estimates.py > tests/bench/estimates.md
+    python tests/bench/estimates.py --geometry 1b,8b >> tests/bench/estimates.md
 
 Weights as the engine has them on this machine, the same quantised at load (affine, 4 bits, groups of 32), and what a
-row of 768 tokens keeps. Tiny models with random weights: the arithmetic is that of any size.
+row of 768 tokens keeps. Tiny models with random weights: the arithmetic is that of any size. With `--geometry`, models
+of a real size (`tests/bench/estimates_geometry.py`), on whatever device there is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from runner.engine import environment
+
+if __name__ == "__main__":
+    environment.restart_if_needed(time.monotonic())
+
 import mlx.core as mx
 from mlx.utils import tree_flatten
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from runner.engine.conversion import convert
 from runner.engine.loader import load_weights
@@ -28,6 +37,7 @@ from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import DigestCache
 from runner.inspect.model import ModelFacts, read_model
 from runner.inspect.quantize import Wanted, misfit, quantized
+from tests.bench.estimates_geometry import GEOMETRIES, section
 from tests.inspect.architectures import SPECIAL, build, filled
 
 TOKENS = 768
@@ -122,7 +132,24 @@ def table(kinds: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    given = sys.argv[1:] or sorted(SPECIAL.keys() - NOT_BUILT)
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help="architectures, all by default")
+    parser.add_argument("--geometry", help=f"of {', '.join(GEOMETRIES)}, by commas, in place of architectures")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--compute", action="store_true", help="have the model fill the caches")
+    given = parser.parse_args()
     out, sys.stdout = sys.stdout, sys.stderr  # upstream prints
-    out.write(table(given))
+    if given.geometry:
+        names = given.geometry.split(",")
+        if unknown := sorted(set(names) - GEOMETRIES.keys()):
+            parser.error(f"--geometry: {', '.join(unknown)} is none of {', '.join(GEOMETRIES)}")
+        out.write(section(names, given.rows, given.context, compute=given.compute))
+    else:
+        out.write(table(given.kinds or sorted(SPECIAL.keys() - NOT_BUILT)))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from runner.control.adapter_versions import AdapterVersions  # noqa: E402
 from runner.control.connection import EngineConnection  # noqa: E402
 from runner.control.deployment import Deployment  # noqa: E402
 from runner.gateway.app import build_app  # noqa: E402
@@ -61,6 +62,8 @@ class Served:
         self._using = 0
         self._demand = SimpleNamespace(used=lambda: None)
         self._room = SimpleNamespace(touch=lambda: None)
+        self._adapters = AdapterVersions()
+        self.spec = SimpleNamespace(adapters=())
 
     def generate(self, request: Generate) -> AsyncGenerator[list[Delta], None]:
         return Deployment.generate(self, request)  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ async def test_a_target_leaves_the_rest_and_status_says_so(up: Scene, capsys: Ca
 async def test_later_edits_stay_within_the_targets_until_an_apply_without(up: Scene) -> None:
     up.model("other")
     more = "more: {source: ./models/chat, aliases: [%s]}"
-    up.runner._reconciler.watching = True  # type: ignore[union-attr]
+    up.runner._reconciler.followed.watching = True  # type: ignore[union-attr]
     file = beside(up, f"chat: {{source: ./models/other}}\n{more % 'a'}")
     assert await run("--target", "more", file) == 0
     engine = up.live.deployments["chat"].engine.pid

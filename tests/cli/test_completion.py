@@ -60,7 +60,7 @@ in_fish = pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here"
         (["validate", "--format", "="], ["text", "json", "github", "sarif", "junit"]),
         (["wait", "--for", ""], ["ready", "sync"]),
         (["completion", "z"], ["zsh"]),
-        (["explain", "E70"], ["E701", "E702"]),
+        (["explain", "E70"], ["E701", "E702", "E703"]),
         (["plan", "co"], []),  # a file: bash's own completion takes over
         (["-f", ""], []),
         (["nothing", ""], []),

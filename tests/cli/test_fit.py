@@ -10,6 +10,7 @@ import pytest
 
 from runner.cli.main import main
 from runner.inspect.memory import slots
+from runner.plan.forecast import ENGINE_BYTES
 from tests.inspect.folders import write_llama
 
 TEXT = """
@@ -42,7 +43,8 @@ def test_all_of_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_fits_is_the_most_that_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = said(tmp_path, capsys, "1GiB")["models"]["chat"]
     held = whole["weights"] + whole["prefill"]
-    chat = said(tmp_path, capsys, str(held + 2 * whole["kv_row"] + 1000))["models"]["chat"]
+    limit = ENGINE_BYTES + held + 2 * whole["kv_row"] + 1000
+    chat = said(tmp_path, capsys, str(limit))["models"]["chat"]
     found = chat["fit"]
     assert found["rows"] == 2
     step = 256 * whole["kv_per_token"] * slots(4)
@@ -54,7 +56,7 @@ def test_what_fits_is_the_most_that_does(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_loaded_beside_it_takes_its_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = said(tmp_path, capsys, "1GiB")["models"]["chat"]["fit"]["room"]
     both = said(tmp_path, capsys, "1GiB", more="load: eager")["models"]
-    assert both["chat"]["fit"]["room"] == alone - both["other"]["least"]
+    assert both["chat"]["fit"]["room"] == alone - both["other"]["least"] - ENGINE_BYTES
 
 
 def test_what_does_not_fit_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

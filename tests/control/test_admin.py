@@ -151,7 +151,7 @@ async def test_what_is_applied_comes_first(admin: Scene) -> None:
     """The API changes what was applied: an edit that is not live, or a rollback, is not undone, or let in, on the
     way."""
     assert admin.runner is not None
-    admin.runner._reconciler.watching = False
+    admin.runner._reconciler.followed.watching = False
     admin.write(ONE + "\nnew: {source: ./models/chat}")
     refused = await post(admin, "/v1/models/load", OTHER, 409)
     assert "edited" in refused["error"]["message"]

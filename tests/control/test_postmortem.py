@@ -15,21 +15,25 @@ METAL += "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)\n"
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "killed_by_us", "kills", "expected"),
+    ("code", "said", "killed_by_us", "over", "kills", "expected"),
     [
-        (-6, METAL, False, 0, "kIOGPUCommandBufferCallbackErrorOutOfMemory"),
-        (3, "RuntimeError: [malloc_or_wait] Unable to allocate 5000000000 bytes.\n", False, 0, "out of memory"),
-        (-9, "", False, 1, "the kernel ended the engine"),
-        (-9, "", False, 0, ""),
-        (-9, METAL, True, 1, ""),
-        (-11, "Segmentation fault\n", False, 1, ""),
-        (0, METAL, False, 1, ""),
+        (-9, "", False, "the group's limit", 1, "the group's limit"),
+        (-9, "", True, "the group's limit", 1, ""),
+        (1, "", False, "a compiler was ended in the group", 0, ""),
+        (-6, METAL, False, "", 0, "kIOGPUCommandBufferCallbackErrorOutOfMemory"),
+        (3, "RuntimeError: [malloc_or_wait] Unable to allocate 5000000000 bytes.\n", False, "", 0, "out of memory"),
+        (-9, "", False, "", 1, "the kernel ended the engine"),
+        (-9, "", False, "", 0, ""),
+        (-9, METAL, True, "", 1, ""),
+        (-11, "Segmentation fault\n", False, "", 1, ""),
+        (0, METAL, False, "", 1, ""),
     ],
 )
 def test_what_an_end_has_to_do_with_memory(
     code: int,
     said: str,
     killed_by_us: bool,
+    over: str,
     kills: int,
     expected: str,
     tmp_path: Path,
@@ -41,7 +45,9 @@ def test_what_an_end_has_to_do_with_memory(
     with log.open("a") as file:
         file.write(said)
     monkeypatch.setattr(postmortem, "oom_kills", lambda: 5 + kills)
-    found = postmortem.lack_of_memory(code, killed_by_us=killed_by_us, kills_before=5, log=log, written_before=before)
+    found = postmortem.lack_of_memory(
+        code, killed_by_us=killed_by_us, over=over, kills_before=5, log=log, written_before=before
+    )
     assert expected in found
     assert bool(found) == bool(expected)
 

@@ -279,7 +279,7 @@ async def test_a_request_for_another_generation_is_refused(scene: Scene) -> None
         await roll_back(scene, 1, generation=1)
     with pytest.raises(StaleGeneration):
         await scene.runner._reconciler.apply((scene.folder / "other.yaml",), Cause("apply", "jo", 1))
-    assert scene.runner._reconciler.paths == (scene.manifest,)
+    assert scene.runner._reconciler.followed.paths == (scene.manifest,)
     assert len(kept(scene)) == 2
     assert status(scene)["in_sync"]
     assert (await roll_back(scene, 1, generation=2)).generation == 3

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from runner.control.backstop import Backstop
 from runner.control.room import Crowded, Room
+from runner.control.state_folder import StateFolder
 from runner.inspect.memory import ModelMemory
 from runner.plan.forecast import ENGINE_BYTES
 from runner.plan.spec import ModelSpec
@@ -38,7 +40,8 @@ class Alone:
 
 
 def room(limit: int, *tenants: Alone, patience: float = 0.3) -> Room:
-    made = Room(lambda: list(tenants), patience, lambda *_, **__: None)
+    backstop = Backstop(StateFolder(Path(), "none", create=False), wanted=False)
+    made = Room(lambda: list(tenants), patience, lambda *_, **__: None, backstop)
     made.limit = limit
     return made
 

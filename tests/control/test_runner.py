@@ -212,7 +212,7 @@ async def test_a_fault_of_ours_in_a_pass_ends_nothing(scene: Scene, monkeypatch:
         raise ZeroDivisionError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr("runner.control.reconciler.plan", broken)
+        patch.setattr("runner.control.intents.plan", broken)
         scene.write("chat: {source: ./models/chat}")
         failed = await scene.event("apply_failed")
     assert "unexpected ZeroDivisionError: a bug" in failed["error"]

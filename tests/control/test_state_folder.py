@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runner.control.state_folder import StateFolder
-from runner.errors import AlreadyRunning
+from runner.errors import AlreadyRunning, RunnerError
 
 
 def test_folders_belong_to_the_owner_alone(tmp_path: Path) -> None:
@@ -47,3 +47,10 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     holder.kill()
     holder.communicate()
     StateFolder(tmp_path, "dev").lock().release()
+
+
+def test_one_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunnerError, match=r"state folder .*file/dev cannot be made: Not a directory") as caught:
+        StateFolder(tmp_path / "file", "dev")
+    assert "MLX_RUN_STATE_DIR" in caught.value.hint

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.control import watcher
+from runner.control.followed import Followed
 from runner.control.watcher import Watcher
 from runner.manifest.inputs import Inputs
 
@@ -20,9 +21,8 @@ class Reader:
 
     def __init__(self, *paths: Path, folders: tuple[Path, ...] = (), pattern: str = "") -> None:
         self.paths = (*paths, *folders)
-        self.watching = True
-        self.inputs = Inputs(dict.fromkeys(paths), dict.fromkeys(folders), dict.fromkeys([pattern] if pattern else []))
-        self.inputs = self.inputs.now()
+        inputs = Inputs(dict.fromkeys(paths), dict.fromkeys(folders), dict.fromkeys([pattern] if pattern else []))
+        self.followed = Followed(tuple(paths), inputs.now())
         self.read: list[str] = []
         self.prepared = 0
         self.passed = asyncio.Condition()
@@ -31,8 +31,8 @@ class Reader:
         self.prepared += 1
 
     async def reconcile(self) -> None:
-        self.inputs = self.inputs.now()
-        found = [path for pattern in self.inputs.patterns for path in Inputs().match(pattern)]
+        self.followed.inputs = self.followed.inputs.now()
+        found = [path for pattern in self.followed.inputs.patterns for path in Inputs().match(pattern)]
         text = " ".join(_read(path) for path in (*self.paths, *found))
         async with self.passed:
             self.read.append(text)
@@ -332,7 +332,7 @@ async def test_touched_but_not_changed_is_no_edit(file: Path, watch: Watch) -> N
 
 async def test_without_watching_nothing_is_an_edit(file: Path, watch: Watch) -> None:
     reader = watch(file)
-    reader.watching = False
+    reader.followed.watching = False
     file.write_text("two")
     await asyncio.sleep(0.3)
     assert reader.read == []

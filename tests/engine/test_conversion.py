@@ -32,7 +32,15 @@ BY_LAYER: dict[str, Any] = {
 
 
 def settings(mode: str = "affine", bits: int = 4, group_size: int = 64, **more: Any) -> dict[str, Any]:
-    return {"mode": mode, "bits": bits, "group_size": group_size, "layers": {}, "dtype": "", **more}
+    wanted = {
+        "mode": mode,
+        "bits": bits,
+        "group_size": group_size,
+        "layers": {},
+        "dtype": "",
+        "trust_remote_code": False,
+    }
+    return {**wanted, **more}
 
 
 def converted(source: Path, target: Path, **wanted: Any) -> Path:

@@ -145,6 +145,43 @@ def build_model(
     return folder
 
 
+OWN_MODEL = """
+from mlx_lm.models import llama
+
+ModelArgs = llama.ModelArgs
+
+
+class Model(llama.Model):
+    def __call__(self, inputs, cache=None, *more, **named):
+        return -super().__call__(inputs, cache, *more, **named)
+"""
+"""An architecture that takes the least likely token for the likeliest, so that one can tell that it ran."""
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+
+class Swapped(PreTrainedTokenizerFast):
+    def encode(self, text, **named):
+        return super().encode(text.swapcase(), **named)
+"""
+"""A tokenizer that reads small letters as large ones."""
+
+
+def bring_code(folder: Path, *, model: bool = True, tokenizer: bool = True) -> Path:
+    """Have a model folder need Python code that it brings: for its architecture, its tokenizer or both."""
+    config = json.loads((folder / "config.json").read_text())
+    if model:
+        (folder / "own_model.py").write_text(OWN_MODEL)
+        config["model_file"] = "own_model.py"
+    if tokenizer:
+        (folder / "own_tokenizer.py").write_text(OWN_TOKENIZER)
+        own = {"AutoTokenizer": [None, "own_tokenizer.Swapped"]}
+        build_tokenizer(folder, tokenizer_class="Swapped", auto_map=own)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _model(settings: Mapping[str, Any], seed: int) -> Any:
     import importlib
 

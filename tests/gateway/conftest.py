@@ -70,6 +70,7 @@ class Client:
         left: asyncio.Event | None = None,
         complete: bool = True,
     ) -> Answer:
+        path, _, query = path.partition("?")
         sent = {"host": "127.0.0.1:8080", **(headers or {})}
         scope = {
             "type": "http",
@@ -78,7 +79,7 @@ class Client:
             "method": method,
             "path": unquote(path),
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "scheme": "http",
             "server": ("127.0.0.1", "8080"),

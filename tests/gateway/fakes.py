@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.errors import InvalidRequest, NotServed
-from runner.gateway.admin.control import By, Outcome
+from runner.gateway.admin.control import By, CachedModel, Outcome
 from runner.gateway.backend import ModelCard, Route
+from runner.hub.download import Progress
 from runner.plan.scope import Scope
 from runner.protocol import Delta, Generate, Stats, TokenLogprob, Usage
 
@@ -104,12 +105,35 @@ class FakeControl:
         default_factory=lambda: Outcome({"actions": []}, 3, 0.25, ("models.x loaded",))
     )
     asked: list[tuple[Any, ...]] = field(default_factory=list)
+    at_once: bool = True
 
     def status(self) -> dict[str, Any]:
         return {"name": "dev"}
 
     async def available(self) -> dict[str, Any]:
         return {"models": [{"source": "org/a"}], "notes": []}
+
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        self.asked.append(("search", query, limit))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return [{"repo": "org/a", "fits": True}]
+
+    async def cached(self) -> list[CachedModel]:
+        return [CachedModel("org/a", "a" * 40, 7, 1700000000, "llama"), CachedModel("org/gpt-4o", "b" * 40, 7, 1, "")]
+
+    async def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
+        """Half, and then all, unless the outcome is an error: `at_once`, or halfway."""
+        self.asked.append(("pull", repo, revision))
+        try:
+            if isinstance(self.outcome, Exception) and self.at_once:
+                raise self.outcome
+            yield Progress(repo, revision, 5, 10, "c" * 40)
+            if isinstance(self.outcome, Exception):
+                raise self.outcome
+            yield Progress(repo, revision, 10, 10, "c" * 40, whole=True)
+        finally:
+            self.asked.append(("pull ended",))
 
     async def plan(self, scope: Scope) -> Outcome:
         return self._answer("plan", scope)

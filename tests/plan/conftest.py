@@ -85,6 +85,9 @@ def folders(place: Place) -> Place:
     write_peft(here / "swapped", queries(range(4)))
     write_llama(here / "deepseek", model_type="deepseek_v3", kv_lora_rank=64, qk_rope_head_dim=64)
     write_llama(here / "phi", head_dim=80, num_attention_heads=2, num_key_value_heads=2)
+    write_llama(here / "own-code", model_file="modeling.py")
+    write(here / "own-code" / "modeling.py", "raise RuntimeError('nobody runs this to look at it')")
+    write_llama(here / "lost-code", model_file="modeling.py")
     write_llama(here / "damaged")
     os.truncate(here / "damaged" / "model.safetensors", 500)
     return place

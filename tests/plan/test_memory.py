@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from runner.errors import Diagnostic
+from runner.machine import Machine
+from runner.manifest.load import load_manifest
+from runner.plan.resolve import look
 from runner.plan.spec import Desired
 
 from .conftest import Place
@@ -60,6 +63,48 @@ def test_models_that_do_not_fit_into_memory(place: Place) -> None:
     )
     assert found.hint == "raise memory.limit, quantise, or serve fewer models"
     assert place.resolve(text, machine_memory=32 * GIB).memory_limit_bytes == 23 * GIB
+
+
+def test_models_that_leave_no_room_for_their_processes(place: Place) -> None:
+    for name in ("big", "small", "rare"):
+        sparse(place.folder / name, GIB)
+    text = (
+        SERVERS + "memory: {limit: LIMIT, reserve: 1GiB}\nmodels:\n  big: {source: ./big}\n  small: {source: ./small}\n"
+    )
+    (found,) = place.wrong(text.replace("LIMIT", "3.1GiB"))
+    assert (found.code, found.path, found.line) == ("E703", "memory.limit", 3)
+    assert found.message.startswith(
+        "the models need 2 GiB (big 1 GiB + small 1 GiB) for their weights and one request each, and 2 engines take "
+        "100 MiB each beside that: 2.2 GiB together, where they may use 3.1 GiB - 1 GiB reserve = "
+    )
+    assert found.hint.startswith("give memory.limit 3.2GiB or more")
+    sound = text.replace("LIMIT", "3.2GiB")
+    assert {d.code for d in place.resolve(sound).warnings} <= {"W608", "W702"}
+    on_demand = "  rare: {source: ./rare, load: on_demand}\n"
+    assert [found.code for found in place.wrong(sound + on_demand)] == ["E702"]
+    assert [found.code for found in place.wrong(text.replace("LIMIT", "4.2GiB") + on_demand)] == ["E703"]
+
+
+def test_a_limit_that_is_more_than_the_machine_has(place: Place) -> None:
+    sparse(place.folder / "big", 17 * GIB)
+    text = SERVERS + "memory: {limit: 1TiB}\nmodels: {big: {source: ./big}}\n"
+    (first,) = _warnings(place.resolve(text))
+    assert (first.code, first.path, first.line) == ("W704", "memory.limit", 3)
+    assert first.message == "is 1 TiB, and the machine has 16 GiB"
+    (place.folder / "dev.yaml").write_text(text)
+    seen = look(load_manifest(place.folder / "dev.yaml", {}), Machine(16 * GIB, float32=True), place.cache)
+    (found,) = seen.wrong
+    assert found.code == "E702"
+    assert found.message.endswith("and may use 16 GiB (all of the machine)")
+    assert seen.desired.memory_limit_bytes == 16 * GIB
+
+
+def test_a_limit_that_no_process_fits_into(place: Place) -> None:
+    sparse(place.folder / "tiny", 2**16)
+    (found,) = place.wrong(SERVERS + "memory: {limit: 50MiB}\nmodels:\n  tiny: {source: ./tiny}\n")
+    assert (found.code, found.path) == ("E703", "memory.limit")
+    assert "and its engine takes 100 MiB beside that" in found.message
+    assert found.hint.startswith("give memory.limit 1")
 
 
 def test_models_that_do_not_fit_into_the_machine(place: Place) -> None:
@@ -130,7 +175,8 @@ def test_all_rows_at_their_longest_are_a_warning(place: Place) -> None:
     assert (first.code, second.code) == ("W701", "W702")
     assert second.path == "memory.limit"
     assert second.message == (
-        "with every row at its longest the models take 14.8 GiB (big 11.8 GiB + small 3 GiB), and may use 12 GiB"
+        "with every row at its longest the models take 14.8 GiB (big 11.8 GiB + small 3 GiB), their processes 200 MiB, "
+        "and may use 12 GiB"
     )
     assert second.hint == "lower kv_cache.max_context or batching.max_rows of big, or give it a memory_limit"
 

@@ -81,6 +81,25 @@ def test_a_draft_counts_and_makes_another_process(place: Place) -> None:
     assert fewer.process_digest == chat.process_digest
 
 
+def test_a_consent_to_code_and_every_change_of_it_make_another_process(place: Place) -> None:
+    chat, small = model(place.folder / "chat"), model(place.folder / "small")
+    text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./chat%s, draft: {source: ./small%s}}}\n"
+    yes = ", trust_remote_code: true"
+    specs = [place.resolve(text % given).models[0] for given in (("", ""), (yes, ""), ("", yes), (yes, yes))]
+    assert [(s.trust_remote_code, s.draft and s.draft.trust_remote_code) for s in specs] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    for folder in (chat, small):
+        write(folder / "own.py", "one = 1")
+        specs.append(place.resolve(text % (yes, yes)).models[0])
+        write(folder / "own.py", "one = 2")
+        specs.append(place.resolve(text % (yes, yes)).models[0])
+    assert len({spec.process_digest for spec in specs}) == len(specs)
+
+
 def test_a_draft_that_is_not_there_is_told_at_its_place(place: Place) -> None:
     model(place.folder / "chat")
     text = "name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./chat, draft: {source: %s}}}\n"

@@ -8,12 +8,12 @@ its adapter by the row. The idea of a product that gathers its own weights is Pu
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, Final
 
 import mlx.core as mx
 
+from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
@@ -96,7 +96,7 @@ def applies(x: mx.array, stack: Stack) -> bool:
     """Whether the kernel can take a call: a few 16-bit tokens a row, in whole vectors, on CUDA, without DoRA."""
     down, b = stack.down, stack.b
     return (
-        _available()
+        cuda_kernels.usable(SWITCH)
         and x.ndim == 3
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == down.dtype
@@ -126,11 +126,6 @@ def add_changes(x: mx.array, y: mx.array, stack: Stack, slots: mx.array) -> mx.a
     )
     result: mx.array = out
     return result
-
-
-@cache
-def _available() -> bool:
-    return os.environ.get(SWITCH) != "0" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
 @cache

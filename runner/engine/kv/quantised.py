@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.engine.kv import masks
+from runner.engine.kv import masks, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
@@ -40,6 +40,9 @@ class Quantisation:
 
     def product(self, x: mx.array, packed: Packed, transpose: bool) -> mx.array:
         """x times the values, or their transpose."""
+        if widened.applies(x, packed, self.bits):
+            product = widened.scores if transpose else widened.weighted
+            return product(x, packed, self.group_size, self.bits)
         return mx.quantized_matmul(x, *packed, transpose=transpose, group_size=self.group_size, bits=self.bits)
 
 

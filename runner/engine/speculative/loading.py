@@ -32,23 +32,25 @@ def slack_for(num_draft_tokens: int) -> int:
     return max(num_draft_tokens, SLACK)
 
 
-def speculate(folder: Path, target: LoadedModel, slack: int) -> tuple[Speculation | None, list[str]]:
+def speculate(
+    folder: Path, target: LoadedModel, slack: int, *, trust_remote_code: bool = False
+) -> tuple[Speculation | None, list[str]]:
     """Speculation for a target with the draft model in `folder`, or None and a note why there can be none.
 
-    Both models' caches take back `slack` tokens. Raises EngineLoadError: the draft cannot be loaded, or its tokenizer
-    is another one.
+    Both models' caches take back `slack` tokens; `trust_remote_code` is of the draft. Raises EngineLoadError: the draft
+    cannot be loaded, or its tokenizer is another one.
     """
-    draft = load_draft(folder, target, slack)
+    draft = load_draft(folder, target, slack, trust_remote_code=trust_remote_code)
     reason = refusal(target, draft)
     if reason is not None:
         return None, [f"no speculation: {reason}"]
     return start_speculation(target, draft, slack), [f"draft: {note}" for note in draft.notes]
 
 
-def load_draft(folder: Path, target: LoadedModel, slack: int) -> LoadedModel:
+def load_draft(folder: Path, target: LoadedModel, slack: int, *, trust_remote_code: bool = False) -> LoadedModel:
     """The draft model, for a target. Raises EngineLoadError as `speculate` does."""
     try:
-        draft = load(folder, slack=slack)
+        draft = load(folder, slack=slack, trust_remote_code=trust_remote_code)
     except EngineLoadError as error:
         raise EngineLoadError(f"draft {folder}: {error.message}", hint=error.hint) from error
     _require_same_tokens(folder, draft.tokenizer, target.tokenizer)

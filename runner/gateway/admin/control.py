@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from runner.hub.download import Progress
 from runner.plan.scope import Scope
 
 
@@ -28,6 +29,18 @@ class Outcome:
     drift: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A model of the hub's cache, whether it is served or not. `size` is bytes on the disk, `since` seconds since the
+    epoch, `architecture` its model type, empty where that cannot be read."""
+
+    repo: str
+    commit: str
+    size: int
+    since: int
+    architecture: str = ""
+
+
 class Control(Protocol):
     """One runner. Each change waits for those before it, is all or nothing, and goes on to its end when whoever asked
     has left.
@@ -42,6 +55,21 @@ class Control(Protocol):
 
     async def available(self) -> dict[str, Any]:
         """What `mlx-run models list --json` prints."""
+        ...
+
+    async def search(self, query: str, limit: int) -> list[dict[str, Any]]:
+        """What `mlx-run models search --json` prints. Raises Unavailable where the hub is not to be asked, and
+        HubFailed."""
+        ...
+
+    async def cached(self) -> list[CachedModel]:
+        """Models of the hub's cache, one commit of each repository."""
+        ...
+
+    def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
+        """Bring a repository into the hub's cache, whatever the manifest says; what is served stays as it is. Closing
+        the generator ends it. Raises NotServed (there is none), CannotBeDone (no room), Unavailable (offline) and
+        HubFailed."""
         ...
 
     async def plan(self, scope: Scope) -> Outcome:

@@ -30,6 +30,7 @@ from runner.gateway.admin.wire import (
     Plan,
     UnloadAdapter,
     UnloadModel,
+    read_search,
 )
 from runner.gateway.decode import read_json
 from runner.gateway.exchange import exchange_of
@@ -45,6 +46,7 @@ def add_routes(app: App[Any, Any], listener: str, control: Control) -> None:
     runner = Runner(listener, control)
     app.add_route("/v1/status", runner, suffix="status")
     app.add_route("/v1/models/available", runner, suffix="available")
+    app.add_route("/v1/models/search", runner, suffix="search")
     app.add_route("/v1/plan", runner, suffix="plan")
     app.add_route("/v1/apply", runner, suffix="apply")
     parts = Parts(listener, control)
@@ -76,7 +78,7 @@ class _Asked:
 
 
 class Runner(_Asked):
-    """`/v1/status`, `/v1/models/available`, `/v1/plan` and `/v1/apply`."""
+    """`/v1/status`, `/v1/models/available` and `search`, `/v1/plan` and `/v1/apply`."""
 
     async def on_get_status(self, request: Request, response: Response) -> None:
         """What is up, and how it stands."""
@@ -87,6 +89,12 @@ class Runner(_Asked):
         """What is in the hub's cache and in the folders that manifests use."""
         exchange_of(request).route = request.path
         _send(response, await self._control.available())
+
+    async def on_get_search(self, request: Request, response: Response) -> None:
+        """What the hub has for some words, and whether it would fit here."""
+        exchange_of(request).route = request.path
+        query, limit = read_search(request.params)
+        _send(response, {"models": await self._control.search(query, limit)})
 
     async def on_post_plan(self, request: Request, response: Response) -> None:
         """What apply would do."""
@@ -137,6 +145,10 @@ def _model_entry(fields: LoadModel) -> dict[str, Any] | None:
     for name in _OWN_FIELDS:
         if name in config:
             raise InvalidRequest(f"`{name}` stands beside `config`, not in it", param=f"config.{name}")
+    for name, section in (("config", config), ("config.draft", config.get("draft"))):
+        if isinstance(section, dict) and section.get("trust_remote_code"):
+            message = f"`{name}.trust_remote_code`: a model's own code runs by leave of the manifest alone"
+            raise InvalidRequest(message, param=f"{name}.trust_remote_code", code="not_by_api")
     adapters = config.get("adapters")
     if adapters is not None and not isinstance(adapters, dict):
         raise InvalidRequest("`config.adapters` should be an object", param="config.adapters", code="invalid_value")

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
+
+from runner.errors import InvalidRequest
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -82,3 +86,28 @@ NAMES: Final = {
 """Field names, for `runner.gateway.decode` to suggest from."""
 
 DECODERS: Final[dict[type, msgspec.json.Decoder[Any]]] = {kind: msgspec.json.Decoder(kind) for kind in NAMES}
+
+_MOST_FOUND: Final = 100
+SEARCH: Final[Mapping[str, Mapping[str, Any]]] = {
+    "q": {"type": "string", "minLength": 1, "maxLength": 256},
+    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST_FOUND, "default": 20},
+}
+"""The query of `GET /v1/models/search`, as JSON Schema; `q` is required."""
+
+
+def read_search(given: Mapping[str, Any]) -> tuple[str, int]:
+    """The words and the most answers that a query asks for. Raises InvalidRequest."""
+    for name, value in given.items():
+        if name not in SEARCH:
+            raise InvalidRequest(f"unknown parameter `{name}`; there are: {', '.join(SEARCH)}", param=name)
+        if not isinstance(value, str):
+            raise InvalidRequest(f"`{name}` is there more than once", param=name)
+    query = given.get("q", "").strip()
+    if not query:
+        raise InvalidRequest("`q` is missing: the words to search for", param="q", code="missing_field")
+    if len(query) > SEARCH["q"]["maxLength"]:
+        raise InvalidRequest(f"`q` is longer than {SEARCH['q']['maxLength']} characters", param="q")
+    limit = given.get("limit", str(SEARCH["limit"]["default"]))
+    if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= _MOST_FOUND:
+        raise InvalidRequest(f"`limit` should be a number from 1 to {_MOST_FOUND}", param="limit")
+    return query, int(limit)

@@ -22,6 +22,7 @@ from runner.gateway.decode import read_json
 from runner.gateway.exchange import CUT_MESSAGE, exchange_of
 from runner.gateway.generation import start
 from runner.gateway.openai.shapes import encode_json
+from runner.gateway.streaming import EVENTS, answer_with
 from runner.gateway.waiting import begin
 from runner.telemetry import GatewayMetrics
 
@@ -59,12 +60,7 @@ class Messages:
             stream = await begin(
                 route, requests, exchange, self._metrics, lambda g: events(g, head, exchange), error_event
             )
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_EVENT
-            response.content_type = "text/event-stream; charset=utf-8"
-            response.set_header("cache-control", "no-cache")
-            response.set_header("x-accel-buffering", "no")
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=EVENTS, cut=_CUT_EVENT)
         else:
             response.content_type = "application/json"
             response.data = await whole(await start(route, requests, exchange, self._metrics), head)

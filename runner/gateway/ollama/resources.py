@@ -1,4 +1,5 @@
-"""Ollama's routes, under /api. What changes models there is the manifest's business here, and says so (501)."""
+"""Ollama's routes, under /api. What changes models there is the manifest's business here, and says so (501); a pull of
+what is not served only fills the hub's cache."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ import falcon
 from falcon.asgi import App, Request, Response
 
 from runner.errors import InvalidRequest, NotServed, Unavailable
+from runner.gateway.admin.control import Control
 from runner.gateway.backend import Directory, ModelCard, Route
 from runner.gateway.decode import read_json
 from runner.gateway.exchange import CUT_MESSAGE, exchange_of
 from runner.gateway.generation import start
 from runner.gateway.ollama.answers import Head, error_line, lines, loaded, whole
 from runner.gateway.ollama.cards import show, tag
+from runner.gateway.ollama.pull import Wanted, card_of, pulled, repository
 from runner.gateway.ollama.translate import chat_generate, prompt_generate
 from runner.gateway.ollama.wire import (
     CHANGES_A_MODEL,
@@ -32,6 +35,7 @@ from runner.gateway.ollama.wire import (
     show_decoder,
 )
 from runner.gateway.openai.shapes import encode_json
+from runner.gateway.streaming import LINES, answer_with
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
 
@@ -41,12 +45,19 @@ API_VERSION: Final = "0.12.0"
 _CUT_LINE = error_line(Unavailable(CUT_MESSAGE, code="shutting_down"))
 
 
-def add_routes(app: App[Any, Any], listener: str, directory: Directory, metrics: GatewayMetrics) -> None:
-    """Adds Ollama's API to a listener's app."""
+def add_routes(
+    app: App[Any, Any],
+    listener: str,
+    directory: Directory,
+    metrics: GatewayMetrics,
+    control: Control | None = None,
+) -> None:
+    """Adds Ollama's API to a listener's app. With `control`, which a server with the admin API has, models can be
+    pulled, and those in the hub's cache are listed."""
     answering = Answering(listener, directory, metrics)
     app.add_route("/api/chat", answering, suffix="chat")
     app.add_route("/api/generate", answering, suffix="generate")
-    models = Models(listener, directory)
+    models = Models(listener, directory, control)
     for name in ("tags", "ps", "show", "pull", "create", "version"):
         app.add_route(f"/api/{name}", models, suffix=name)
     for name in ("copy", "delete", "push", "embed", "embeddings"):
@@ -112,11 +123,7 @@ class Answering:
         generation = await start(route, [generate], exchange, self._metrics)
         if fields.stream is not False:
             stream = lines(generation, head, exchange)
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_LINE
-            response.content_type = "application/x-ndjson"
-            response.set_header("x-accel-buffering", "no")
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=LINES, cut=_CUT_LINE)
         else:
             response.data = await whole(generation, head)
 
@@ -130,9 +137,10 @@ async def _make_sure_of(route: Route) -> None:
 class Models:
     """What is served, and what this is."""
 
-    def __init__(self, listener: str, directory: Directory) -> None:
+    def __init__(self, listener: str, directory: Directory, control: Control | None) -> None:
         self._listener = listener
         self._directory = directory
+        self._control = control
 
     async def on_get_root(self, request: Request, response: Response) -> None:
         """Clients look here for a sign of life."""
@@ -146,8 +154,12 @@ class Models:
         _send(request, response, "/api/version", {"version": API_VERSION})
 
     async def on_get_tags(self, request: Request, response: Response) -> None:
-        """All models, with their aliases and adapters."""
+        """All models, with their aliases and adapters; where they can be pulled, also those that are here and that the
+        manifest does not serve."""
         cards = self._directory.cards(self._listener)
+        if self._control is not None:
+            served = {name for card in cards for name in (card.id, card.source)}
+            cards = cards + [card_of(model) for model in await self._control.cached() if model.repo not in served]
         _send(request, response, "/api/tags", {"models": [tag(card) for card in cards]})
 
     async def on_get_ps(self, request: Request, response: Response) -> None:
@@ -163,9 +175,32 @@ class Models:
         _send(request, response, "/api/show", show(self._card(fields.model or fields.name)))
 
     async def on_post_pull(self, request: Request, response: Response) -> None:
-        """A model that is served is here already; any other has to be in the manifest first."""
+        """A model that is served is here already, by its name or its source's; a repository of the hub comes into its
+        cache, where the server may do that."""
+        exchange = exchange_of(request)
+        exchange.route = "/api/pull"
         fields = await read_json(request, pull_decoder, PULL_NAMES, any_type=True)
-        self._already_here(request, response, self._card(fields.model or fields.name), stream=fields.stream)
+        name = fields.model or fields.name
+        wanted = repository(name)
+        card = self._found(name) or (self._of_source(wanted) if wanted is not None else None)
+        if card is not None or wanted is None:
+            self._already_here(request, response, card or self._card(name), stream=fields.stream)
+            return
+        if self._control is None:
+            raise falcon.HTTPForbidden(description=_NO_PULL.format(name=name, repo=wanted.repo))
+        coming = self._control.pull(wanted.repo, wanted.revision or "main")
+        exchange.defer(coming.aclose)
+        first = await anext(coming)  # what the hub refuses is told by the status
+        if fields.stream:
+            stream = pulled(wanted, first, coming, exchange)
+            exchange.defer(stream.aclose)
+            exchange.cut_event = _CUT_LINE
+            response.content_type = "application/x-ndjson"
+            response.stream = stream
+            return
+        async for _ in coming:
+            pass
+        _send(request, response, "/api/pull", {"status": "success"})
 
     async def on_post_create(self, request: Request, response: Response) -> None:
         """A model of the manifest is made already, as the manifest says; any other has to be written there first."""
@@ -186,13 +221,18 @@ class Models:
             _send(request, response, request.path, {"status": "success"})
             return
         exchange_of(request).route = request.path
-        response.content_type = "application/x-ndjson"
+        response.content_type = LINES
         steps = ({"status": f"already here: {card.source}"}, {"status": "success"})
         response.data = b"".join(encode_json(step) + b"\n" for step in steps)
 
     def _found(self, name: str) -> ModelCard | None:
         known = {card.id: card for card in self._directory.cards(self._listener)}
         return known.get(name) or known.get(name.removesuffix(":latest"))
+
+    def _of_source(self, wanted: Wanted) -> ModelCard | None:
+        """What is served of a repository, at the revision that the manifest says, where a name asks for no other."""
+        cards = self._directory.cards(self._listener)
+        return None if wanted.revision else next((card for card in cards if card.source == wanted.repo), None)
 
     def _card(self, name: str) -> ModelCard:
         if not name:
@@ -219,6 +259,10 @@ class NotHere:
     on_delete = on_post
 
 
+_NO_PULL: Final = (
+    "model '{name}' is not served here, and this server may not download: give it the admin API "
+    "(apis: [ollama, admin]), or run `mlx-run pull {repo}`"
+)
 _EDIT: Final = "models come from the manifest here: edit it, and mlx-run does the rest"
 _EMBEDDINGS: Final = "this version serves chat and completion models, and none for embeddings"
 _NOT_HERE: Final = {"embed": _EMBEDDINGS, "embeddings": _EMBEDDINGS, "push": "models are not pushed from here"}

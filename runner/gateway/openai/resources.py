@@ -24,6 +24,7 @@ from runner.gateway.openai.wire import (
     chat_decoder,
     completion_decoder,
 )
+from runner.gateway.streaming import EVENTS, answer_with
 from runner.gateway.waiting import begin
 from runner.protocol import Generate
 from runner.telemetry import GatewayMetrics
@@ -113,12 +114,7 @@ class _Generating:
             stream = await begin(
                 route, generates, exchange, self._metrics, lambda g: events(g, head, exchange), as_event
             )
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_EVENT
-            response.content_type = "text/event-stream; charset=utf-8"
-            response.set_header("cache-control", "no-cache")
-            response.set_header("x-accel-buffering", "no")
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=EVENTS, cut=_CUT_EVENT)
         else:
             response.content_type = "application/json"
             response.data = await whole(await start(route, generates, exchange, self._metrics), head)

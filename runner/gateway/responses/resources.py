@@ -20,6 +20,7 @@ from runner.gateway.responses.answers import Building, Object, new_response
 from runner.gateway.responses.store import ResponseStore, Stored
 from runner.gateway.responses.translate import Turns, generating, input_turns, turns_of
 from runner.gateway.responses.wire import NAMES, Item, ResponsesRequest, responses_decoder
+from runner.gateway.streaming import EVENTS, answer_with
 from runner.gateway.waiting import begin
 from runner.telemetry import GatewayMetrics
 
@@ -65,12 +66,7 @@ class Responses:
                 lambda generation: self._events(generation, building, fields, turns, exchange),
                 as_event,
             )
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_EVENT
-            response.content_type = "text/event-stream; charset=utf-8"
-            response.set_header("cache-control", "no-cache")
-            response.set_header("x-accel-buffering", "no")
-            response.stream = stream
+            answer_with(stream, response, exchange, kind=EVENTS, cut=_CUT_EVENT)
             return
         generation = await start(route, [generate], exchange, self._metrics)
         list(building.add(generation.first[1]))

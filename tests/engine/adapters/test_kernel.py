@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from runner.engine import cuda_kernels
 from runner.engine.adapters import kernel
 from runner.engine.adapters.stack import Change, Stack
 
@@ -31,7 +32,7 @@ def joined(inputs: int, parts: list[tuple[int, int]], seed: int, dtype: mx.Dtype
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernel.SWITCH, "1")
-    kernel._available.cache_clear()
+    cuda_kernels.usable.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

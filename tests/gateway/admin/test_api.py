@@ -67,6 +67,11 @@ async def test_each_route_asks_for_what_it_says(
         ({"model": "a", "revision": "main"}, "source"),
         ({"model": "a", "source": "./a", "config": {"source": "./b"}}, "config.source"),
         ({"model": "a", "source": "./a", "config": {"adapters": ["b"]}}, "config.adapters"),
+        ({"model": "a", "source": "./a", "config": {"trust_remote_code": True}}, "config.trust_remote_code"),
+        (
+            {"model": "a", "source": "./a", "config": {"draft": {"source": "./b", "trust_remote_code": True}}},
+            "config.draft.trust_remote_code",
+        ),
         ({"model": "a", "sources": "./a"}, "sources"),
         ({"model": "a", "generation": -1}, "generation"),
     ],
@@ -133,6 +138,49 @@ async def test_keys_hold_for_it_as_for_the_rest(
 
 async def test_what_is_available_is_no_model_of_that_name(client: Client) -> None:
     assert (await client.get("/v1/models/available")).json == {"models": [{"source": "org/a"}], "notes": []}
+
+
+async def test_a_search_asks_for_what_the_query_says(client: Client, control: FakeControl) -> None:
+    answer = await client.get("/v1/models/search?q=llama+1b%204bit")
+    assert (answer.status_code, answer.json) == (200, {"models": [{"repo": "org/a", "fits": True}]})
+    assert (await client.get("/v1/models/search?limit=3&q=%20x%20")).status_code == 200
+    assert control.asked == [("search", "llama 1b 4bit", 20), ("search", "x", 3)]
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "says"),
+    [
+        ("", "q", "is missing"),
+        ("?q=", "q", "is missing"),
+        ("?q=+", "q", "is missing"),
+        (f"?q={'x' * 257}", "q", "longer than 256"),
+        ("?q=a&q=b", "q", "more than once"),
+        ("?q=a&limit=0", "limit", "from 1 to 100"),
+        ("?q=a&limit=101", "limit", "from 1 to 100"),
+        (f"?q=a&limit={'9' * 5000}", "limit", "from 1 to 100"),
+        ("?q=a&limit=-1", "limit", "from 1 to 100"),
+        ("?query=a", "query", "there are: q, limit"),
+    ],
+)
+async def test_a_wrong_query_names_its_parameter(
+    client: Client, control: FakeControl, query: str, param: str, says: str
+) -> None:
+    answer = await client.get(f"/v1/models/search{query}")
+    assert (answer.status_code, answer.json["error"]["param"]) == (400, param)
+    assert says in answer.json["error"]["message"]
+    assert control.asked == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(errors.Unavailable("offline", code="E801"), 503), (errors.HubFailed("unreachable", code="E804"), 502)],
+)
+async def test_a_hub_that_gives_no_answer_has_a_status_of_its_own(
+    client: Client, control: FakeControl, error: errors.RequestError, status: int
+) -> None:
+    control.outcome = error
+    answer = await client.get("/v1/models/search?q=a")
+    assert (answer.status_code, answer.json["error"]["code"]) == (status, error.code)
 
 
 async def test_other_apis_stay_beside_it(client: Client) -> None:

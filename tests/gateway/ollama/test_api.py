@@ -171,6 +171,7 @@ async def test_what_is_served(client: Client) -> None:
 async def test_pull_of_what_is_here_and_of_what_is_not(client: Client) -> None:
     assert lines_of(await client.post("/api/pull", {"model": "chat"}))[-1] == {"status": "success"}
     assert (await client.post("/api/pull", {"name": "chat:latest", "stream": False})).json == {"status": "success"}
+    assert (await client.post("/api/pull", {"model": "hf.co/org/gpt-4o", "stream": False})).status_code == 403
     missing = await client.post("/api/pull", {"model": "llama3"})
     assert (missing.status_code, missing.json["error"]) == (404, "model 'llama3' not found: it is not in the manifest")
 
