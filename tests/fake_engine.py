@@ -1,11 +1,12 @@
 """An engine without MLX: the real protocol over a real socket in a real process, answers made from the request.
 
 It stands in where only the control plane is tested. `{"fake": {...}}` in the model folder's config.json scripts it:
-`load_seconds`, `refuse` (a reason: the model cannot be loaded, after `load_seconds`), `die_loading` (it kills itself
-then), `lives` (seconds from loaded to killing itself), `die_after` (tokens, then it kills itself),
-`abort_after` (the same by an abort, with `last_words`), `overrun_after` (the same, for too much memory), `tokens` (the
-most of an answer, which ends by itself), `eats_after` (tokens, then it takes `eats_mib` of memory). A chat's answer is
-`ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every `token_seconds`.
+`load_seconds`, `waits_for` (a file: it is not loaded before that is there), `refuse` (a reason: the model cannot be
+loaded, after `load_seconds`), `die_loading` (it kills itself then), `lives` (seconds from loaded to killing itself),
+`die_after` (tokens, then it kills itself), `abort_after` (the same by an abort, with `last_words`), `overrun_after`
+(the same, for too much memory), `tokens` (the most of an answer, which ends by itself), `eats_after` (tokens, then it
+takes `eats_mib` of memory). A chat's answer is `ADAPTER-KEY:TEXT` repeated over `max_tokens` tokens, one every
+`token_seconds`; more of them than its `max_context` are refused.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class FakeEngine:
         self.tokens = 0
         self.eaten = b""
         self.budget = spec.budget_bytes
+        self.max_context = spec.max_context
         self.cancelled = 0
         self.connected = asyncio.Event()
         self.gone = asyncio.Event()
@@ -90,6 +92,8 @@ class FakeEngine:
     async def load(self) -> None:
         if not self.loaded.is_set():
             await asyncio.sleep(float(str(self.script.get("load_seconds", 0.0))))
+            while (file := self.script.get("waits_for")) and not Path(str(file)).exists():
+                await asyncio.sleep(0.01)
             if reason := self.script.get("refuse"):
                 self.send(LoadFailed(str(reason)))
                 os._exit(1)
@@ -121,8 +125,9 @@ class FakeEngine:
                 self.send(AdapterDropped(key))
             case Shutdown():
                 os._exit(0)
-            case Configure(memory_limit_bytes=limit):
-                self.budget = limit or self.budget
+            case Configure(memory_limit_bytes=limit, max_context=longest):
+                self.budget = self.budget if limit is None else limit
+                self.max_context = self.max_context if longest is None else longest
                 self.stats()
 
     async def answer(self, request: Generate) -> None:
@@ -130,6 +135,9 @@ class FakeEngine:
             self.send(Rejected(request.id, 404, "no such adapter", "adapter_name"))
             return
         count, reason = request.max_tokens or 4, "length"
+        if self.max_context and count > self.max_context:
+            self.send(Rejected(request.id, 400, f"at most {self.max_context} tokens", "max_tokens"))
+            return
         if (most := self.script.get("tokens")) is not None and int(str(most)) < count:
             count, reason = int(str(most)), "stop"
         for index in range(count):

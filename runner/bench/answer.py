@@ -58,16 +58,17 @@ _decode = msgspec.json.Decoder(_Event).decode
 class Answer:
     """Takes the body of one answer and completes its `Outcome`; `gaps` collects the seconds between content events.
 
-    A read may bring several events; they all count as arrived when it did.
+    A read may bring several events; they all count as arrived when it did. `last` is when the latest with content did,
+    0 for none.
     """
 
-    __slots__ = ("_buffer", "_done", "_gaps", "_last", "_outcome", "_stream")
+    __slots__ = ("_buffer", "_done", "_gaps", "_outcome", "_stream", "last")
 
     def __init__(self, outcome: Outcome, gaps: array[float]) -> None:
         self._outcome = outcome
         self._gaps = gaps
         self._buffer = b""
-        self._last = 0.0
+        self.last = 0.0
         self._done = False
         self._stream = True
 
@@ -109,8 +110,8 @@ class Answer:
                 if outcome.ttft is None:
                     outcome.ttft = now - outcome.began
                 else:
-                    self._gaps.append(now - self._last)
-                self._last = now
+                    self._gaps.append(now - self.last)
+                self.last = now
                 outcome.chunks += 1
             if choice.finish_reason:
                 outcome.finish_reason = choice.finish_reason

@@ -27,16 +27,21 @@ class Clients:
         self.gaps = array("d")
         self._numbers: Iterator[int] = iter(range(job.first, job.end, job.stride))
         self._deadline = float("inf")
-        self._stopped = False
+        self._stopped = self._over = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> Report:
-        """Returns when the last request has ended."""
+        """Returns when the last request has ended, or the job's time is over."""
         cpu = time.process_time()
         if self._job.duration is not None:
             self._deadline = time.perf_counter() + self._job.duration
         self._tasks = [asyncio.create_task(self._client()) for _ in range(self._job.clients)]
-        await asyncio.wait(self._tasks)
+        _, late = await asyncio.wait(self._tasks, timeout=self._job.limit)
+        if late:
+            self._over = True
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late)
         for task in self._tasks:
             if not task.cancelled():
                 task.result()
@@ -45,6 +50,7 @@ class Clients:
             gaps=self.gaps.tobytes(),
             cpu_seconds=time.process_time() - cpu,
             stopped=self._stopped,
+            left=sum(1 for _ in self._numbers) if self._over and self._job.duration is None else 0,
         )
 
     def stop(self) -> None:
@@ -86,11 +92,12 @@ class Clients:
         except OSError as failure:
             error, message = "connect", failure.strerror or str(failure)
         except asyncio.CancelledError:
-            error = "interrupted"
+            error = "interrupted" if self._stopped else "unfinished"
             raise
         finally:
             answer.end(error, message)
-            outcome.ended = time.perf_counter()
+            # Seconds in which nothing came any more say nothing of how fast a server is.
+            outcome.ended = time.perf_counter() if error != "unfinished" else answer.last or outcome.began
             if error and connection is not None:
                 connection.close()
         return None if error else connection

@@ -35,13 +35,15 @@ class Level(msgspec.Struct, frozen=True, kw_only=True):
     """One server at one number of clients.
 
     `tokens` are the server's own count where it gave one, and stream events with content where not; `counted_by` says
-    which. `seconds` run from the first request's start to the last answer's end. `tpot` is, per request, the time after
-    its first token over the tokens after it; `inter_token` is each gap between two events.
+    which. `unfinished` requests are neither answered nor failed: the level's time was over. `seconds` run from the
+    first request's start to the last answer's end, or the last token of an unfinished one. `tpot` is, per request, the
+    time after its first token over the tokens after it; `inter_token` is each gap between two events.
     """
 
     clients: int
     requests: int
     failed: int
+    unfinished: int
     failures: dict[str, Failure]
     seconds: float
     tokens: int
@@ -88,7 +90,7 @@ def level_of(clients: int, reports: Sequence[Report]) -> Level:
         gaps.frombytes(report.gaps)
     interrupted = not reports or any(report.stopped for report in reports)
     good = [o for o in outcomes if not o.error]
-    bad = [o for o in outcomes if o.error and o.error != "interrupted"]
+    bad = [o for o in outcomes if o.error and o.error not in ("interrupted", "unfinished")]
     began = min((o.began for o in outcomes), default=0.0)
     seconds = max((o.ended for o in outcomes), default=0.0) - began
     tokens, source = _count(outcomes)
@@ -96,6 +98,7 @@ def level_of(clients: int, reports: Sequence[Report]) -> Level:
         clients=clients,
         requests=len(good) + len(bad),
         failed=len(bad),
+        unfinished=sum(o.error == "unfinished" for o in outcomes) + sum(r.left for r in reports),
         failures=_failures(bad),
         seconds=seconds,
         tokens=tokens,

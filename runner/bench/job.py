@@ -56,7 +56,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's share of a level.
 
     Its requests are number `first`, `first + stride`, … below `end`; none begins more than `duration` seconds after the
-    first.
+    first, and what has not ended `limit` seconds after it is given up.
     """
 
     target: Target
@@ -66,14 +66,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     stride: int = 1
     end: int
     duration: float | None = None
+    limit: float | None = None
 
 
 class Outcome(msgspec.Struct, kw_only=True):
     """One request. Times are seconds, `began` and `ended` on time.perf_counter's clock, which a machine's processes
     share.
 
-    `error` is a kind of failure (`connect`, `reset`, `http_503`, …), empty for none. `chunks` counts stream events with
-    content. Token counts are the server's, None where it gave none.
+    `error` is a kind of failure (`connect`, `reset`, `http_503`, …), empty for none. `unfinished` is one that was given
+    up because the level's time was over; it `ended` with its last token. `chunks` counts stream events with content.
+    Token counts are the server's, None where it gave none.
     """
 
     index: int
@@ -91,12 +93,16 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What one worker measured. `gaps` are all seconds between two content events of a request, as packed float64."""
+    """What one worker measured. `gaps` are all seconds between two content events of a request, as packed float64.
+
+    `left` counts the requests that never began because the level's time was over.
+    """
 
     outcomes: list[Outcome]
     gaps: bytes
     cpu_seconds: float
     stopped: bool
+    left: int = 0
 
 
 def target_of(url: str, *, api_key: str = "", model: str = "") -> Target:

@@ -34,11 +34,15 @@ _PROBES: Final = 4
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure. With `duration` seconds a level has no number of requests; `repeat` runs each level again."""
+    """What to measure. With `duration` seconds a level has no number of requests; `repeat` runs each level again.
+
+    A level that takes longer than `limit` seconds ends there, with what has been answered until then.
+    """
 
     clients: tuple[int, ...] = (1, 8, 32, 128)
     requests: int | None = None
     duration: float | None = None
+    limit: float | None = None
     prompt_tokens: int = 256
     shared_prefix: int = 0
     max_tokens: int = 128
@@ -48,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 300.0
     repeat: int = 1
     warm_up: int | None = None
+    warm_up_tokens: int = WARM_UP_TOKENS
     processes: int | None = None
 
     def requests_at(self, clients: int) -> int:
@@ -201,9 +206,16 @@ def _warm_up(workers: Workers, subject: Subject, settings: Settings, clients: in
     requests = clients if settings.warm_up is None else settings.warm_up
     if not requests:
         return True
-    load = msgspec.structs.replace(subject.load, max_tokens=min(WARM_UP_TOKENS, subject.load.max_tokens))
+    load = msgspec.structs.replace(subject.load, max_tokens=min(settings.warm_up_tokens, subject.load.max_tokens))
     first = block * _NUMBERS_A_LEVEL
-    job = Job(target=subject.target, load=load, clients=min(clients, requests), first=first, end=first + requests)
+    job = Job(
+        target=subject.target,
+        load=load,
+        clients=min(clients, requests),
+        first=first,
+        end=first + requests,
+        limit=settings.limit,
+    )
     reports = workers.run(job, settings.processes_at(clients))
     return bool(reports) and not any(report.stopped for report in reports)
 
@@ -218,5 +230,6 @@ def _run_level(workers: Workers, subject: Subject, settings: Settings, clients: 
         first=first,
         end=first + requests,
         duration=settings.duration,
+        limit=settings.limit,
     )
     return workers.run(job, settings.processes_at(clients))

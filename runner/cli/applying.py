@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import secrets
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from runner.errors import AlreadyRunning, NotRunning, RunnerError
 from runner.options import Options
 from runner.processes import python_module
 from runner.telemetry import configure_logging
+
+logger = logging.getLogger(__name__)
 
 _SPAWN_DEADLINE = 15.0
 """Seconds a detached runner gets to open its control socket."""
@@ -136,7 +142,7 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wis
             compiled,
             options,
             compiler,
-            view.show,
+            partial(_show, view),
             watch=wish.watch,
             scope=scope,
             timeout=wish.timeout,
@@ -147,6 +153,17 @@ def _become_runner(compiled: Compiled, options: Options, compiler: Compiler, wis
             log.close()
     raise_for(result)
     return 0
+
+
+def _show(view: View | JsonView, event: dict[str, Any]) -> None:
+    """Show an event to whoever reads, if anybody does: a pager that is closed, or a disk that is full, is no reason to
+    serve no more. The runner's log has it all."""
+    try:
+        view.show(event)
+    except OSError as error:
+        logger.warning("what happens is not printed any more", extra={"error": str(error)})
+        # Also for what is buffered, which the interpreter would write, and complain of, as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:

@@ -25,7 +25,8 @@ so that no prefix cache helps unless --shared-prefix is given. Tokens are the se
 streams, and events with content where it does not. TTFT is from sending a request to the first content; inter-token is
 every gap between two events with content.
 
-0 when every request was answered, 1 when some failed, 130 after a Ctrl-C, which prints what there is.
+0 when every request was answered, 1 when some failed or did not finish within --limit, 130 after a Ctrl-C, which
+prints what there is.
 
 examples:
   mlx-run bench http://127.0.0.1:8080 --clients 1,8,32
@@ -56,6 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=_count_or_none, metavar="N", help="short requests before each level (default: one a client)"
     )
     level.add_argument("--timeout", type=duration, default=300.0, metavar="5m", help="for one request (default: 5m)")
+    level.add_argument(
+        "--limit", type=duration, metavar="2m", help="for one level: what is not answered by then counts as unfinished"
+    )
     level.add_argument("--processes", type=_count, metavar="N", help="processes of clients (default: by their number)")
     _configure_requests(parser.add_argument_group("requests"))
     parser.add_argument("--json", action="store_true", help="print everything as JSON at the end")
@@ -79,7 +83,7 @@ def _configure_requests(group: argparse._ArgumentGroup) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 when requests failed. Raises RunnerError when a server does not answer at all."""
+    """0, or 1 when requests failed or were not finished. Raises RunnerError when a server does not answer at all."""
     settings = _settings(arguments)
     targets = [target_of(arguments.url, api_key=arguments.api_key, model=arguments.model)]
     if arguments.against:
@@ -102,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         table.close()
     if interrupted():
         return 130
-    return 1 if any(measured.level.failed for measured in found) else 0
+    return 1 if any(measured.level.failed or measured.level.unfinished for measured in found) else 0
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -116,6 +120,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         clients=arguments.clients,
         requests=arguments.requests,
         duration=arguments.duration,
+        limit=arguments.limit,
         prompt_tokens=arguments.prompt_tokens,
         shared_prefix=arguments.shared_prefix,
         max_tokens=arguments.max_tokens,

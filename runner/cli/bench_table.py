@@ -72,6 +72,8 @@ class Table:
         for kind, failure in level.failures.items():
             said = f": {failure.message}" if failure.message else ""
             self._notes.append(f"{place}: {failure.count} failed with {kind}{said}")
+        if level.unfinished:
+            self._notes.append(f"{place}: {level.unfinished} not finished when the level's time was over")
         if level.interrupted:
             self._notes.append(f"{place}: interrupted after {level.seconds:.1f} s")
         if level.not_streamed:

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from runner.cli.locate import add_files, add_name, find, wanted
+from runner.cli.text import duration
 from runner.control import client
 from runner.errors import RunnerError
 
@@ -15,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_name(parser, positional=True)
     add_files(parser)
     parser.add_argument(
-        "-t", "--timeout", type=float, metavar="SECONDS", help="how long running requests may go on (default: 30)"
+        "-t", "--timeout", type=duration, metavar="30s", help="how long running requests may go on (default: 30)"
     )
     parser.epilog = "example:\n  mlx-run down dev"
 

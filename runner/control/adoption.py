@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from runner.control.deployment import Deployment
+from runner.control.engine_spec import configure
 from runner.control.live import Live
 from runner.errors import EngineDied
 from runner.plan.spec import AdapterSpec, Desired, ModelSpec
@@ -47,6 +48,7 @@ async def adopt_engines(live: Live, desired: Desired) -> None:
             live.in_background(engine.drain(0.0))
             continue
         deployment.switch(_as_it_is(wanted, engine.hello.adapters if engine.hello else []), engine)
+        engine.configure(configure(wanted.limits))  # it does not say which it keeps to, and they are not in its digest
         live.deployments[spec.model] = deployment
         live.emit("engine_adopted", target=f"models.{spec.model}", pid=engine.pid)
 

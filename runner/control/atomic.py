@@ -12,10 +12,12 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _write(temporary, path, data, mode)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def _write(temporary: Path, path: Path, data: bytes, mode: int) -> None:

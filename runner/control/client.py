@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import ControlError, Diagnostic, ManifestError, MlxRunError, NotRunning
+
+_BUSY: Final = 10.0
+"""Seconds that a runner may be too busy to take a connection, where no timeout says."""
+
+_AGAIN: Final = 0.02
+"""Seconds between two attempts at that."""
 
 
 def is_up(path: Path) -> bool:
@@ -45,19 +52,36 @@ def stream(
                 yield reply
         except (TimeoutError, ConnectionError) as error:
             raise NotRunning(f"the runner stopped answering ({error})") from None
+        except ValueError:  # a line that was cut with its writer
+            raise NotRunning("the runner went away in the middle of its answer") from None
         if not finished:
             raise NotRunning("the runner went away before it had answered")
 
 
 def _connect(path: Path, *, timeout: float | None) -> socket.socket:
+    """Raises NotRunning; `timeout` is seconds, also for a runner that has more to answer than it comes round to."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout)
+    give_up = time.monotonic() + (_BUSY if timeout is None else timeout)
     try:
-        connection.connect(str(path))
+        while True:
+            try:
+                connection.connect(str(path))
+            except BlockingIOError:  # its queue of connections is full: unlike TCP's, nobody waits in line
+                if time.monotonic() > give_up:
+                    raise NotRunning("the runner does not answer: too many ask at once, or it hangs") from None
+                time.sleep(_AGAIN)
+            else:
+                return connection
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         raise NotRunning("no runner is up", hint="Start one with `mlx-run apply MANIFEST`.") from None
-    return connection
+    except PermissionError:
+        connection.close()
+        raise NotRunning(f"{path} may not be used by this user", hint="A runner answers its owner.") from None
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _error(data: dict[str, Any]) -> MlxRunError:

@@ -72,7 +72,7 @@ class ControlSocket:
         try:
             request = json.loads(await reader.readline())
             handler = self._handlers[request["op"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             known = ", ".join(self._handlers)
             write(_line({"error": {"message": f"not a control request; `op` is one of {known}"}}))
             return
@@ -83,7 +83,7 @@ class ControlSocket:
                     await drain()
             except MlxRunError as error:
                 write(_line({"error": error_json(error)}))
-            except (KeyError, TypeError, ValueError) as error:
+            except Exception as error:
                 logger.exception("control request failed")
                 write(_line({"error": {"message": f"the request {request['op']!r} failed: {error!r}"}}))
             await drain()

@@ -28,7 +28,8 @@ _LAST = "stopped"
 class EventLog:
     """Events are plain dicts with `event` (a constant name) and `time` (seconds since the epoch).
 
-    `observer` sees each event as it happens, in the event loop's thread.
+    `observer` sees each event as it happens, in the event loop's thread. What it raises is logged: events are told in
+    the middle of things that have to go on.
     """
 
     def __init__(self, observer: Callable[[Event], None] | None = None) -> None:
@@ -45,7 +46,10 @@ class EventLog:
         """Hand an event to whoever listens, and keep it nowhere: how far something has come is of the moment."""
         item: Event = {"event": event, "time": round(time.time(), 3), **fields}
         if self._observer is not None:
-            self._observer(item)
+            try:
+                self._observer(item)
+            except Exception:
+                logger.exception("an event could not be shown", extra={"shown": event})
         for queue in self._subscribers:
             if queue.full():
                 queue.get_nowait()

@@ -38,6 +38,7 @@ class Fulfilment:
             await record()
             self._live.committed = intent.desired
             self._live.room.limit = intent.desired.memory_limit_bytes
+            self._live.room.share()
             self.tell_models(None)
             self._events.emit("unchanged", generation=self._ledger.number)
             return
@@ -51,6 +52,7 @@ class Fulfilment:
             await asyncio.to_thread(self._ledger.keep_failed, intent, time.monotonic() - started, why)
             raise
         self.retry = Backoff(initial=1.0, maximum=60.0)
+        self._live.room.share()
         self.tell_models(None)
         self._events.emit(
             "applied",

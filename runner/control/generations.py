@@ -10,8 +10,10 @@ damaged, or was not written by us, is passed over and said.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -129,19 +131,19 @@ class Generations:
         self._prune()
 
     def _prune(self) -> None:
-        for leftover in self.folder.glob(".*"):  # of a runner that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        for leftover in self.folder.glob(".????????.json.*"):  # of a runner that was killed while it wrote
+            _remove(leftover)
         current = self.current()
         for path in self._paths()[: -self._kept]:
             if current is None or path != self._path(current.number):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08}.json"
 
     def _paths(self) -> list[Path]:
         """The files that are named as generations are, by number."""
-        return sorted(path for path in self.folder.glob("*.json") if len(path.stem) == 8 and path.stem.isdigit())
+        return sorted(path for path in self.folder.glob("*.json") if re.fullmatch("[0-9]{8}", path.stem))
 
     def _header_or_none(self, path: Path) -> Generation | None:
         try:
@@ -151,6 +153,11 @@ class Generations:
                 self._told.add(path)
                 self._on_damage(path, str(error))
             return None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what was to be written is, whatever cannot be removed
+        path.unlink()
 
 
 def _read_header(path: Path) -> Generation:

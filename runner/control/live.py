@@ -42,7 +42,8 @@ class Live:
 
     `admin` is what listeners with the admin API ask. `closing`: all of it is about to be shut down. `wanted` is what
     the reconciler knows of the manifest's models. `coming` are deployments that a plan is starting and that nobody is
-    routed to yet, `leaving` are ports that closed listeners give back in a moment.
+    routed to yet, `leaving` are ports that closed listeners give back in a moment, `draining` are those listeners until
+    their last request has ended.
     """
 
     def __init__(self, folder: StateFolder, options: Options, emit: Emit) -> None:
@@ -60,6 +61,7 @@ class Live:
         self.coming: dict[str, Deployment] = {}
         self.listeners: dict[str, Listener] = {}
         self.leaving: dict[int, asyncio.Event] = {}
+        self.draining: set[Listener] = set()
         self.created: dict[str, int] = {}
         self.committed: Desired | None = None
         self.closing = False
@@ -142,15 +144,21 @@ class Live:
             await asyncio.gather(*self._background, return_exceptions=True)
 
     async def shut_down(self, deadline: float) -> None:
-        """Drain every port and engine, at the same time, for at most `deadline` seconds."""
+        """Drain everything for at most `deadline` seconds, and forget it."""
         for attempt in self._attempts:
             attempt.cancel()
-        await asyncio.gather(*(listener.close(deadline) for listener in self.listeners.values()))
-        await asyncio.gather(*(d.stop(deadline=deadline) for d in self.deployments.values()))
+        await self.drain(deadline)
         self.listeners.clear()
         self.deployments.clear()
         await self.settle()
         await self.backstop.close()
+
+    async def drain(self, deadline: float) -> None:
+        """Drain every port and engine, at the same time, for at most `deadline` seconds: also those that an edit
+        before, or another call, gave more."""
+        await asyncio.gather(*(listener.close(deadline) for listener in (*self.listeners.values(), *self.draining)))
+        stopping = [d.stop(deadline=deadline) for d in self.deployments.values()]
+        await asyncio.gather(*stopping, *(engine.drain(deadline) for engine in self.room.engines))
 
 
 def _run(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:

@@ -30,13 +30,17 @@ async def close_listener(live: Live, listener: Listener) -> None:
     """Drain a listener that takes no new requests any more, up to the drain timeout. Its port is free long before."""
     port = listener.address[1]
     leaving = live.leaving[port] = asyncio.Event()
+    live.draining.add(listener)
     try:
         await listener.release()
     finally:
         leaving.set()
         if live.leaving.get(port) is leaving:
             del live.leaving[port]
-    cut = await listener.close(live.options.drain_timeout)
+    try:
+        cut = await listener.close(live.options.drain_timeout)
+    finally:
+        live.draining.discard(listener)
     if cut:
         logger.warning("requests were cut at the drain deadline", extra={"listener": listener.spec.name, "count": cut})
 

@@ -19,6 +19,7 @@ from runner.errors import EngineDied, SourceChanged
 from runner.gateway.listener import Listener
 from runner.plan.actions import (
     Action,
+    CloseListener,
     Disruption,
     MoveListener,
     OpenListener,
@@ -28,7 +29,7 @@ from runner.plan.actions import (
     StopModel,
     UpdateModel,
 )
-from runner.plan.spec import Desired
+from runner.plan.spec import Desired, ListenerSpec
 from runner.plan.verify import Changed
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class Preparation:
 
     async def prepare(self) -> None:
         """Do all of it. Raises MlxRunError; whatever happens, `undo` takes back what was done until then."""
+        late = self._late()
         for action in self._plan.actions:
-            if isinstance(action, OpenListener | MoveListener) and not _stays(action):
+            if isinstance(action, OpenListener | MoveListener) and action not in late:
                 await self._open(action)
         for action in self._plan.actions:
             if isinstance(action, StartModel):
@@ -72,22 +74,31 @@ class Preparation:
             for action in self._plan.actions
             if isinstance(action, StartModel | ReplaceModel | UpdateModel)
         )
-        for action in self._plan.actions:  # last: until then clients are served as they were
-            if isinstance(action, MoveListener) and _stays(action):
-                await self._open(action)
+        for action in self._plan.actions:
+            if isinstance(action, MoveListener | CloseListener) and action.heir:
+                await self._give_back(action.old if isinstance(action, MoveListener) else action.spec)
+        for action in late:
+            await self._open(action)
+
+    def _late(self) -> list[OpenListener | MoveListener]:
+        """What takes over an address, or a port that another server has. It is done last: until then clients are served
+        as they were."""
+        left = [action for action in self._plan.actions if isinstance(action, MoveListener | CloseListener)]
+        ports = {(a.old if isinstance(a, MoveListener) else a.spec).port for a in left if a.heir}
+        opening = [action for action in self._plan.actions if isinstance(action, OpenListener | MoveListener)]
+        return [action for action in opening if _stays(action) or action.spec.port in ports]
 
     async def _open(self, action: OpenListener | MoveListener) -> None:
         live = self._live
         self._progress.began(action)
         sock = None
-        if isinstance(action, MoveListener) and (_stays(action) or action.disruption is Disruption.DRAIN):
+        if isinstance(action, MoveListener) and _stays(action):
             old = live.listeners.pop(action.old.name)
             self._undo.append(partial(reopen_listener, live, action.old))
-            if _stays(action):
-                sock = old.hand_over()
-            else:
-                await old.release()
+            sock = old.hand_over()
             live.in_background(close_listener(live, old))
+        elif isinstance(action, MoveListener) and action.disruption is Disruption.DRAIN and not action.heir:
+            await self._give_back(action.old)
         listener = await open_listener(live, action.spec, sock)
         self.opened[action.spec.name] = listener
         self._progress.done(action)
@@ -99,6 +110,15 @@ class Preparation:
             await listener.close(0.0)
 
         self._undo.append(close)
+
+    async def _give_back(self, spec: ListenerSpec) -> None:
+        """Have a listener give its port back; its requests finish beside the one that gets it."""
+        old = self._live.listeners.pop(spec.name)
+        self._undo.append(partial(reopen_listener, self._live, spec))
+        try:
+            await old.release()
+        finally:
+            self._live.in_background(close_listener(self._live, old))
 
     def _add_deployment(self, action: StartModel) -> None:
         live, name = self._live, action.spec.name
@@ -137,15 +157,18 @@ class Preparation:
     async def _bring_up(self, action: StartModel | ReplaceModel) -> None:
         spec = action.spec
         deployments = self._live.coming if isinstance(action, StartModel) else self._live.deployments
+        deployment = deployments[spec.name]
         if spec.load == "on_demand":
             if self.first:
-                deployments[spec.name].rest(spec)  # requests may load it already
+                deployment.rest(spec)  # requests may load it already
             return
-        engine = await deployments[spec.name].bring_up(spec)
-        self._undo.append(engine.kill)
+        engine = await deployment.bring_up(spec)
+        self._undo.append(partial(_end_unless_served, deployment, engine))
         _require_same(await self._live.sources.changed([spec]))
         if self.first:
-            deployments[spec.name].switch(spec, engine)  # serve each model as soon as it is there
+            old = deployment.switch(spec, engine)  # serve each model as soon as it is there
+            if old is not None:  # adopted before a try that failed
+                self._live.in_background(old.drain(self._live.options.drain_timeout))
         else:
             self.engines[spec.name] = engine
 
@@ -177,6 +200,7 @@ class Preparation:
             await asyncio.gather(*(_attempt(undo) for undo in self._bring_back))
         if self._live.committed is not None:
             self._live.room.limit = self._live.committed.memory_limit_bytes
+            self._live.room.share()
             self._live.publish(self._live.committed.listeners)
 
 
@@ -215,6 +239,12 @@ async def _attempt(undo: Undo) -> None:
         await undo()
     except Exception:
         logger.exception("undoing a failed plan did not succeed")
+
+
+async def _end_unless_served(deployment: Deployment, engine: EngineProcess) -> None:
+    """One that is served ends with its deployment: killed here it would count as having died, and be brought back."""
+    if deployment.engine is not engine:
+        await engine.kill()
 
 
 async def drop_adapter(engine: EngineProcess, key: str) -> None:

@@ -146,6 +146,11 @@ class Room:
         self._held.append(holding)
         return holding
 
+    @property
+    def engines(self) -> list[EngineProcess]:
+        """All that take requests, or finish those that they have: also of deployments that are gone."""
+        return [holding.engine for holding in self._held if holding.engine is not None and holding.engine.alive]
+
     def note(self, engine: EngineProcess, spec: ModelSpec) -> None:
         """An engine that is there already has its place."""
         self._held.append(holding := Holding(spec))
@@ -258,7 +263,8 @@ class Room:
     # ------------------------------------------------------------- what each may come to
 
     def share(self) -> None:
-        """Tell every engine what it may come to now: what it needs at least, and its part of what is left."""
+        """Tell every engine what it may come to now: what it needs at least, and its part of what is left. To be called
+        when another `limit` is in effect."""
         budgets = self._budgets(None)
         for holding in self._held:
             self._tell(holding, budgets.get(id(holding.spec), 0))
@@ -275,7 +281,7 @@ class Room:
 
     def _tell(self, holding: Holding, budget: int) -> bool:
         engine = holding.engine
-        if not budget or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
+        if holding.leaving or budget == holding.budget or engine is None or not engine.alive or engine.loaded is None:
             return False
         holding.budget = budget
         engine.budget(budget)

@@ -119,8 +119,13 @@ class Runner:
         return await self._reconciler.start(self._compiled, Cause("start", this_user()), self._scope, self._first)
 
     def _end(self, drain: float | None) -> float:
-        """Begin to stop; `drain` seconds for what is running, None for the settings' own. Returns how many."""
+        """Begin to stop; `drain` seconds for what is running, None for the settings' own. Returns how many.
+
+        While it stops already, what is running gets no more than `drain` from now.
+        """
         self._drain_timeout = self._drain_timeout if drain is None else drain
+        if self._stop.is_set():
+            self._live.in_background(self._live.drain(self._drain_timeout))
         self._stop.set()
         return self._drain_timeout
 
@@ -144,9 +149,8 @@ class Runner:
 
     def _hurry(self) -> None:
         self._events.emit("stopping_now")
-        for deployment in self._live.deployments.values():
-            if deployment.engine is not None:
-                deployment.engine.connection.close()
+        for engine in self._live.room.engines:
+            engine.connection.close()
 
     async def _shut_down(self) -> None:
         self._live.begin_closing()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from runner.control.conversion import Conversions
 from runner.control.engine_process import EngineProcess
-from runner.control.engine_spec import adapter_source, engine_spec
+from runner.control.engine_spec import adapter_source, configure, engine_spec
 from runner.control.room import Room, Tenant
 from runner.control.sources import Sources
 from runner.control.state_folder import StateFolder
+from runner.errors import EngineDied, EngineError
 from runner.options import Options
-from runner.plan.spec import ModelSpec
+from runner.plan.spec import AdapterSpec, ModelSpec
 from runner.protocol import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Starting:
@@ -44,8 +49,9 @@ class Starting:
 
     async def start(self, spec: ModelSpec) -> EngineProcess:
         """An engine of `spec` that has generated a token. Raises EngineLoadError and EngineDied."""
-        async with self._conversions.folder_for(spec) as folder:
-            return await self._start(spec, folder)
+        with _nothing_else(spec.name):
+            async with self._conversions.folder_for(spec) as folder:
+                return await self._start(spec, folder)
 
     async def _start(self, spec: ModelSpec, folder: Path) -> EngineProcess:
         place = await self._room.enter(self._tenant, spec)
@@ -76,20 +82,53 @@ class Starting:
         return engine
 
     async def catch_up(self, engine: EngineProcess) -> str:
-        """Load the adapters that the manifest gained while this engine was starting. Returns what it has read that is
-        not what was planned, empty where nothing is. Raises EngineError; then the engine has ended."""
+        """Have an engine hold the adapters and keep to the limits that its model has now: both may have been edited
+        while it was starting, and nothing was there to be told.
+
+        Returns what it has read that is not what was planned, empty where nothing is. Raises EngineError; then the
+        engine has ended.
+        """
         try:
-            loaded = {a.key for a in engine.spec.adapters}
-            while missing := [a for a in self._tenant.spec.adapters if a.key not in loaded]:
-                await engine.load_adapter(adapter_source(missing[0]))
-                loaded.add(missing[0].key)
-            return "; ".join(map(str, await self._sources.changed([self._tenant.spec])))
+            held = {a.key for a in engine.spec.adapters}
+            while True:
+                spec = self._tenant.spec
+                with _nothing_else(spec.name):
+                    await self._hold(engine, spec.adapters, held)
+                    changed = await self._sources.changed([spec])
+                if self._tenant.spec is spec:
+                    break  # and nothing is awaited from here until it serves
         except BaseException:
             await engine.kill()  # nobody else knows of it
             raise
+        engine.configure(configure(spec.limits))
+        return "; ".join(map(str, changed))
+
+    async def _hold(self, engine: EngineProcess, adapters: Sequence[AdapterSpec], held: set[str]) -> None:
+        """Load and drop adapters until it holds these, where it holds those of `held`. Raises EngineError."""
+        wanted = {adapter.key: adapter for adapter in adapters}
+        for key in wanted.keys() - held:
+            await engine.load_adapter(adapter_source(wanted[key]))
+            held.add(key)
+        for key in held - wanted.keys():
+            await engine.drop_adapter(key)
+            held.discard(key)
 
     async def abandon(self) -> None:
         """End an engine that is not up yet; whoever waits for it gets EngineDied."""
         self._conversions.abandon()
         if self.engine is not None:
             await self.engine.kill()
+
+
+@contextmanager
+def _nothing_else(model: str) -> Iterator[None]:
+    """Only EngineError comes out: whoever brings an engine up tries again, which nobody would after a fault of ours."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        logger.exception("bringing up an engine failed unexpectedly", extra={"model": model})
+        raise EngineDied(
+            f"{model}: unexpected {type(error).__name__}: {error}", hint="The runner's log has more."
+        ) from None

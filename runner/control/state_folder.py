@@ -63,7 +63,9 @@ class StateFolder:
 
     def engine_log(self, model: str) -> Path:
         """What a model's engine printed."""
-        return self.folder / "logs" / f"{model}.log"
+        log = self.folder / "logs" / f"{model}.log"
+        # A model may be called runner, or Runner where the file system takes that for the same.
+        return log if model.lower() != self.log.stem else log.with_name(f"{model} (model).log")
 
     def rename_engine_logs(self, names: Mapping[str, str]) -> None:
         """Let the logs of models go on under new names, all at once: names may be swapped. What was logged under a new

@@ -51,6 +51,26 @@ def understood(model: Any, layout: Layout, vocabulary: int) -> bool:
         return False
 
 
+def fuses(model: Any, layout: Layout, plain: Layout, vocabulary: int) -> bool:
+    """Whether rows come out of `layout`, which writes and attends in one launch, as they do out of the `plain` one.
+
+    They do not where a model uses its keys itself, and where there is no kernel for it that compiles.
+    """
+    prompts = _prompts(vocabulary)
+    try:
+        error = max(
+            _error(model, layout, rows, _together(model, plain, rows))
+            for rows in (prompts, prompts[:1], prompts[:1] * 2)
+        )
+    except _FAILURES as failure:
+        logger.warning("attention takes separate operations", extra={"reason": str(failure)})
+        return False
+    if not error <= _TOLERANCE:
+        logger.warning("attention takes separate operations", extra={"relative_error": round(error, 3)})
+        return False
+    return True
+
+
 def why_not_quantised(model: Any, layout: Layout, precise: Layout, vocabulary: int) -> str | None:
     """Why rows cannot be kept as `layout` quantises them, or None.
 

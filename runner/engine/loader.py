@@ -14,9 +14,11 @@ from mlx.utils import tree_flatten
 
 from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
-from runner.engine.compatibility import batches, understood, why_not_quantised
+from runner.engine.compatibility import batches, fuses, understood, why_not_quantised
 from runner.engine.joined import join_siblings
+from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention import install
+from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
@@ -83,9 +85,10 @@ def load(
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
         install(model)
-        layout, vocabulary, together = _try(model, slack)
+        layout, vocabulary, together = _try(model, slack, attention_kernel.launch())
         if quantisation is not None:
-            layout = _quantised(model, Layout(model, slack, quantisation), layout, vocabulary)
+            quantised = Layout(model, slack, quantisation, launch=layout.launch)
+            layout = _quantised(model, quantised, layout, vocabulary)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -204,10 +207,16 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _try(model: Any, slack: int) -> tuple[Layout, int, bool]:
-    """How the model caches, the width of its logits, and whether rows can share a call."""
+def _try(model: Any, slack: int, launch: Launch | None = None) -> tuple[Layout, int, bool]:
+    """How the model caches, the width of its logits, and whether rows can share a call.
+
+    `launch` writes and attends at once where the model lets it.
+    """
     layout = Layout(model, slack)
     vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
+    if launch is not None and not layout.unknown:
+        fused = Layout(model, slack, launch=launch)
+        layout = fused if fuses(model, fused, layout, vocabulary) else layout
     if batches(model, layout, vocabulary):
         return layout, vocabulary, True
     return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False

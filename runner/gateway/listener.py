@@ -127,21 +127,18 @@ class Listener:
     async def close(self, deadline: float) -> int:
         """Refuses new connections at once, gives running requests `deadline` seconds, then cuts them.
 
-        Returns how many were cut. The port is free, and all connections are closed, when this returns.
+        Returns how many were cut. The port is free, and all connections are closed, when this returns. While one call
+        waits, another with less time cuts them at the end of that.
         """
-        if self._server is None or self._serving is None or self._closed:
+        if self._server is None or self._serving is None:
             return 0
+        if self._closed:
+            return await self._end_requests(deadline)
         self._closed = True
         if self._released is not None and not self._server.interrupt_signal:  # handed over
             await asyncio.sleep(_HANDSHAKE)
         self._server.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline):
-                await self._guard.wait_idle()
-        cut = self._guard.cut()
-        with contextlib.suppress(TimeoutError):  # a client that does not read is not told why
-            async with asyncio.timeout(_SETTLE):
-                await self._guard.wait_idle()
+        cut = await self._end_requests(deadline)
         await asyncio.wait({self._serving}, timeout=_SETTLE)
         if not self._serving.done():  # Granian waits for those, and for requests that have come in part
             sever(self._port, self._released)
@@ -150,6 +147,17 @@ class Listener:
         # Its threads say that they have ended a moment before they have, and abort the process when the interpreter
         # ends in between (1 of 60 exits on a busy machine; none of 360 with this).
         await asyncio.sleep(_THREADS_END)
+        return cut
+
+    async def _end_requests(self, deadline: float) -> int:
+        """Waits for them, and cuts those that are left then. Returns how many; who does not read may still be there."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await self._guard.wait_idle()
+        cut = self._guard.cut()
+        with contextlib.suppress(TimeoutError):  # a client that does not read is not told why
+            async with asyncio.timeout(_SETTLE):
+                await self._guard.wait_idle()
         return cut
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -23,5 +23,5 @@ def answer_with(
     response.content_type = kind
     if kind == EVENTS:
         response.set_header("cache-control", "no-cache")
-    response.set_header("x-accel-buffering", "no")  # nginx would collect the answer first
+    response.set_header("x-accel-buffering", "no")  # nginx would hold pieces back
     response.stream = stream

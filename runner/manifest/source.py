@@ -68,6 +68,10 @@ def read_source(path: Path, inputs: Inputs) -> Source:
         return ManifestError([Diagnostic(name, line, column, "", message, hint, code=code)])
 
     try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise fail("E101", "has a path that is not UTF-8 text", "rename the folder that it is in") from None
+    try:
         content = inputs.read(path.absolute())
     except FileNotFoundError:
         raise fail("E101", "there is no such file", "give the path of a manifest, such as configs/dev.yaml") from None

@@ -156,11 +156,13 @@ class OpenListener(ListenerAction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveListener(ListenerAction):
-    """Open the new address, then drain the old one; where both are one port (DRAIN) the old one closes first.
+    """Open the new address, then drain the old one; where the old port is wanted again (DRAIN), by this server at
+    another address or by the one that is `heir`, it is given back first.
 
     With another certificate on the same address, a new listener takes the socket over, and the old one drains."""
 
     old: ListenerSpec
+    heir: str = ""
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -183,8 +185,9 @@ class UpdateListener(ListenerAction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CloseListener(ListenerAction):
-    """Drain a port and close it."""
+    """Drain a port and close it; first of all where the server that is `heir` is to have the port."""
 
+    heir: str = ""
     disruption: Disruption = Disruption.STOP
 
     @property

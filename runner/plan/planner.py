@@ -53,12 +53,13 @@ def plan(desired: Desired, observed: Observed) -> Plan:
     listening = {s.name: s for s in observed.listeners}
     wanted = {s.name: s for s in desired.listeners}
     actions: list[Action] = []
+    heirs = {new.port: name for name, new in wanted.items() if _opens(listening.get(name), new)}
     for listener in wanted.values():
-        actions += _listener_actions(listening.get(listener.name), listener)
+        actions += _listener_actions(listening.get(listener.name), listener, heirs)
     models = _Models(desired, observed)
     actions += models.actions()
     actions += [
-        CloseListener(spec=listening[name], reason=_REMOVED) for name in sorted(listening) if name not in wanted
+        _close(listening[name], heirs.get(listening[name].port, "")) for name in sorted(listening.keys() - wanted)
     ]
     touched = {a.target for a in actions}
     kept = [f"models.{m.name}" for m in desired.models] + [f"servers.{name}" for name in wanted]
@@ -167,16 +168,32 @@ def _taken_over(desired: tuple[ModelSpec, ...], before: Mapping[str, ModelSpec])
     return taken
 
 
-def _listener_actions(old: ListenerSpec | None, new: ListenerSpec) -> list[Action]:
+def _opens(old: ListenerSpec | None, new: ListenerSpec) -> bool:
+    """Whether an address has to be opened that this server does not have."""
+    return old is None or old.address != new.address
+
+
+def _close(old: ListenerSpec, heir: str) -> CloseListener:
+    return CloseListener(spec=old, heir=heir, reason=_REMOVED + _inherits(heir))
+
+
+def _inherits(heir: str) -> str:
+    return f"; servers.{heir} gets its port" if heir else ""
+
+
+def _listener_actions(old: ListenerSpec | None, new: ListenerSpec, heirs: Mapping[int, str]) -> list[Action]:
+    """`heirs` are the servers that open a port, by port."""
     if old is None:
         return [OpenListener(spec=new, reason="new in the manifest")]
     if old == new:
         return []
     if old.address != new.address:
+        heir = heirs.get(old.port, "")
         # One port cannot be had twice, so the old address has to be given back first.
-        disruption = Disruption.DRAIN if old.port == new.port else Disruption.NONE
-        reason = f"address {old.host}:{old.port} → {new.host}:{new.port}"
-        return [MoveListener(old=old, spec=new, reason=reason, disruption=disruption)]
+        disruption = Disruption.DRAIN if heir else Disruption.NONE
+        heir = heir if heir != new.name else ""
+        reason = f"address {old.host}:{old.port} → {new.host}:{new.port}{_inherits(heir)}"
+        return [MoveListener(old=old, spec=new, heir=heir, reason=reason, disruption=disruption)]
     reason = "changed: " + ", ".join(c.path for c in changes(old, new))
     if old.tls != new.tls:
         return [MoveListener(old=old, spec=new, reason=reason, disruption=Disruption.NONE)]

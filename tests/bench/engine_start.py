@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runner.protocol import Generate, Loaded, Step  # noqa: E402
+from tests.bench.record import Budget, Record, add_options  # noqa: E402
 from tests.engine.client import engine_child  # noqa: E402
 
 
@@ -38,16 +39,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "examples" / "models" / "demo-chat")
     parser.add_argument("--repeat", type=int, default=15)
+    add_options(parser)
     arguments = parser.parse_args()
-    found = []
+    budget = Budget(arguments.budget)
+    found: list[tuple[float, float]] = []
     for number in range(arguments.repeat + 1):
         with tempfile.TemporaryDirectory() as scratch:
             figures = first_token(Path(scratch), arguments.folder)
         if number:
             found.append(figures)
+            if budget.over:
+                break
+    record = Record(arguments.record, "start", f"starting an engine of {arguments.folder.name}")
     for name, seconds in zip(("ready", "first token"), zip(*found, strict=True), strict=True):
         values = sorted(1000 * s for s in seconds)
-        print(f"{name:<12} {statistics.median(values):>6.0f} ms ({values[0]:.0f} to {values[-1]:.0f})")
+        spread = f"{values[0]:.0f} to {values[-1]:.0f}, n={len(values)}"
+        record.row(
+            {"until": name, "ms": f"{statistics.median(values):.0f}", "of": spread}, {"until": name, "ms": values}
+        )
+    record.finish()
 
 
 if __name__ == "__main__":

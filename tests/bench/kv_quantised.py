@@ -1,9 +1,11 @@
 """What a quantised KV cache costs and saves: bytes, and the rate of decoding at a long context.
 
-    python tests/bench/kv_quantised.py [--context 16384] [--rows 1 4] [--tokens 64] [--bits 16 8 4]
+    python tests/bench/kv_quantised.py [--context 16384] [--rows 1 4] [--tokens 64] [--bits 16 8 4] [--prefill]
 
-On a GPU with the geometry of Llama-3.2-1B in bfloat16, on the CPU with a small one in float32; random weights. Formats
-are measured in turn, in rounds; rates are medians. The ratios are against the first format.
+On a GPU with the geometry of Llama-3.2-1B in bfloat16, on the CPU with a small one in float32; random weights, drawn on
+the device. Neither bytes nor rate depend on what keys and values say, so the caches are filled with random ones,
+without the model; `--prefill` measures at the end how long the model takes for as many. Formats are measured in turn,
+in rounds; rates are medians. The ratios are against the first format.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +28,45 @@ if __name__ == "__main__":
 import mlx.core as mx
 
 from runner.engine.arrays import start
+from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.quantised import Quantisation
-from tests.bench.geometry import LLAMA_1B, SMALL, build, on_gpu
+from tests.bench.geometry import GEOMETRIES, draw_model, usual
+from tests.bench.record import Budget, Record, add_options, progress
+
+PART = 4096
+"""Tokens a row that are filled in at a time."""
 
 CHUNK = 512
+"""Tokens of a call of a prefill."""
 
 
-def prefilled(model: Any, layout: Layout, rows: int, context: int) -> Caches:
+class Filler:
+    """Stands where a model would, and only writes keys and values."""
+
+    def __init__(self, geometry: dict[str, Any]) -> None:
+        self._heads, self._width = geometry["num_key_value_heads"], geometry["head_dim"]
+        self._dtype = getattr(mx, geometry["dtype"])
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        rows, count = tokens.shape
+        for layer in cache:
+            keys, values = mx.random.normal((2, rows, self._heads, count, self._width), self._dtype)
+            layer.update_and_fetch(keys, values)
+        return tokens
+
+
+def filled(geometry: dict[str, Any], layout: Layout, rows: int, context: int) -> Caches:
     """Rows of about `context` tokens each, none as long as another."""
-    caches = None
-    for row in range(rows):
-        alone, length = layout.new(), context - 3 * row
-        alone.reserve(length)
-        for at in range(0, length, CHUNK):
-            tokens = mx.array([[(7 * i + row) % 997 for i in range(at, min(at + CHUNK, length))]])
-            alone.call(model, tokens)
-            mx.eval(alone.arrays)
-        if caches is None:
-            caches = alone
-        else:
-            caches.join(alone)
-            mx.eval(caches.arrays)
-    assert caches is not None
+    caches = layout.new(rows)
+    caches.reserve(context)
+    left = [context - 3 * row for row in range(rows)]
+    while (count := min(PART, max(left))) > 0:
+        lengths = [min(count, more) for more in left]
+        caches.call(Filler(geometry), mx.zeros((rows, count), dtype=mx.uint32), lengths)
+        mx.eval(caches.arrays)
+        left = [more - done for more, done in zip(left, lengths, strict=True)]
     return caches
 
 
@@ -66,50 +84,118 @@ def rate(model: Any, caches: Caches, tokens: int) -> float:
     return tokens * caches.rows / (time.perf_counter() - began)
 
 
+class Formats:
+    """The same rows cached in every format, and what was measured of them."""
+
+    def __init__(self, model: Any, arguments: argparse.Namespace, rows: int) -> None:
+        self.rows = rows
+        self._model = model
+        self._tokens = arguments.tokens
+        self.caches: dict[int, Caches] = {}
+        for bits in arguments.bits:
+            layout = Layout(model, quantisation=quantisation(bits, arguments.group_size))
+            self.caches[bits] = filled(GEOMETRIES[arguments.geometry], layout, rows, arguments.context)
+            progress(f"{rows} rows, {bits} bits: filled, {self.caches[bits].nbytes / 2**20:.0f} MiB")
+            rate(model, self.caches[bits], 8)
+            progress(f"{rows} rows, {bits} bits: warm")
+        self.rates: dict[int, list[float]] = {bits: [] for bits in self.caches}
+        self._peaks: dict[int, int] = {}
+
+    def round(self) -> None:
+        """Measures each once."""
+        for bits, cache in self.caches.items():
+            mx.synchronize()
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            self.rates[bits].append(rate(self._model, cache, self._tokens))
+            self._peaks[bits] = mx.get_peak_memory() - before
+        progress(f"{self.rows} rows: " + ", ".join(f"{bits} bits {self.rates[bits][-1]:.1f}/s" for bits in self.rates))
+
+    def write(self, record: Record) -> None:
+        """A row a format."""
+        first = next(iter(self.caches))
+        for bits, cache in self.caches.items():
+            median = statistics.median(self.rates[bits])
+            share, ratio = cache.nbytes / self.caches[first].nbytes, median / statistics.median(self.rates[first])
+            cells = {
+                "rows": str(self.rows),
+                "bits": str(bits),
+                "MiB": f"{cache.nbytes / 2**20:.1f}",
+                "of the first": f"{share:.3f}",
+                "tokens/s": f"{median:,.1f}",
+                "of the first's": f"{ratio:.3f}",
+                "peak beside, MiB": f"{self._peaks[bits] / 2**20:.1f}",
+            }
+            figures = {"rows": self.rows, "bits": bits, "nbytes": cache.nbytes, "bytes_ratio": share}
+            record.row(cells, {**figures, "rates": self.rates[bits], "rate_ratio": ratio})
+
+
+def quantisation(bits: int, group_size: int) -> Quantisation | None:
+    """None for 16."""
+    return None if bits >= 16 else Quantisation(bits, group_size)
+
+
+def prefill(model: Any, layout: Layout, context: int, budget: Budget) -> tuple[int, float]:
+    """Tokens of a prompt that were computed, and the seconds that they took, within the budget."""
+    caches, done, began = layout.new(), 0, time.perf_counter()
+    caches.reserve(context)
+    while done < context and not budget.over:
+        count = min(CHUNK, context - done)
+        caches.call(model, mx.array([[(7 * i) % 997 for i in range(done, done + count)]]))
+        mx.eval(caches.arrays)
+        done += count
+        if done % (8 * CHUNK) == 0:
+            progress(f"prefill: {done} tokens after {time.perf_counter() - began:.2f} s")
+    return done, time.perf_counter() - began
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=16384 if on_gpu() else 2048)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default=usual())
+    parser.add_argument("--context", type=int, default=16384)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--prefill", action="store_true")
+    add_options(parser)
     arguments = parser.parse_args()
-    model = build(LLAMA_1B, mx.bfloat16) if on_gpu() else build(SMALL, mx.float32)
+    budget = Budget(arguments.budget)
+    progress(f"{mx.default_device()}, {arguments.geometry}, {arguments.context} tokens a row")
+    model = draw_model(GEOMETRIES[arguments.geometry])
+    join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    mx.eval(model.parameters())
     install(model)
-    print(f"{mx.default_device()}, {arguments.context} tokens a row, groups of {arguments.group_size}")
-    print(f"{'rows':>4} {'bits':>4} {'MiB':>8} {'ratio':>6} {'tokens/s':>9} {'ratio':>6} {'peak MiB':>9}")
+    progress("weights are drawn")
+    record = Record(arguments.record, "kv", f"KV cache at {arguments.context} tokens")
     for rows in arguments.rows:
-        measure(model, rows, arguments)
+        if budget.over:
+            record.left_out(f"{rows} rows")
+            break
+        formats = Formats(model, arguments, rows)
+        for _ in range(arguments.repeat):
+            formats.round()
+            if budget.over:
+                break
+        formats.write(record)
+        del formats
+    if arguments.prefill:
+        measure_prefill(model, arguments, budget)
+    record.finish()
 
 
-def measure(model: Any, rows: int, arguments: argparse.Namespace) -> None:
-    """One line a format."""
-    caches = {}
+def measure_prefill(model: Any, arguments: argparse.Namespace, budget: Budget) -> None:
+    """A row a format."""
+    record = Record(arguments.record, "kv", f"prefill of {arguments.context} tokens, in calls of {CHUNK}")
     for bits in arguments.bits:
-        quantisation = None if bits >= 16 else Quantisation(bits, arguments.group_size)
-        caches[bits] = prefilled(model, Layout(model, quantisation=quantisation), rows, arguments.context)
-        rate(model, caches[bits], 8)
-    rates: dict[int, list[float]] = {bits: [] for bits in caches}
-    peaks: dict[int, int] = {}
-    for _ in range(arguments.repeat):
-        for bits, cache in caches.items():
-            mx.synchronize()
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            before = mx.get_active_memory()
-            rates[bits].append(rate(model, cache, arguments.tokens))
-            peaks[bits] = mx.get_peak_memory() - before
-    first = arguments.bits[0]
-    for bits, cache in caches.items():
-        median, of = statistics.median(rates[bits]), statistics.median(rates[first])
-        share = cache.nbytes / caches[first].nbytes
-        print(
-            f"{rows:>4} {bits:>4} {cache.nbytes / 2**20:>8.1f} {share:>6.3f} {median:>9.1f} {median / of:>6.2f} "
-            f"{peaks[bits] / 2**20:>9.1f}",
-            flush=True,
-        )
+        layout = Layout(model, quantisation=quantisation(bits, arguments.group_size))
+        done, seconds = prefill(model, layout, arguments.context, budget)
+        cells = {"bits": str(bits), "tokens": f"{done}", "seconds": f"{seconds:.2f}"}
+        cells["tokens/s"] = f"{done / seconds:,.0f}"
+        record.row(cells, {"bits": bits, "tokens": done, "seconds": seconds})
 
 
 if __name__ == "__main__":

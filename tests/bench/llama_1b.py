@@ -1,6 +1,6 @@
 """A model folder of a known geometry with random weights, its tokenizer, and nine LoRA adapters. Needs no network.
 
-    python tests/bench/llama_1b.py FOLDER [--geometry llama-1b|tiny] [--bits 4]
+    python tests/bench/llama_1b.py FOLDER [--geometry llama-1b|small|tiny] [--bits 4]
 
 Writes FOLDER/model and FOLDER/adapters/a0 … a8. What a server does per token does not depend on what the weights say,
 so random ones measure as well as trained ones. The tokenizer has as many tokens as the model: byte-level BPE trained on
@@ -22,10 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from runner.bench.prompts import WORDS  # noqa: E402
+from tests.bench.geometry import GEOMETRIES, draw_model  # noqa: E402
 
 SPECIAL = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
@@ -33,39 +34,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "llama-1b": {  # Llama-3.2-1B
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 32.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "dtype": "bfloat16",
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 2048,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "dtype": "float32",
-    },
-}
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 LINEAR = (*ATTENTION, "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ADAPTERS = 9
@@ -85,29 +53,18 @@ def build(folder: Path, geometry: str = "llama-1b", *, bits: int = 0, seed: int 
 
 
 def _build_model(folder: Path, geometry: dict[str, Any], bits: int, seed: int) -> None:
-    from mlx_lm.models import llama
-
     folder.mkdir(parents=True, exist_ok=True)
-    _build_tokenizer(folder, geometry["vocab_size"])
+    build_tokenizer(folder, geometry["vocab_size"])
     config = {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": SPECIAL.index("<|bos|>"),
         "eos_token_id": SPECIAL.index("<|end|>"),
         "pad_token_id": SPECIAL.index("<|pad|>"),
-        **{key: value for key, value in geometry.items() if key != "dtype"},
-        "torch_dtype": geometry["dtype"],
+        **geometry,
     }
-    mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    dtype = getattr(mx, geometry["dtype"])
-    model.update(tree_map(lambda value: _draw(value).astype(dtype), model.parameters()))
-    embedding = 2 * model.model.embed_tokens.weight  # logits with a spread of 2, whatever the hidden size
+    config["torch_dtype"] = config.pop("dtype")
+    model = draw_model(geometry, seed)
+    embedding = model.model.embed_tokens.weight
     embedding[config["eos_token_id"]] = 0
     model.model.embed_tokens.weight = embedding
     if bits:
@@ -119,12 +76,8 @@ def _build_model(folder: Path, geometry: dict[str, Any], bits: int, seed: int) -
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _draw(value: mx.array) -> mx.array:
-    """Norms stay one; products keep the size of what goes in."""
-    return mx.random.normal(value.shape) * value.shape[-1] ** -0.5 if value.ndim > 1 else value
-
-
-def _build_tokenizer(folder: Path, size: int) -> None:
+def build_tokenizer(folder: Path, size: int) -> None:
+    """tokenizer.json and tokenizer_config.json of a tokenizer with `size` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,9 +2,9 @@
 
     python tests/bench/prefix_hit.py [--prompt 4096] [--repeat 5]
 
-On a GPU with the geometry of Llama-3.2-1B, else with a small one; random weights. The engine's own loop, without HTTP.
-"again" is the same prompt once more, "next turn" goes on from the answer, "shared" begins with the same 7/8 and goes on
-differently, "quantised" is "next turn" with an 8-bit cache. Medians; the ratio is what counts.
+On a GPU with the geometry of Llama-3.2-1B, else with a small one; random weights, drawn on the device. The engine's own
+loop, without HTTP. "again" is the same prompt once more, "next turn" goes on from the answer, "shared" begins with the
+same 7/8 and goes on differently; then all of it with an 8-bit cache. Medians; the ratio is what counts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if __name__ == "__main__":
 
 import mlx.core as mx
 
+from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.loader import load
-from tests.bench.geometry import on_gpu
-from tests.bench.llama_1b import build
+from runner.engine.loader import LoadedModel
+from tests.bench.geometry import GEOMETRIES, usual
+from tests.bench.in_memory import draw, with_layout
+from tests.bench.record import Budget, Record, add_options, progress
 from tests.engine.drive import Driver, generate
-from tests.engine.tiny import build_model
 
 LIMIT = 8 << 30
-SMALL = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 32768}
-"""Geometry on the CPU."""
+WAYS = ("cold", "again", "next turn", "shared")
 
 
 def first_token(driver: Driver, prompt: list[int], expected: int) -> float:
@@ -56,37 +56,63 @@ def tokens(seed: int, count: int) -> list[int]:
     return [(seed * 7919 + i * (seed + 3)) % 350 + 6 for i in range(count)]
 
 
-def measure(driver: Driver, length: int, repeat: int) -> dict[str, list[float]]:
-    """Seconds, by the way of asking."""
-    found: dict[str, list[float]] = {"cold": [], "again": [], "next turn": [], "shared": []}
-    first_token(driver, tokens(1000, length), 0)
-    for seed in range(repeat):
-        prompt, common = tokens(seed, length), length * 7 // 8
-        found["cold"].append(first_token(driver, prompt, 0))
-        found["again"].append(first_token(driver, prompt, length - 1))
-        found["next turn"].append(first_token(driver, [*prompt, *tokens(seed + 50, 40)], length))
-        found["shared"].append(first_token(driver, [*prompt[:common], *tokens(seed + 100, length - common)], common))
+def ask(driver: Driver, seed: int, length: int) -> dict[str, float]:
+    """Seconds, by the way of asking, with a prompt of the seed's own."""
+    prompt, common = tokens(seed, length), length * 7 // 8
+    return {
+        "cold": first_token(driver, prompt, 0),
+        "again": first_token(driver, prompt, length - 1),
+        "next turn": first_token(driver, [*prompt, *tokens(seed + 50, 40)], length),
+        "shared": first_token(driver, [*prompt[:common], *tokens(seed + 100, length - common)], common),
+    }
+
+
+def measure(model: LoadedModel, label: str, arguments: argparse.Namespace, budget: Budget) -> dict[str, list[float]]:
+    """Seconds of each repetition, by the way of asking. The first time of each way, which compiles, does not count."""
+    driver = Driver(model, prefix_cache_bytes=LIMIT, prefill_step_size=512)
+    warm = ask(driver, 1000, arguments.prompt)
+    progress(f"{label}: warm, " + ", ".join(f"{way} {seconds * 1000:.0f} ms" for way, seconds in warm.items()))
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for seed in range(arguments.repeat):
+        for way, seconds in ask(driver, seed, arguments.prompt).items():
+            found[way].append(seconds)
+        progress(f"{label}: " + ", ".join(f"{way} {found[way][-1] * 1000:.0f} ms" for way in WAYS))
+        if budget.over:
+            break
     return found
+
+
+def write(record: Record, label: str, found: dict[str, list[float]]) -> None:
+    """A row a way."""
+    cold = statistics.median(found["cold"])
+    for way, seconds in found.items():
+        median = statistics.median(seconds)
+        cells = {"cache": label, "prompt": way, "ms": f"{median * 1000:.1f}", "of cold": f"{median / cold:.3f}"}
+        record.row(cells, {"cache": label, "way": way, "seconds": seconds, "ratio": median / cold})
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default=usual())
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=5)
+    add_options(parser)
     arguments = parser.parse_args()
+    budget = Budget(arguments.budget)
+    progress(f"{mx.default_device()}, {arguments.geometry}, prompts of {arguments.prompt} tokens")
+    title = f"time to the first token of a prompt of {arguments.prompt} tokens"
+    record = Record(arguments.record, "prefix", title)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = build(Path(scratch)) if on_gpu() else build_model(Path(scratch), config=SMALL)
-        limits = {"prefix_cache_bytes": LIMIT, "prefill_step_size": 512}
-        found = measure(Driver(load(folder), **limits), arguments.prompt, arguments.repeat)
-        packed = load(folder, quantisation=Quantisation(8, 32))
-        quantised = measure(Driver(packed, **limits), arguments.prompt, arguments.repeat)
-    found["quantised"] = quantised["next turn"]
-    cold = statistics.median(found["cold"])
-    print(f"{mx.default_device()}, prompts of {arguments.prompt} tokens")
-    for name, seconds in found.items():
-        median = statistics.median(seconds)
-        print(f"{name:<10} {median * 1000:>9.1f} ms  {median / cold:>6.3f} of cold")
+        plain = draw(Path(scratch), arguments.geometry)
+    progress("weights are drawn")
+    write(record, "16 bits", measure(plain, "16 bits", arguments, budget))
+    if budget.over:
+        record.left_out("8 bits")
+        return
+    packed = with_layout(plain, Layout(plain.model, quantisation=Quantisation(8, 32)))
+    write(record, "8 bits", measure(packed, "8 bits", arguments, budget))
+    record.finish()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class ScriptedServer:
 
     def job(self, *, clients: int = 1, requests: int = 1, **load: Any) -> Job:
         """Requests to this server."""
-        duration = load.pop("duration", None)
+        times = {"duration": load.pop("duration", None), "limit": load.pop("limit", None)}
         target = Target(host="127.0.0.1", port=self.port, model="m", usage=load.pop("usage", True))
         asked = Load(**{"words": 4, "max_tokens": 3, **load})
-        return Job(target=target, load=asked, clients=clients, first=0, end=requests, duration=duration)
+        return Job(target=target, load=asked, clients=clients, first=0, end=requests, **times)

@@ -1,11 +1,13 @@
 """What a draft model gains, and never costs: tokens a second with and without it, at several batch sizes.
 
     python tests/bench/speculation.py [TARGET] [DRAFT] [--rows 1 2 4 8 16 32] [--tokens 96] [--draft-tokens 4]
+    python tests/bench/speculation.py --geometry llama-1b [--draft-layers 1] [--agreement 0.7] …
 
-Without folders, demo-draft drafts for demo-chat. Requests are chats that the demo model answers at length; all arrive
-together, twice as many as there are rows. With and without the draft are measured in turns on the same weights, in one
-process; shown are medians, and the median of the ratios of neighbouring runs. One engine with a draft serves all runs
-of a batch size, as it would in use: what it has learned stays learned.
+Without folders, demo-draft drafts for demo-chat, or, with a geometry, a pair of random weights for itself that agrees
+by construction (`pair.py`). Requests are chats that the demo model answers at length; all arrive together, twice as
+many as there are rows. With and without the draft are measured in turns on the same weights, in one process, after a
+run of each that does not count; shown are medians, and the median of the ratios of neighbouring runs. One engine with a
+draft serves all runs of a batch size, as it would in use: what it has learned stays learned.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,9 +34,12 @@ import mlx.core as mx  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import LoadedModel, load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
-from runner.engine.speculative.loading import slack_for, speculate  # noqa: E402
+from runner.engine.speculative.loading import load_draft, refusal, slack_for, start_speculation  # noqa: E402
 from runner.engine.speculative.speculation import Speculation  # noqa: E402
 from runner.protocol import FromEngine, Generate, Sampling, Stats, Step  # noqa: E402
+from tests.bench.geometry import GEOMETRIES  # noqa: E402
+from tests.bench.pair import build_pair  # noqa: E402
+from tests.bench.record import Budget, Record, add_options, progress  # noqa: E402
 
 MODELS = ROOT / "examples" / "models"
 QUESTIONS = (
@@ -75,41 +83,79 @@ class Run:
 
 def main() -> None:
     """Parse, measure, print."""
+    arguments = options()
+    budget = Budget(arguments.budget)
+    slack = slack_for(arguments.draft_tokens)
+    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
+    if arguments.geometry:
+        with tempfile.TemporaryDirectory() as scratch:
+            target, draft, made = build_pair(
+                Path(scratch), arguments.geometry, layers=arguments.draft_layers, agreement=arguments.agreement
+            )
+        title = f"the first {arguments.draft_layers} layers of a random {arguments.geometry} for the whole of it"
+    else:
+        target, made = load(arguments.target, slack=slack), {}
+        draft = load_draft(arguments.draft, target, slack)
+        title = f"{arguments.draft.name} for {arguments.target.name}"
+    if reason := refusal(target, draft):
+        sys.exit(reason)
+    progress(f"{title}, on {mx.default_device()}, {target.dtype}; {made or 'trained'}")
+    name = "sampled" if arguments.temperature else "speculation"
+    record = Record(arguments.record, name, f"speculation at temperature {arguments.temperature:g}: {title}")
+    record.note("pair", made)
+    for rows in arguments.rows:
+        if budget.over:
+            record.left_out(f"{rows} rows")
+            continue
+        measure(target, lambda: start_speculation(target, draft, slack), rows, arguments, sampling, record, budget)
+    record.finish()
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", type=Path, default=MODELS / "demo-chat")
     parser.add_argument("draft", nargs="?", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="a pair of random weights, in place of folders")
+    parser.add_argument("--draft-layers", type=int, default=1, help="of such a pair: layers that the draft has")
+    parser.add_argument("--agreement", type=float, default=0.7, help="of such a pair: how often it agrees")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--tokens", type=int, default=96, help="at most, for each request")
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=7)
-    arguments = parser.parse_args()
-    slack = slack_for(arguments.draft_tokens)
-    loaded = load(arguments.target, slack=slack)
-    print(f"{arguments.draft.name} for {arguments.target.name} on {mx.default_device()}, {loaded.dtype}")
-    print(f"{'rows':>4} {'plain':>8} {'draft':>8} {'ratio':>6} {'drafted':>8} {'accepted':>8}   tokens/s")
-    for rows in arguments.rows:
-        measure(loaded, rows, arguments)
+    add_options(parser)
+    return parser.parse_args()
 
 
-def measure(loaded: LoadedModel, rows: int, arguments: argparse.Namespace) -> None:
-    """One line."""
-    speculation, notes = speculate(arguments.draft, loaded, slack_for(arguments.draft_tokens))
-    if speculation is None:
-        sys.exit(notes[0])
-    plain = Run(loaded, rows, 0, None)
-    draft = Run(loaded, rows, arguments.draft_tokens, speculation)
-    sampling = Sampling(temperature=arguments.temperature)
-    pairs = [
-        (plain.rate(arguments.tokens, sampling), draft.rate(arguments.tokens, sampling))
-        for _ in range(arguments.repeat)
-    ]
+def measure(
+    target: LoadedModel,
+    speculation: Callable[[], Speculation],
+    rows: int,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    record: Record,
+    budget: Budget,
+) -> None:
+    """One row of the table."""
+    plain = Run(target, rows, 0, None)
+    draft = Run(target, rows, arguments.draft_tokens, speculation())
+    plain.rate(arguments.tokens, sampling)
+    draft.rate(arguments.tokens, sampling)
+    progress(f"{rows} rows: warm")
+    pairs = []
+    while len(pairs) < arguments.repeat and not (pairs and budget.over):
+        pairs.append((plain.rate(arguments.tokens, sampling), draft.rate(arguments.tokens, sampling)))
     ratio = statistics.median(b / a for a, b in pairs)
     stats = draft.stats
     drafted = stats.drafted_tokens_total / max(1, stats.completion_tokens_total)
     accepted = stats.accepted_tokens_total / max(1, stats.drafted_tokens_total)
     without, with_ = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"{rows:>4} {without:>8.0f} {with_:>8.0f} {ratio:>6.2f} {drafted:>8.2f} {accepted:>8.2f}", flush=True)
+    row = {"rows": str(rows), "plain, tokens/s": f"{without:,.0f}", "with the draft": f"{with_:,.0f}"}
+    row |= {"ratio": f"{ratio:.2f}", "drafted a token": f"{drafted:.2f}", "accepted": f"{accepted:.2f}"}
+    figures: dict[str, Any] = {"rows": rows, "pairs": pairs, "ratio": ratio, "drafted": drafted, "accepted": accepted}
+    record.row(row, figures)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from array import array
 import pytest
 
 from runner.bench.clients import Clients, encode_request
+from runner.bench.figures import level_of
 from runner.bench.job import Job, Load, Outcome, Target
 from tests.bench.server import USAGE, Exchange, ScriptedServer, sse, text, three_tokens
 
@@ -291,3 +292,33 @@ async def test_stopped_early_it_reports_what_there_is(server: ScriptedServer) ->
     report = await running
     assert report.stopped
     assert [(o.error, o.chunks) for o in report.outcomes] == [("interrupted", 1)]
+
+
+async def test_what_a_level_has_no_time_for_is_unfinished(server: ScriptedServer) -> None:
+    """A server that answers a request, refuses the next, says a word to the third, and is not heard of again."""
+
+    async def tires(exchange: Exchange) -> None:
+        match exchange.number:
+            case 0:
+                await three_tokens(exchange)
+            case 1:
+                exchange.json(503, {})
+            case _:
+                await exchange.events(text("a"), done=False)
+                await exchange.reader.read()
+
+    server.behaviour = tires
+    report = await Clients(server.job(requests=6, limit=1.0)).run()
+    assert [o.error for o in report.outcomes] == ["", "http_503", "unfinished"]
+    assert (report.left, report.stopped) == (3, False)
+    late = report.outcomes[-1]
+    assert late.ttft is not None
+    assert late.ended == late.began + late.ttft, "what came after its last token is no part of the level's time"
+    level = level_of(1, [report])
+    assert (level.requests, level.failed, level.unfinished, level.tokens) == (2, 1, 4, 4)
+    assert not level.interrupted
+
+
+async def test_a_level_within_its_limit_has_nothing_unfinished(server: ScriptedServer) -> None:
+    report = await Clients(server.job(requests=3, limit=60.0)).run()
+    assert (len(report.outcomes), report.left, level_of(1, [report]).unfinished) == (3, 0, 0)

@@ -114,3 +114,12 @@ def test_the_load_generator_needs_neither_a_server_nor_a_manifest() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.mlx
+def test_a_level_that_takes_too_long_ends_with_what_there_is(serving: Bench) -> None:
+    arguments = ["-c", "1,2", "--requests", "3", "--warm-up", "0", "--limit", "0.001s", *SMALL]
+    result = serving.run("bench", serving.url, *arguments)
+    assert result.returncode == 1, result.stderr
+    assert "1 client: 3 not finished when the level's time was over" in result.stdout
+    assert "2 clients: 3 not finished when the level's time was over" in result.stdout

@@ -12,9 +12,9 @@ from tests.control.scene import Scene
 ONE = "chat: {source: ./models/chat, adapters: {pirate: ./adapters/pirate}}"
 
 
-async def ask(scene: Scene, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-    """One request, to `lm`."""
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port()}", timeout=15) as client:
+async def ask(scene: Scene, path: str = "/v1/completions", port: int | None = None, **body: Any) -> httpx.Response:
+    """One request, to `lm` unless there is a port."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port or scene.port()}", timeout=15) as client:
         return await client.post(path, json={"prompt": "hi", **body})
 
 

@@ -1,6 +1,8 @@
 import asyncio
+import contextlib
 import socket
 import stat
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ async def broken_manifest(request: dict[str, Any]) -> AsyncIterator[dict[str, An
 
 
 async def needs_a_field(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield {"field": request["field"]}
+    yield {"field": int(request["field"])}
 
 
 async def port_taken(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -64,6 +66,42 @@ async def test_errors_come_back_as_what_they_were(path: Path) -> None:
 async def test_what_is_not_a_request_is_refused(path: Path) -> None:
     with pytest.raises(ControlError, match="`op` is one of count, broken, taken, field"):
         await asyncio.to_thread(client.request, path, "nonsense")
+
+
+@pytest.mark.parametrize("request_line", [b"[" * 200_000, b'{"op": []}', b'["op"]', b"\xff", b"x" * 2**21, b""])
+async def test_rubbish_is_answered_too(path: Path, request_line: bytes) -> None:
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(request_line + b"\n")
+    async with asyncio.timeout(15):
+        assert b"`op` is one of" in await reader.readline()
+    writer.close()
+
+
+async def test_a_fault_of_ours_is_answered(path: Path) -> None:
+    with pytest.raises(ControlError, match="OverflowError"):
+        await asyncio.to_thread(client.request, path, "field", field=float("inf"))
+
+
+async def test_a_line_that_was_cut_with_its_writer_is_no_answer(tmp_path: Path) -> None:
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b'{"done": tr')
+        writer.close()
+
+    async with await asyncio.start_unix_server(half, str(tmp_path / "c")):
+        with pytest.raises(NotRunning, match="in the middle of its answer"):
+            await asyncio.to_thread(client.request, tmp_path / "c", "status")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it looks as if nobody were there")
+def test_one_that_takes_no_connections_is_not_asked_for_ever(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as waiting:
+        listening.bind(str(tmp_path / "c"))
+        listening.listen(1)
+        for _ in range(2):
+            waiting.enter_context(socket.socket(socket.AF_UNIX)).connect(str(tmp_path / "c"))
+        with pytest.raises(NotRunning, match="does not answer"):
+            client.request(tmp_path / "c", "status", timeout=0.1)
 
 
 async def test_a_dead_ones_socket_is_taken_over(tmp_path: Path) -> None:

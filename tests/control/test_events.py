@@ -90,3 +90,14 @@ async def test_without_events_there_is_the_beat_and_an_end() -> None:
     for _ in range(4):
         await asyncio.wait_for(anext(beating), 5)
     assert len([None async for _ in log.changes(within=0)]) == 1
+
+
+def test_an_observer_that_fails_keeps_nothing_from_going_on(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(event: dict[str, object]) -> None:
+        raise KeyError(event["event"])
+
+    log = EventLog(broken)
+    with log.subscribe() as queue:
+        log.emit("applied")
+    assert queue.get_nowait()["event"] == log.recent[0]["event"] == "applied"
+    assert "could not be shown" in caplog.text

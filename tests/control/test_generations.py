@@ -144,11 +144,14 @@ def test_a_header_with_a_wrong_field_is_passed_over_or_right_by_type(folder: Fol
 
 def test_other_files_are_left_alone(folder: Folder) -> None:
     folder.fill(header(1))
-    for name in ("notes.txt", "3.json", "abcdefgh.json"):
+    for name in ("notes.txt", "3.json", "abcdefgh.json", "0000000².json", ".mine"):
         (folder.folder / name).write_text("mine")
+    (folder.folder / ".00000001.json.123").write_text("half of one, by a runner that was killed")
+    (folder.folder / ".00000001.json.git").mkdir()
     folder.fill(header(2))
     assert {path.name for path in folder.folder.iterdir()} == {
-        "00000001.json", "00000002.json", "notes.txt", "3.json", "abcdefgh.json",
+        "00000001.json", "00000002.json", "notes.txt", "3.json", "abcdefgh.json", "0000000².json", ".mine",
+        ".00000001.json.git",
     }  # fmt: skip
     assert [one.number for one in folder.all()] == [1, 2]
 

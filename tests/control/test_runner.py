@@ -108,6 +108,19 @@ async def test_a_failed_first_pass_ends_the_runner_with_the_reason(scene: Scene)
     assert "no such architecture" in str(result.error)
 
 
+async def test_what_a_failed_first_pass_had_up_is_stopped_and_did_not_die(scene: Scene) -> None:
+    scene.model("bad", waits_for=str(scene.folder / "go"), refuse="no such architecture")
+    scene.write("chat: {source: ./models/chat}\nbad: {source: ./models/bad}")
+    running = scene.start()
+    await scene.until(
+        lambda: [e for e in scene.events if e.get("target") == "models.chat" and e["event"] == "action_done"]
+    )
+    (scene.folder / "go").touch()
+    result = await running
+    assert "no such architecture" in str(result.error)
+    assert not [e for e in scene.events if e["event"] in ("engine_died", "engine_backoff")]
+
+
 async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -> None:
     scene.model("chat", token_seconds=0.05)
     scene.write(ONE)
@@ -124,6 +137,30 @@ async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -
     assert waiting.startswith("base ")
     assert pid(scene) != first
     assert scene.live.deployments["chat"].restarts == 1
+
+
+@pytest.mark.parametrize("load", ["eager", "on_demand"])
+async def test_a_fault_of_ours_while_an_engine_is_brought_up_is_no_last_try(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    scene.write(f"chat: {{source: ./models/chat, load: {load}}}")
+    scene.start()
+    await scene.event("applied")
+    await text(scene)
+    room = scene.live.room
+    enter, faults = room.enter, [ZeroDivisionError("ours")]
+
+    async def faulty(*what: object) -> object:
+        if faults:
+            raise faults.pop()
+        return await enter(*what)
+
+    monkeypatch.setattr(room, "enter", faulty)
+    os.kill(pid(scene), signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while (answer := await ask(scene)).status_code != 200:
+            assert answer.status_code in (500, 503)
+    assert not faults
 
 
 async def test_an_edit_while_the_engine_is_down_is_there_when_it_is_back(scene: Scene) -> None:

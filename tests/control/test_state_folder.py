@@ -54,3 +54,10 @@ def test_one_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"state folder .*file/dev cannot be made: Not a directory") as caught:
         StateFolder(tmp_path / "file", "dev")
     assert "MLX_RUN_STATE_DIR" in caught.value.hint
+
+
+def test_no_model_writes_into_the_runners_log(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "dev")
+    logs = {str(folder.engine_log(model)).lower() for model in ("runner", "RUNNER", "runner.log", "chat")}
+    assert str(folder.log).lower() not in logs
+    assert len(logs) == 3

@@ -38,8 +38,15 @@ template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
     return other;
 }
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct bfloat16 {
     uint16_t bits;
+    bfloat16() = default;
+    explicit bfloat16(float x) {
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        bits = uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+    }
     operator float() const { uint32_t wide = uint32_t(bits) << 16; float x; std::memcpy(&x, &wide, 4); return x; }
 };
 """
@@ -48,7 +55,7 @@ Run = Callable[..., None]
 
 
 def compiled(folder: Path, header: str, source: str, arguments: Mapping[str, str], constants: str) -> Run:
-    """`run(blocks, threads, *pointers, *ints)`: the kernel over so many blocks.
+    """`run(blocks, threads, *arguments)`: the kernel over so many blocks.
 
     `arguments` are names and C types of the kernel's parameters. Skips the test without a compiler.
     """

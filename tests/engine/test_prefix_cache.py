@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from runner.engine.arrays import to_list
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
-from runner.engine.kv.layers import Recurrent, Straight
+from runner.engine.kv.layers import Straight
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.recurrent import Recurrent
 from runner.engine.loader import LoadedModel, load
 from runner.engine.prefix_cache import PrefixCache
 from tests.engine.conftest import ModelFolder

@@ -375,3 +375,12 @@ def test_what_loading_does_not_import() -> None:
     """What the import of this room costs is part of the time to the first answer."""
     command = [sys.executable, "-c", LIGHT]
     subprocess.run(command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system has no such names")
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "dev.yaml").write_text("name: dev")
+    with pytest.raises(ManifestError, match="has a path that is not UTF-8 text"):
+        load_manifest(folder / "dev.yaml", {})

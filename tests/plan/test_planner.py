@@ -165,6 +165,18 @@ def test_the_kv_cache_s_format_is_part_of_the_process() -> None:
     ]
 
 
+def test_a_port_that_another_server_gets_is_given_back_first() -> None:
+    made = plan(desired(model(), listeners=(listener(name="new"),)), observed(model()))
+    opened, closed = made.actions
+    assert isinstance(opened, OpenListener)
+    assert isinstance(closed, CloseListener)
+    assert (closed.heir, closed.reason) == ("new", "removed from the manifest; servers.new gets its port")
+    both = (listener(port=9000), listener(name="new"))
+    moved, opened = plan(desired(model(), listeners=both), observed(model())).actions
+    assert isinstance(moved, MoveListener)
+    assert (moved.heir, moved.disruption) == ("new", Disruption.DRAIN)
+
+
 def test_listener_moves_only_for_another_address() -> None:
     (moved,) = plan(desired(model(), listeners=(listener(port=9000),)), observed(model())).actions
     assert isinstance(moved, MoveListener)

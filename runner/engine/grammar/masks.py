@@ -49,7 +49,11 @@ class Mask:
     rows: mx.array | None
 
     def apply(self, logits: mx.array) -> mx.array:
-        """Logits [B, T, V], -inf where a token is not allowed."""
+        """Logits [B, T, V], -inf where a token is not allowed, whatever its logit is.
+
+        Where those of the allowed ones are not numbers, it is the other way round: whatever is chosen then is a token
+        that the row's grammar does not take, and the row ends.
+        """
         if self.rows is None:
             return _masked(logits, self.packed)
         some = logits.astype(logits.dtype)  # another name for the same, so that the caller's stays what it is
@@ -58,14 +62,18 @@ class Mask:
 
 
 def _masked(logits: mx.array, packed: mx.array) -> mx.array:
-    unpacked = _unpacking(logits.dtype)[packed].reshape(*packed.shape[:2], -1)
-    return logits + unpacked[..., : logits.shape[-1]]
+    allowed = _unpacking()[packed].reshape(*packed.shape[:2], -1)
+    allowed = allowed[..., : logits.shape[-1]]
+    # Not by adding -inf, which makes no number of a logit of +inf.
+    masked = mx.where(allowed, logits, -inf)
+    numbers = mx.max(masked, axis=-1, keepdims=True).abs() < inf  # NaN is the largest of all, and below nothing
+    return mx.where(numbers, masked, mx.where(allowed, -inf, mx.array(0, dtype=logits.dtype)))
 
 
 @cache
-def _unpacking(dtype: mx.Dtype) -> mx.array:
-    """[256, 8]: what is added for each bit of a byte. Looking bytes up takes an eighth of shifting bits out of them."""
-    return mx.array([[0.0 if byte >> bit & 1 else -inf for bit in range(8)] for byte in range(256)], dtype=dtype)
+def _unpacking() -> mx.array:
+    """[256, 8]: the bits of each byte. Looking bytes up takes an eighth of shifting bits out of them."""
+    return mx.array([[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,11 @@ from runner.engine.grammar.preface import Preface, Stage
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_NO_NUMBERS: Final = (
+    "what the model has computed for this request is not numbers (its logits are infinite or NaN), so that none of the "
+    "tokens that the grammar allows could be chosen: look at its weights, its adapter and the penalties asked for"
+)
+
 _LONGEST_REASON: Final = 400
 """Characters of llguidance's messages that are shown."""
 
@@ -17,8 +22,8 @@ class RowGrammar:
     """A row's own copy of a compiled grammar. Never shared between rows.
 
     `preface` is what may come before the text that the grammar is for, None where nothing may. `spent` is how many
-    seconds its masks have taken beyond what is usual, and `refused` why it is not followed any further; both are
-    written by `runner.engine.grammar.masks`.
+    seconds its masks have taken beyond what is usual, and `refused` why it is not followed any further; the former is
+    written by `runner.engine.grammar.masks`, the latter there and here.
     """
 
     __slots__ = ("matcher", "preface", "refused", "spent")
@@ -38,8 +43,9 @@ class RowGrammar:
         """The row has said `token`."""
         if self.preface is not None:
             self.preface = self.preface.after(token)
-        if self.stage == "within":
-            self.matcher.consume_token(token)
+        if self.stage == "within" and not self.matcher.try_consume_tokens([token]) and not self.matcher.is_error():
+            # The mask has left this token out: what chose it compared no numbers.
+            self.refused = _NO_NUMBERS
 
     @property
     def ended(self) -> bool:

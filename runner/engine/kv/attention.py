@@ -17,6 +17,7 @@ from mlx_lm.models import base
 from runner.engine.kv import quantised
 from runner.engine.kv.masks import FEW, Mask, masked
 from runner.engine.kv.quantised import Quantised
+from runner.engine.kv.unwritten import Unwritten
 
 _ON_GPU: Final = mx.default_device() == mx.Device(mx.gpu)
 _NAME: Final = "scaled_dot_product_attention"
@@ -38,15 +39,23 @@ def attend(
     mask: Mask,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """[rows, heads, tokens, width]; arguments and result are those of mlx_lm.models.base's function of this name."""
+    """[rows, heads, tokens, width]; arguments and result are those of mlx_lm.models.base's function of this name.
+
+    Keys and values may be `Unwritten` as well.
+    """
+    if isinstance(keys, Unwritten) and keys is values:
+        attended = keys.attend(queries, scale, mask, sinks)
+        if attended is not None:
+            return attended
+        keys, values = keys.fetch()
     if isinstance(cache, Quantised):
         return quantised.attend(queries, keys, values, cache.quantisation, scale, mask, sinks)
     heads, tokens = queries.shape[1:3]
     few = tokens <= FEW and sinks is None and keys.shape[1] < heads
     if few and not mx.metal.is_available() and (isinstance(mask, mx.array) or (tokens == 1 and not _ON_GPU)):
         return grouped(queries, keys, values, scale, mask)
-    attended: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-    return attended
+    result: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    return result
 
 
 def grouped(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:

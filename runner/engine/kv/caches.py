@@ -13,24 +13,32 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Piece, State
-from runner.engine.kv.layers import Layer, Recurrent, Straight, Window
+from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
+from runner.engine.kv.recurrent import Recurrent
 
 
 class Layout:
     """How a model caches what it has seen, read off the empty caches that upstream makes for it."""
 
     def __init__(
-        self, model: Any, slack: int = 0, quantisation: Quantisation | None = None, understood: bool = True
+        self,
+        model: Any,
+        slack: int = 0,
+        quantisation: Quantisation | None = None,
+        understood: bool = True,
+        launch: Launch | None = None,
     ) -> None:
         """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
 
         With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
-        caches in ways of its own.
+        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them.
         """
         self.quantisation = quantisation
+        self.launch = launch
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
@@ -79,10 +87,12 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(positions, template.max_size, self._slack)
+            return Window(positions, template.max_size, self._slack, self.launch)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
-        return Straight(positions) if self.quantisation is None else Quantised(positions, self.quantisation)
+        if self.quantisation is None:
+            return Straight(positions, self.launch)
+        return Quantised(positions, self.quantisation)
 
 
 class Caches:
@@ -100,7 +110,7 @@ class Caches:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that is on the device, to be evaluated."""
+        """All that is on the device, to be evaluated: then all that was written is."""
         return [array for leaf in self._leaves for array in leaf.arrays]
 
     @property
@@ -121,6 +131,8 @@ class Caches:
         for leaf in self._leaves:
             leaf.begin()
         answer: mx.array = model(tokens, cache=self.layers)
+        for leaf in self._leaves:
+            leaf.end()
         self._positions.end()
         return answer
 

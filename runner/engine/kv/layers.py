@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache
 
+from runner.engine.arrays import start
 from runner.engine.kv import masks
+from runner.engine.kv.attention_kernel import Launch, applies
+from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.unwritten import Unwritten
 
 
 class Layer(Protocol):
@@ -22,11 +25,15 @@ class Layer(Protocol):
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that it holds on the device."""
+        """All that it holds on the device, and what has to be evaluated for it to be complete."""
         ...
 
     def begin(self) -> None:
         """A model call starts; the positions say which."""
+        ...
+
+    def end(self) -> None:
+        """The call is built; the positions do not know yet."""
         ...
 
     def extend(self, first: int, other: Any) -> None:
@@ -55,11 +62,19 @@ class Layer(Protocol):
 
 
 class Straight:
-    """Keys and values of all tokens. [slots, heads, capacity, width]"""
+    """Keys and values of all tokens. [slots, heads, capacity, width]
 
-    def __init__(self, positions: Positions) -> None:
+    With a `launch`, a call of a few tokens a row writes and attends in one operation, where it can.
+    """
+
+    _window: int | None = None
+    _ring: int | None = None
+
+    def __init__(self, positions: Positions, launch: Launch | None = None) -> None:
         self._positions = positions
         self._planes = Planes()
+        self._launch = launch
+        self._unwritten: Unwritten | None = None
 
     @property
     def offset(self) -> int | mx.array:
@@ -68,6 +83,7 @@ class Straight:
     @property
     def keys(self) -> mx.array:
         """Some models tie other computations to it."""
+        self.end()
         return self._planes.arrays[0]
 
     @keys.setter
@@ -76,13 +92,50 @@ class Straight:
 
     def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
         made = lambda: masks.straight(self._positions, window_size, return_array)  # noqa: E731
-        return self._positions.once(("straight", window_size, return_array), made)
+        mask = self._positions.once(("straight", window_size, return_array), made)
+        return self._given(mask, window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        positions = self._positions
-        self._planes.reserve(positions.slots, positions.capacity, (keys, values))
-        self._planes.write(positions, (keys, values))
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        self._planes.reserve(self._positions.slots, self._room(), (keys, values))
+        if self._launch is not None and self._positions.count <= FEW:
+            self._unwritten = Unwritten(self, keys, values)
+            return self._unwritten, self._unwritten
+        self.write(keys, values)
         return self.keys_and_values()
+
+    def write(self, keys: mx.array, values: mx.array) -> None:
+        """Put a call's keys and values [rows, heads, count, width] after each row's tokens, for which there is room."""
+        self._planes.write(self._positions, (keys, values), self._ring)
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: masks.Mask
+    ) -> mx.array | None:
+        """`write`, and what `queries` [rows, heads, count, width] see, in one launch; None if that cannot be.
+
+        Then nothing is done.
+        """
+        seen = self._seen(mask)
+        if self._launch is None or seen is None:
+            return None
+        (window,) = seen
+        positions = self._positions
+        if not applies(queries, keys, values, min(positions.reach, window or positions.reach)):
+            return None
+        starts = positions.once("row starts", lambda: _row_starts(positions))
+        return self._planes.attend(self._launch, queries, (keys, values), starts, scale, window, self._ring)
+
+    def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
+        """A mask that a model gets, of which is remembered during the call what it means."""
+        if isinstance(mask, mx.array):
+            _given_masks(self._positions).append((mask, window))
+        return mask
+
+    def _seen(self, mask: masks.Mask) -> tuple[int | None] | None:
+        """The window that a mask which the model hands to its attention stands for, None for a mask of its own."""
+        if isinstance(mask, mx.array):
+            return next(((window,) for known, window in _given_masks(self._positions) if known is mask), None)
+        own = self.make_mask(self._positions.count)
+        return (self._window,) if not isinstance(own, mx.array) and mask == own else None
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """[rows, heads, tokens, width], the call's own included."""
@@ -91,14 +144,19 @@ class Straight:
 
     @property
     def arrays(self) -> list[mx.array]:
-        return self._planes.arrays
+        return self._planes.results
 
     def begin(self) -> None:
-        pass
+        self._unwritten = None
+
+    def end(self) -> None:
+        if self._unwritten is not None:
+            self._unwritten.settle()
+            self._unwritten = None
 
     def extend(self, first: int, other: Straight) -> None:
         new = other._planes.arrays
-        if new or self._planes.arrays:
+        if new or not self._planes.empty:
             self._planes.reserve(self._positions.slots, self._room(), new)
             if new:
                 self._planes.paste(first, other._positions.rows, new)
@@ -108,11 +166,14 @@ class Straight:
         return self._positions.capacity
 
     def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
-        if moves[0] and self._planes.arrays:
+        if moves[0] and not self._planes.empty:
             self._planes.move(*moves)
         self._planes.shrink(self._positions.slots, self._room())
 
     def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        return self._cut(row, span)
+
+    def _cut(self, row: int, span: slice) -> list[mx.array]:
         return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
@@ -133,10 +194,10 @@ class Window(Straight):
     end, and slack + 1 can be written in one call before they are seen. Wider calls see the ring and what they bring.
     """
 
-    def __init__(self, positions: Positions, window: int, slack: int) -> None:
-        super().__init__(positions)
-        self._window = window
-        self._size = window + slack
+    def __init__(self, positions: Positions, window: int, slack: int, launch: Launch | None = None) -> None:
+        super().__init__(positions, launch)
+        self._window: int = window
+        self._size = self._ring = window + slack
         self._slack = slack
 
     def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
@@ -147,15 +208,13 @@ class Window(Straight):
             made = lambda: masks.ring(positions, self._size, window)  # noqa: E731
         else:
             made = lambda: masks.before_and_new(positions, self._planes.capacity, self._size, window)  # noqa: E731
-        return positions.once(("window", self._size, window, return_array), made)
+        return self._given(positions.once(("window", self._size, window, return_array), made), window)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         positions = self._positions
         if positions.reach > self._size and positions.count > self._slack + 1:
             return self._wide(keys, values)
-        self._planes.reserve(positions.slots, self._room(), (keys, values))
-        self._planes.write(positions, (keys, values), self._size)
-        return self.keys_and_values()
+        return super().update_and_fetch(keys, values)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         positions = self._positions
@@ -191,75 +250,39 @@ class Window(Straight):
         return mx.where(held >= first, places + held - first, old)[:, None, :, None]
 
     def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return super().piece(row, span, written) if written <= self._size else None
+        return self._apart(self._cut(row, span)) if written <= self._size else None
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
-        return None if written <= self._size else super().piece(row, slice(0, self._size), written)
+        return None if written <= self._size else self._apart(self._cut(row, slice(0, self._size)))
 
     def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
         # What goes on beyond the ring is of a row that has a state, which says more.
         if start + arrays[0].shape[2] <= self._size:
-            super().put_piece(row, start, arrays)
+            super().put_piece(row, start, self._apart(arrays))
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
-        super().put_piece(row, 0, arrays)
+        super().put_piece(row, 0, self._apart(arrays))
+
+    def _apart(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """Copies that share no memory with the ring, which a launch writes to without MLX knowing.
+
+        MLX's own copies share it where all of it is copied, and a write of all of it is none, but takes the new array.
+        """
+        if self._launch is None:
+            return list(arrays)
+        copies = [mx.take(array, mx.arange(array.shape[0]), axis=0) for array in arrays]
+        start(copies)
+        return copies
 
 
-class Recurrent(ArraysCache):  # type: ignore[misc]
-    """The state of a recurrent layer: a few arrays [rows, …], which upstream's layers read and replace."""
-
-    cache: list[mx.array | None]
-
-    def __init__(self, positions: Positions, size: int) -> None:
-        super().__init__(size)
-        self._positions = positions
-
-    @property
-    def offset(self) -> int | mx.array:
-        return self._positions.offset
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [array for array in self.cache if array is not None]
-
-    def begin(self) -> None:
-        lengths = self._positions.lengths
-        self.lengths = None if lengths is None else mx.array(lengths)
-
-    def extend(self, first: int, other: Recurrent) -> None:
-        self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
-
-    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
-        self.filter(mx.array(order, dtype=mx.int32))
-
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return None
-
-    def state(self, row: int, written: int) -> list[mx.array] | None:
-        return [mx.zeros((0,)) if a is None else mx.contiguous(a[row : row + 1]) for a in self.cache]
-
-    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
-        raise AssertionError("it has no pieces")
-
-    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
-        self.cache = [
-            _put(array, self._positions.rows, row, part) for array, part in zip(self.cache, arrays, strict=True)
-        ]
+def _given_masks(positions: Positions) -> list[tuple[mx.array, int | None]]:
+    """Masks that caches have made in this call, with their windows."""
+    given: list[tuple[mx.array, int | None]] = positions.once("given masks", list)
+    return given
 
 
-def _joined(a: mx.array | None, rows: int, b: mx.array | None, more: int) -> mx.array | None:
-    """One after the other; a row that has not started yet has zeros."""
-    like = b if a is None else a
-    if like is None:
-        return None
-    a = mx.zeros((rows, *like.shape[1:]), dtype=like.dtype) if a is None else a
-    b = mx.zeros((more, *like.shape[1:]), dtype=like.dtype) if b is None else b
-    return mx.concatenate([a, b])
-
-
-def _put(array: mx.array | None, rows: int, row: int, part: mx.array) -> mx.array | None:
-    """`array` [rows, …], zeros if None, with `part` [1, …] as one row; a part without size says nothing."""
-    if part.size:
-        array = mx.zeros((rows, *part.shape[1:]), dtype=part.dtype) if array is None else array
-        array[row : row + 1] = part
-    return array
+def _row_starts(positions: Positions) -> mx.array:
+    """[rows] int32, of which a launch needs all."""
+    if positions.same is not None:
+        return mx.array([positions.same] * positions.rows, dtype=mx.int32)
+    return positions.starts.astype(mx.int32)

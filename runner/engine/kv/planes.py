@@ -1,7 +1,8 @@
 """The arrays of one layer: [slots, heads, capacity, width], several of them side by side.
 
 MLX arrays are values, but an operation whose input nobody else holds writes into it. So a write costs what is written,
-as long as the arrays are reached through here alone.
+as long as the arrays are reached through here alone. A launch of `attention_kernel` writes without MLX knowing of it:
+whoever else gets at the arrays has it dispatched first (`land`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from runner.engine.arrays import start
+from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.positions import Positions
 
 
@@ -18,31 +20,70 @@ class Planes:
     """Keys and values of the rows of one layer, or what they are encoded as."""
 
     def __init__(self) -> None:
-        self.arrays: list[mx.array] = []
+        self._arrays: list[mx.array] = []
+        self._launched: mx.array | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes, room for tokens to come included."""
-        return sum(array.nbytes for array in self.arrays)
+    def arrays(self) -> list[mx.array]:
+        """They, with all that was written to them. Not for a look at their shape alone."""
+        self.land()
+        return self._arrays
+
+    @arrays.setter
+    def arrays(self, arrays: list[mx.array]) -> None:
+        self._arrays = arrays
+
+    @property
+    def results(self) -> list[mx.array]:
+        """What is there once all that was written is: the arrays, and the output of the last launch."""
+        return self._arrays if self._launched is None else [*self._arrays, self._launched]
 
     @property
     def capacity(self) -> int:
         """Tokens a slot has room for."""
-        return self.arrays[0].shape[2] if self.arrays else 0
+        return self._arrays[0].shape[2] if self._arrays else 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever written, or room made."""
+        return not self._arrays
+
+    def land(self) -> None:
+        """Have the last launch dispatched: what is dispatched from now on finds what it writes."""
+        if self._launched is not None:
+            start(self._launched)
+            self._launched = None
+
+    def attend(
+        self,
+        launch: Launch,
+        queries: mx.array,
+        new: tuple[mx.array, mx.array],
+        starts: mx.array,
+        scale: float,
+        window: int | None,
+        ring: int | None,
+    ) -> mx.array:
+        """Write `new` and attend to it and what was there before, in one launch; see Call."""
+        keys, values = self._arrays
+        call = Call(queries, *new, (keys, values), starts, scale, window, ring, self._launched)
+        self._launched, planes = launch(call)
+        self._arrays = list(planes)
+        return self._launched
 
     def reserve(self, slots: int, capacity: int, like: Sequence[mx.array]) -> None:
         """Have at least that much room, for arrays [rows, heads, tokens, width] `like` these."""
-        if not self.arrays:
-            self.arrays = [mx.zeros((slots, a.shape[1], capacity, a.shape[3]), dtype=a.dtype) for a in like]
+        if not self._arrays:
+            self._arrays = [mx.zeros((slots, a.shape[1], capacity, a.shape[3]), dtype=a.dtype) for a in like]
             return
-        have, places = self.arrays[0].shape[0], self.capacity
+        have, places = self._arrays[0].shape[0], self.capacity
         if have < slots or places < capacity:
             room = [(0, max(0, slots - have)), (0, 0), (0, max(0, capacity - places)), (0, 0)]
             self.arrays = [mx.pad(array, room) for array in self.arrays]
 
     def shrink(self, slots: int, capacity: int) -> None:
         """Let go of room beyond that much."""
-        if self.arrays and (self.arrays[0].shape[0] > slots or self.capacity > capacity):
+        if self._arrays and (self._arrays[0].shape[0] > slots or self.capacity > capacity):
             self.arrays = [mx.contiguous(array[:slots, :, :capacity]) for array in self.arrays]
 
     def write(self, positions: Positions, new: Sequence[mx.array], size: int | None = None) -> None:
@@ -77,7 +118,7 @@ class Planes:
 
     def view(self, rows: int, tokens: int) -> list[mx.array]:
         """The first `tokens` places of the first `rows` slots."""
-        slots, _, capacity, _ = self.arrays[0].shape
+        slots, _, capacity, _ = self._arrays[0].shape
         if (slots, capacity) == (rows, tokens):
             return self.arrays
         return [array[:rows, :, :tokens] for array in self.arrays]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import mlx.core as mx
 import pytest
 
@@ -80,6 +82,32 @@ def test_a_masked_row_samples_what_is_allowed_whatever_else_it_asks_for() -> Non
     logits = mx.random.normal((len(ways), WIDTH)) * 3
     tokens, _ = Sampler(rows, WIDTH)(logits, mx.zeros((len(ways),), dtype=mx.uint32), mask)
     assert set(tokens.tolist()) <= allowed_by(regex("[0-9]"))
+
+
+@pytest.mark.parametrize("wrong", [inf, nan])
+def test_what_is_not_allowed_is_left_out_even_if_it_is_no_number(wrong: float) -> None:
+    """In rows of a batch and in all of them; what is allowed stays as it is."""
+    allowed = allowed_by(regex("[0-9]"))
+    logits = mx.array([[[0.5 if token in allowed else wrong for token in range(WIDTH)]]] * 2)
+    for rows in ([regex("[0-9]"), None], [regex("[0-9]"), regex("[0-9]")]):
+        mask = GrammarMasks(WIDTH).next(rows)
+        assert mask is not None
+        first, other = mask.apply(logits)
+        assert {t for t, v in enumerate(first[0].tolist()) if v == 0.5} == allowed
+        assert set(first[0].tolist()) == {0.5, -inf}
+        assert mx.array_equal(other, logits[1], equal_nan=True).item() == (rows[1] is None)
+
+
+@pytest.mark.parametrize("wrong", [inf, nan, -inf])
+def test_a_row_that_can_choose_none_chooses_what_its_grammar_does_not_take(wrong: float) -> None:
+    allowed = allowed_by(regex("[0-9]"))
+    among = mx.array([[[wrong if token == max(allowed) or wrong == -inf else 0.5 for token in range(WIDTH)]]])
+    rows = mx.concatenate([among, mx.zeros_like(among)])
+    mask = GrammarMasks(WIDTH).next([regex("[0-9]"), regex("[0-9]")])
+    assert mask is not None
+    none, healthy = mask.apply(rows)
+    assert {t for t, v in enumerate(none[0].tolist()) if v > -inf} == EVERYTHING - allowed
+    assert {t for t, v in enumerate(healthy[0].tolist()) if v > -inf} == allowed
 
 
 def test_half_precision_stays() -> None:

@@ -15,6 +15,7 @@ from runner.engine.kv.kept import Beginning
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import active_memory
+from tests.engine.kv.launches import OnDevice, OnHost
 
 SLACK = 5
 FAMILIES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2"]
@@ -116,18 +117,31 @@ def beginning(caches: Caches, row: int, width: int = 512) -> Beginning:
     return Beginning(length, tuple(pieces), caches.state(row))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("seed", range(2))
-def test_rows_compute_what_they_compute_alone(loaded: dict[str, LoadedModel], kind: str, seed: int) -> None:
-    layout = Layout(loaded[kind].model, SLACK)
-    rows = Rows(loaded[kind], layout, random.Random(seed))
-    for _ in range(20):
+def follow(rows: Rows, count: int) -> None:
+    """Let rows come, go, be cut and be kept, as they are drawn; each has to compute what it computes alone."""
+    for _ in range(count):
         steps = [rows.join] if rows.caches is None else [rows.join, rows.decode, rows.decode, rows.remove, rows.keep]
-        if rows.caches is not None and layout.trimmable:
+        if rows.caches is not None and rows.layout.trimmable:
             steps += [rows.verify, rows.verify]
         if len(rows.tokens) > 6:
             steps = [rows.remove]
         rows.draw.choice(steps)()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_compute_what_they_compute_alone(loaded: dict[str, LoadedModel], kind: str, seed: int) -> None:
+    follow(Rows(loaded[kind], Layout(loaded[kind].model, SLACK), random.Random(seed)), 20)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_that_are_written_in_place_as_well(
+    loaded: dict[str, LoadedModel], in_place: OnHost | OnDevice, kind: str, seed: int
+) -> None:
+    before = in_place.launches
+    follow(Rows(loaded[kind], Layout(loaded[kind].model, SLACK, launch=in_place), random.Random(seed)), 20)
+    assert in_place.launches > before
 
 
 def test_what_was_cut_off_has_left_its_traces_in_a_ring(loaded: dict[str, LoadedModel]) -> None:

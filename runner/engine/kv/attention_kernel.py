@@ -1,0 +1,189 @@
+"""New tokens' keys and values written, and attended to, in one launch on CUDA.
+
+While few rows decode, a step takes as long as the host takes to launch its operations. For rows of different lengths a
+layer's attention is eight of them: a copy of the values, two scatters, a scale, a product, a mask, a softmax and a
+product. Here a block of threads takes one new token of one row, and the query heads of one key head: it puts the
+token's key and value in their places, and attends to what came before (`attention_source.py`). Nothing is masked: a
+block knows how many keys its token sees, and reads no others.
+
+**Writing in place.** MLX's kernels return fresh arrays, and a copy of the planes is what has to be avoided; so the
+planes are inputs, and the kernel casts `const` away. MLX takes arrays for values. What it does not know is made up for:
+
+- *Within a launch*, blocks run in any order. None reads a place that another writes: keys and values of the call's own
+  tokens are read from the new arrays, and what a ring's places held before is out of the window of every token of the
+  call, since a call is wider than the ring's slack by one token at most (Window).
+- *Launch after launch.* MLX orders the kernels of a CUDA graph by the buffers that they are said to write, and those of
+  different graphs, which every evaluation ends with, by the stream. So each launch takes the output of the layer's
+  launch before (`Call.after`) as an input: whether they are in one graph (a draft's proposals, chunks of a prompt that
+  nobody has asked for yet) or not, the planes are complete when they are read.
+- *All other readers and writers* of the planes (they grow, shrink, move, are copied from and pasted into, and a wide
+  call writes and reads them in separate operations) begin with `Planes.land`, which has the launch before dispatched:
+  theirs is then a later graph. `Caches.arrays` lists the launches' outputs, so that whoever starts the caches' arrays
+  starts them, even if nobody wants what they have attended to.
+- *Who holds an older value* of the planes sees the write. For layers that cache all tokens it is dead to them: places
+  at or behind a row's length mean nothing to anyone, tokens are cut off only after what attended to them was needed to
+  know how many, and a slot is given to another row by copying into it, which as all of MLX's own writing copies an
+  array that others hold. A ring's places are used again: so what is kept of a ring, and what a ring begins with, are
+  copies that share no memory with it and are started at once (Window), and a call that reads a ring in separate
+  operations has to be started before the next call, as whoever calls a model here does.
+
+The kernel has been run on the host and compiled for the device, but not yet run or timed on one: it is off unless the
+switch says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import mlx.core as mx
+
+from runner.engine.kv.attention_source import HEADER, SOURCE
+from runner.engine.kv.masks import FEW
+
+SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
+"""Environment variable that turns the kernel on, with 1. Off until a device has passed its tests and shown that it
+pays."""
+
+_THREADS: Final = 256
+_WARP: Final = 32
+_VECTOR: Final = 16
+"""Bytes of a load."""
+
+_REGISTERS: Final = 64
+"""Values of the queries that a lane holds at most; it sums up as many."""
+
+_SHARED: Final = 48_000
+"""Bytes of shared memory that a kernel has without asking for more."""
+
+_LONGEST: Final = 4096
+_BLOCKS: Final = 256
+"""Keys that are left to one block where there are fewer blocks than so many. Beyond, separate operations spread them
+over the whole device. Reckoned (a block reads about 100 GB/s), not measured."""
+
+INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after")
+"""What the source calls a call's arrays."""
+
+Planes = tuple[mx.array, mx.array]
+"""Keys and values of a layer, [slots, groups, places, width] each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A layer's attention in a model call, and what is to be written before it.
+
+    `queries` [rows, heads, tokens, width]; `keys` and `values` [rows, groups, tokens, width] are those of the same
+    tokens, `planes` those of the tokens before, `starts` [rows] int32 says of how many. The place of a position is
+    itself, or itself modulo `ring`. A token sees itself and what is before it, `window` tokens in all. `after` is what
+    the layer's launch before has returned, while that may not be dispatched.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    planes: Planes
+    starts: mx.array
+    scale: float
+    window: int | None
+    ring: int | None
+    after: mx.array | None
+
+
+Launch = Callable[[Call], tuple[mx.array, Planes]]
+"""What does a call: returns what is attended to, and the planes with the new keys and values."""
+
+
+def applies(queries: mx.array, keys: mx.array, values: mx.array, reach: int) -> bool:
+    """Whether a launch can do it: few tokens, whole vectors, not too many keys a block. `reach` is the most keys."""
+    rows, heads, tokens, width = queries.shape
+    groups = keys.shape[1]
+    return (
+        tokens <= FEW
+        and queries.dtype == keys.dtype == values.dtype
+        and queries.dtype in (mx.bfloat16, mx.float16, mx.float32)
+        and keys.shape == values.shape
+        and keys.shape[3] == width
+        and heads % groups == 0
+        and width * queries.dtype.size % _VECTOR == 0
+        and shape(width, queries.dtype.size, heads // groups) is not None
+        and (reach <= _LONGEST or rows * groups * tokens >= _BLOCKS)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a block's threads share the work: `lanes` a key, `heads` queries a block."""
+
+    lanes: int
+    heads: int
+    threads: int
+
+
+@cache
+def shape(width: int, itemsize: int, shared: int) -> Shape | None:
+    """For lines of `width` values, and `shared` query heads a key head; None if the lines are too wide."""
+    vectors = width * itemsize // _VECTOR
+    lanes = min(_WARP, vectors & -vectors)
+    values = width // lanes
+    heads = max((n for n in range(1, 9) if shared % n == 0 and n * values <= _REGISTERS), default=0)
+    if not heads:
+        return None
+    warps = _THREADS // _WARP
+    while warps * heads * (width + 2) * 4 > _SHARED:
+        warps //= 2
+    return Shape(lanes, heads, warps * _WARP)
+
+
+def launch() -> Launch | None:
+    """The kernel, if there is a device for it and the switch is on."""
+    on = os.environ.get(SWITCH) == "1" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
+    return attend_and_write if on else None
+
+
+def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
+    """What each query sees, [rows, heads, tokens, width], and the planes, which have the new keys and values then."""
+    rows, heads, tokens, width = call.queries.shape
+    groups = call.keys.shape[1]
+    way = shape(width, call.queries.dtype.size, heads // groups)
+    assert way is not None
+    (out,) = _kernel(call.scale)(
+        inputs=[
+            *(call.queries, call.keys, call.values),
+            *call.planes,
+            call.starts,
+            call.queries if call.after is None else call.after,
+        ],
+        template=[
+            ("T", call.queries.dtype),
+            *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("WINDOW", call.window or 0), ("RING", call.ring or 0)),
+        ],
+        grid=(rows * groups * (heads // groups // way.heads) * tokens * way.threads, 1, 1),
+        threadgroup=(way.threads, 1, 1),
+        output_shapes=[(rows, tokens, heads, width)],
+        output_dtypes=[call.queries.dtype],
+    )
+    # In this order upstream's next transposition makes it contiguous.
+    return out.swapaxes(1, 2), call.planes
+
+
+def header(scale: float) -> str:
+    """What comes before the kernel: scores are powers of two."""
+    return f"{HEADER}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
+
+
+@cache
+def _kernel(scale: float) -> Any:
+    return mx.fast.cuda_kernel(
+        name="attend_and_write",
+        input_names=list(INPUTS),
+        output_names=["out"],
+        source=SOURCE,
+        header=header(scale),
+        # A copy of the planes would be written in their place. Strides are the kernel's business.
+        ensure_row_contiguous=False,
+    )

@@ -1,0 +1,175 @@
+"""The source of `attention_kernel`, in CUDA.
+
+A block takes token `t` of a row and HEADS of the query heads that share key head `g`. LANES threads share a key, so
+that each loads 16 bytes of it at a time, and KEYS keys are seen at once. Each lane sums up in float32, with a running
+maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. T, D (a head's
+width), LANES, HEADS, THREADS, WINDOW and RING (0 for none) are constants, and so is SCALE, of powers of two.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+HEADER: Final = """
+template <typename A> __device__ inline A highest(A a, A b) { return a > b ? a : b; }
+"""
+
+SOURCE: Final = """
+    constexpr int EACH = 16 / sizeof(T);
+    constexpr int VECTORS = D / EACH / LANES;
+    constexpr int MINE = VECTORS * EACH;
+    constexpr int KEYS = THREADS / LANES;
+    constexpr int WARPS = (THREADS + 31) / 32;
+    constexpr int DEPTH = MINE <= 8 ? (HEADS <= 4 ? 4 : 2) : 1;
+    constexpr float NONE = -1e30f;
+
+    const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
+    int block = blockIdx.x;
+    const int t = block % tokens;
+    block /= tokens;
+    const int part = block % (shared / HEADS);
+    block /= shared / HEADS;
+    const int g = block % groups, row = block / groups;
+    const int head = g * shared + part * HEADS;
+    const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
+    const int start = starts[row], at = start + t;
+    const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
+
+    const T* new_key = keys + row * keys_strides[0] + g * keys_strides[1];
+    const T* new_value = values + row * values_strides[0] + g * values_strides[1];
+    const T* old_key = held_keys + row * held_keys_strides[0] + g * held_keys_strides[1];
+    const T* old_value = held_values + row * held_values_strides[0] + g * held_values_strides[1];
+    auto place = [&](int position) { return long(RING > 0 ? position % RING : position); };
+
+    if (part == 0) {
+        T* k = const_cast<T*>(old_key) + place(at) * held_keys_strides[2];
+        T* v = const_cast<T*>(old_value) + place(at) * held_values_strides[2];
+        for (int i = threadIdx.x; i < D; i += THREADS) {
+            k[i * held_keys_strides[3]] = new_key[t * keys_strides[2] + i * keys_strides[3]];
+            v[i * held_values_strides[3]] = new_value[t * values_strides[2] + i * values_strides[3]];
+        }
+    }
+
+    // A lane's values of a line of D: vectors of 16 bytes, next to those of its neighbours.
+    auto whole = [](const T* line, long next, long step) {
+        return step == 1 && next * sizeof(T) % 16 == 0 && reinterpret_cast<size_t>(line) % 16 == 0;
+    };
+    auto load = [&](const T* line, long step, bool vectors, float (&to)[MINE]) {
+        #pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int column = (v * LANES + lane) * EACH;
+            if (vectors) {
+                const uint4 raw = *reinterpret_cast<const uint4*>(line + column);
+                const T* x = reinterpret_cast<const T*>(&raw);
+                #pragma unroll
+                for (int e = 0; e < EACH; ++e) to[v * EACH + e] = float(x[e]);
+            } else {
+                #pragma unroll
+                for (int e = 0; e < EACH; ++e) to[v * EACH + e] = float(line[(column + e) * step]);
+            }
+        }
+    };
+    const bool new_keys_whole = whole(new_key, keys_strides[2], keys_strides[3]);
+    const bool new_values_whole = whole(new_value, values_strides[2], values_strides[3]);
+    const bool old_keys_whole = whole(old_key, held_keys_strides[2], held_keys_strides[3]);
+    const bool old_values_whole = whole(old_value, held_values_strides[2], held_values_strides[3]);
+
+    float query[HEADS][MINE], sum[HEADS][MINE], top[HEADS], total[HEADS];
+    #pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        const T* line = queries + row * queries_strides[0] + (head + h) * queries_strides[1] + t * queries_strides[2];
+        load(line, queries_strides[3], false, query[h]);
+        #pragma unroll
+        for (int i = 0; i < MINE; ++i) {
+            query[h][i] *= SCALE;
+            sum[h][i] = 0.0f;
+        }
+        top[h] = NONE;
+        total[h] = 0.0f;
+    }
+
+    // All lanes of a warp go round equally often: they exchange values.
+    for (int base = low; base <= at; base += KEYS * DEPTH) {
+        float score[DEPTH][HEADS], value[DEPTH][MINE];
+        #pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            const int p = base + j * KEYS + mine;
+            float key[MINE];
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) key[i] = value[j][i] = 0.0f;
+            if (p <= at && p < start) {
+                load(old_key + place(p) * held_keys_strides[2], held_keys_strides[3], old_keys_whole, key);
+                load(old_value + place(p) * held_values_strides[2], held_values_strides[3], old_values_whole, value[j]);
+            } else if (p <= at) {
+                load(new_key + (p - start) * keys_strides[2], keys_strides[3], new_keys_whole, key);
+                load(new_value + (p - start) * values_strides[2], values_strides[3], new_values_whole, value[j]);
+            }
+            #pragma unroll
+            for (int h = 0; h < HEADS; ++h) {
+                score[j][h] = 0.0f;
+                #pragma unroll
+                for (int i = 0; i < MINE; ++i) score[j][h] += query[h][i] * key[i];
+            }
+        }
+        #pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+            float best = top[h];
+            #pragma unroll
+            for (int j = 0; j < DEPTH; ++j) {
+                #pragma unroll
+                for (int w = LANES / 2; w > 0; w >>= 1) score[j][h] += __shfl_xor_sync(0xffffffffu, score[j][h], w);
+                if (base + j * KEYS + mine <= at) best = highest(best, score[j][h]);
+            }
+            const float kept = exp2f(top[h] - best);
+            top[h] = best;
+            total[h] *= kept;
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) sum[h][i] *= kept;
+            #pragma unroll
+            for (int j = 0; j < DEPTH; ++j) {
+                const float weight = base + j * KEYS + mine <= at ? exp2f(score[j][h] - best) : 0.0f;
+                total[h] += weight;
+                #pragma unroll
+                for (int i = 0; i < MINE; ++i) sum[h][i] += weight * value[j][i];
+            }
+        }
+    }
+
+    __shared__ float sums[WARPS][HEADS][D], tops[WARPS][HEADS], totals[WARPS][HEADS];
+    const int warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        #pragma unroll
+        for (int w = LANES; w < 32 && w < THREADS; w <<= 1) {
+            const float best = highest(top[h], __shfl_xor_sync(0xffffffffu, top[h], w));
+            const float kept = exp2f(top[h] - best);
+            top[h] = best;
+            total[h] *= kept;
+            total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                sum[h][i] *= kept;
+                sum[h][i] += __shfl_xor_sync(0xffffffffu, sum[h][i], w);
+            }
+        }
+        if (threadIdx.x % 32 < LANES) {
+            tops[warp][h] = top[h];
+            totals[warp][h] = total[h];
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) sums[warp][h][(i / EACH * LANES + lane) * EACH + i % EACH] = sum[h][i];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D, column = i % D;
+        float best = tops[0][h];
+        for (int w = 1; w < WARPS; ++w) best = highest(best, tops[w][h]);
+        float over = 0.0f, under = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            const float kept = exp2f(tops[w][h] - best);
+            over += kept * sums[w][h][column];
+            under += kept * totals[w][h];
+        }
+        out[((long(row) * tokens + t) * queries_shape[1] + head + h) * D + column] = T(over / under);
+    }
+"""

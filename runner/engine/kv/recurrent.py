@@ -1,0 +1,73 @@
+"""The caches of recurrent layers, as upstream's models find them (see `layers`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from runner.engine.kv.positions import Positions
+
+
+class Recurrent(ArraysCache):  # type: ignore[misc]
+    """The state of a recurrent layer: a few arrays [rows, …], which upstream's layers read and replace."""
+
+    cache: list[mx.array | None]
+
+    def __init__(self, positions: Positions, size: int) -> None:
+        super().__init__(size)
+        self._positions = positions
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self._positions.offset
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for array in self.cache if array is not None]
+
+    def begin(self) -> None:
+        lengths = self._positions.lengths
+        self.lengths = None if lengths is None else mx.array(lengths)
+
+    def end(self) -> None:
+        pass
+
+    def extend(self, first: int, other: Recurrent) -> None:
+        self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
+
+    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
+        self.filter(mx.array(order, dtype=mx.int32))
+
+    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+        return None
+
+    def state(self, row: int, written: int) -> list[mx.array] | None:
+        return [mx.zeros((0,)) if a is None else mx.contiguous(a[row : row + 1]) for a in self.cache]
+
+    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+        raise AssertionError("it has no pieces")
+
+    def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
+        self.cache = [
+            _put(array, self._positions.rows, row, part) for array, part in zip(self.cache, arrays, strict=True)
+        ]
+
+
+def _joined(a: mx.array | None, rows: int, b: mx.array | None, more: int) -> mx.array | None:
+    """One after the other; a row that has not started yet has zeros."""
+    like = b if a is None else a
+    if like is None:
+        return None
+    a = mx.zeros((rows, *like.shape[1:]), dtype=like.dtype) if a is None else a
+    b = mx.zeros((more, *like.shape[1:]), dtype=like.dtype) if b is None else b
+    return mx.concatenate([a, b])
+
+
+def _put(array: mx.array | None, rows: int, row: int, part: mx.array) -> mx.array | None:
+    """`array` [rows, …], zeros if None, with `part` [1, …] as one row; a part without size says nothing."""
+    if part.size:
+        array = mx.zeros((rows, *part.shape[1:]), dtype=part.dtype) if array is None else array
+        array[row : row + 1] = part
+    return array

@@ -1,0 +1,60 @@
+"""Models of random weights as the engine loads them, drawn on the device: of files there is only a tokenizer's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from runner.engine.chat import ChatTemplate, jinja_render
+from runner.engine.joined import join_siblings
+from runner.engine.kv.attention import install
+from runner.engine.kv.caches import Layout
+from runner.engine.loader import LoadedModel
+from runner.engine.narrow import narrow_tokenizer
+from runner.engine.tokenizer import Tokenizer
+from tests.bench.geometry import GEOMETRIES, draw_model
+from tests.bench.llama_1b import TEMPLATE, build_tokenizer
+
+ENDLESS: Final[frozenset[int]] = frozenset()
+"""No token ends an answer: what a model of random weights says is as long as was asked for."""
+
+
+def draw(scratch: Path, geometry: str, seed: int = 0) -> LoadedModel:
+    """A model of that geometry. Its tokenizer is made in `scratch`."""
+    return loaded(draw_model(GEOMETRIES[geometry], seed), tokenizer(scratch, geometry), geometry)
+
+
+def tokenizer(scratch: Path, geometry: str) -> Tokenizer:
+    """One with as many tokens as the model, none of which ends an answer."""
+    settings = GEOMETRIES[geometry]
+    build_tokenizer(scratch, settings["vocab_size"])
+    made, _ = narrow_tokenizer(scratch, settings, ENDLESS)
+    return replace(made, eos_ids=ENDLESS)
+
+
+def with_layout(model: LoadedModel, layout: Layout) -> LoadedModel:
+    """The same weights, cached in another way."""
+    return replace(model, layout=layout)
+
+
+def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
+    """What the engine's loader makes of such a model, once its files are read."""
+    settings = GEOMETRIES[geometry]
+    join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    mx.eval(model.parameters())
+    install(model)
+    return LoadedModel(
+        model=model,
+        tokenizer=words,
+        chat=ChatTemplate(jinja_render(TEMPLATE, words.special_tokens)),
+        architecture="LlamaForCausalLM",
+        vocabulary=settings["vocab_size"],
+        max_context=settings["max_position_embeddings"],
+        dtype=getattr(mx, settings["dtype"]),
+        weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        layout=Layout(model),
+    )
