@@ -124,15 +124,20 @@ def _local_sources(loaded: Loaded) -> Iterator[Path]:
 def main(descriptor: int) -> int:
     """Answer requests until the other side is gone."""
     cache: DigestCache | None = None
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
+    with (
+        suppress(ConnectionError),  # it left before it had its answer
+        socket.socket(fileno=descriptor) as connection,
+        connection.makefile("rwb") as stream,
+    ):
         while True:
             try:
                 request = Request(*pickle.load(stream))  # noqa: S301 - from the process that started this one
             except EOFError:
-                return 0
+                break
             cache = cache or _unsealed(request.digests)
             pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
+    return 0
 
 
 if __name__ == "__main__":

@@ -69,9 +69,11 @@ async def _on_http_error(request: Request, response: Response, error: falcon.HTT
     status = error.status_code
     message = error.description or error.title or ""
     if status == 404 and not error.description:
-        message = f"no such path: {request.method} {request.path}"
+        message = f"no such path: {request.method} {request.path}; /docs shows what there is"
     elif status == 405:
         message = f"{request.method} is not allowed on {request.path}"
+        if allow := dict(error.headers or {}).get("Allow"):
+            message += f"; use {allow.removesuffix(', OPTIONS')}"
     _respond(request, response, status, dict(error.headers or {}), error_body(message, error_kind(status)))
 
 

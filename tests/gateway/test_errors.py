@@ -68,6 +68,38 @@ async def test_bodies_that_are_no_json_request(
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "king", "content": "hi"}]}',
+            "`messages[0].role`: invalid enum value 'king'; it is one of assistant, developer, system, tool, user",
+        ),
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "xml"}}',
+            "`response_format.type`: invalid value 'xml'; it is one of json_object, json_schema, text",
+        ),
+        ("/v1/chat/completions", b'{"messages": "hi"}', "`messages`: expected `array`, got `string`"),
+        ("/v1/chat/completions", b'{"prompt": "hi"}', "unknown field `prompt`; it is one of /v1/completions"),
+        ("/v1/completions", b'{"messages": []}', "unknown field `messages`; it is one of /v1/chat/completions"),
+        ("/v1/responses", b'{"input": "a", "truncation": "some"}', "it is one of auto, disabled"),
+        ("/v1/responses", b'{"input": [{"type": "nope"}]}', "`input[0].type`: invalid value 'nope'; it is one of "),
+    ],
+)
+async def test_says_what_would_be_right(client: Client, path: str, body: bytes, message: str) -> None:
+    response = await client.post(path, body, "application/json")
+    assert response.status_code == 400
+    assert message in response.json["error"]["message"]
+
+
+async def test_a_wrong_method_is_told_the_right_one(client: Client) -> None:
+    response = await client.get("/v1/chat/completions")
+    assert response.status_code == 405
+    assert response.json["error"]["message"] == "GET is not allowed on /v1/chat/completions; use POST"
+
+
 async def test_unknown_path(client: Client) -> None:
     response = await client.get("/v1/nowhere")
     assert response.status_code == 404
