@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_kept(wanted(arguments))
     path = _log(folder, arguments.model)
     with path.open(encoding="utf-8", errors="replace") as log:
-        sys.stdout.writelines(deque(log, maxlen=arguments.tail))
+        sys.stdout.writelines(deque(log, maxlen=min(arguments.tail, sys.maxsize)))
         sys.stdout.flush()
         while arguments.follow:
             line = log.readline()

@@ -24,6 +24,9 @@ from runner.options import state_dir
 _DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What is wrong with a disk, and not with us."""
 
+_PLACE: Final = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What is wrong with a file or a folder that somebody named."""
+
 COMMANDS: Final = {
     "init": "Write a first manifest for this machine",
     "apply": "Make it so: start or change what a manifest declares",
@@ -129,6 +132,8 @@ def _told(error: OSError) -> str:
     """What a file that cannot be read or written means to a user; empty where it is for us to look into."""
     if error.errno in _NOT_OURS and error.filename is not None:
         return f"{error.filename}: {error.strerror}\nIts owner has to allow it, or choose another place."
+    if error.errno in _PLACE:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     if error.errno in _DISK:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
         said = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"

@@ -14,6 +14,8 @@ from runner.errors import InvalidRequest
 
 T = TypeVar("T")
 
+TOO_DEEP: Final = "the body is nested too deeply"
+
 _PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 _HEAD: Final = re.compile(r"[.\[]")
@@ -54,7 +56,7 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: N
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+        raise InvalidRequest(TOO_DEEP, code="invalid_json") from None
 
 
 def convert(value: Any, kind: Any, place: str, names: Names) -> Any:

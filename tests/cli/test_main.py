@@ -175,3 +175,11 @@ def test_a_full_disk_is_said_without_a_traceback(buffered: list[str]) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: No space left on device\nMake room. State is kept in ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("status",), ("logs", "--name"), ("history",), ("down",)])
+def test_a_name_that_no_file_can_have_is_said_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert main([*words, "x" * 300]) == 1
+    assert capsys.readouterr().err.startswith("error: File name too long: ")

@@ -8,7 +8,8 @@ import pytest
 
 from runner import errors
 from runner.gateway.errors import describe
-from tests.gateway.conftest import Client
+from runner.telemetry import GatewayMetrics
+from tests.gateway.conftest import Client, client_of, spec_of
 from tests.gateway.fakes import FakeDeployment, FakeDirectory
 
 
@@ -141,3 +142,26 @@ async def test_a_failing_engine_is_logged_and_a_loading_one_is_not(
     await client.chat()
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert vars(record)["error"] == "out of memory"
+
+
+MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
+HOLDERS = {
+    "/v1/chat/completions": MESSAGES + b', "tools": [{"function": {"name": "f", "parameters": %b}}], "max_tokens": 5',
+    "/v1/responses": b'"input": "hi", "metadata": {"a": %b}',
+    "/v1/messages": MESSAGES + b', "max_tokens": 5, "output_format": {"type": "json_schema", "schema": %b}',
+    "/api/chat": MESSAGES + b', "stream": false, "format": %b',
+}
+"""Fields whose contents are the client's own, by path."""
+
+
+@pytest.mark.parametrize("path", HOLDERS)
+async def test_no_depth_of_a_body_is_a_fault_of_the_server(
+    directory: FakeDirectory, metrics: GatewayMetrics, path: str
+) -> None:
+    """What the decoder just takes may be too deep for an encoder, further down the stack."""
+    client = client_of(spec_of(apis=("openai", "anthropic", "ollama")), directory, metrics)
+    statuses = []
+    for depth in range(800, 1000):
+        nested = b'{"a":' * depth + b"{}" + b"}" * depth
+        statuses.append((await client.post(path, b'{"model": "chat", ' + HOLDERS[path] % nested + b"}")).status_code)
+    assert set(statuses) == {200, 400}
