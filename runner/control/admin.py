@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -19,10 +19,11 @@ from runner.control.searching import search_hub
 from runner.errors import HubFailed, InvalidRequest, Unavailable
 from runner.gateway.admin.control import By, CachedModel, Outcome
 from runner.hub.download import Progress, Refused
-from runner.hub.jobs import Patience
+from runner.hub.jobs import Job, Patience
 from runner.manifest import drift
 from runner.plan.render import plan_json
 from runner.plan.scope import Scope
+from runner.plan.spec import Download
 
 Start = Callable[[Coroutine[Any, Any, Pass]], asyncio.Task[Pass]]
 """Runs a pass that whoever asked for it does not own."""
@@ -33,6 +34,14 @@ SEARCH_TIMEOUT = 20.0
 
 _HURRIED: Final = Patience(tries=3, first=0.5, longest=2.0, asked=5.0)
 """With the hub, while somebody waits for an answer over HTTP."""
+
+
+def _job(repo: str, revision: str, missing: Iterable[Download]) -> Job:
+    """What to fetch of a repository: as the manifest asks for it, where it does and another revision is not named."""
+    for wanted in missing:
+        if wanted.repo == repo and revision in ("", wanted.revision):
+            return Job(repo, wanted.revision, wanted.kinds, code=wanted.code)
+    return Job(repo, revision or "main")
 
 
 class Places(NamedTuple):
@@ -87,7 +96,8 @@ class Admin:
 
     def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
         """See the interface."""
-        return pull(repo, revision, self._events, token=self._reconciler.followed.hub_token, log=self._places.log)
+        job = _job(repo, revision, self._reconciler.followed.missing)
+        return pull(job, self._events, token=self._reconciler.followed.hub_token, log=self._places.log)
 
     async def plan(self, scope: Scope) -> Outcome:
         """See the interface."""

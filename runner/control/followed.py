@@ -13,12 +13,13 @@ from runner.control.portion import Portion
 from runner.errors import Diagnostic
 from runner.manifest.inputs import Inputs
 from runner.plan.actions import Plan
-from runner.plan.spec import Desired
+from runner.plan.spec import Desired, Download
 
 
 @dataclass(slots=True)
 class Followed:
-    """`inputs` and `hub_token` are what the last pass read, `seen` stands for what they came to (`Ledger.seen`).
+    """`inputs` and `hub_token` are what the last pass read, `missing` what it had to download, and `seen` stands for
+    what they came to (`Ledger.seen`).
 
     `watching`: edits go live as they are saved; `frozen`: what the lock does not have is refused. `portion` and `drift`
     are what is kept from the manifest, or changed beside it, until its next apply or edit.
@@ -27,6 +28,7 @@ class Followed:
     paths: tuple[Path, ...]
     inputs: Inputs
     hub_token: str = field(default="", repr=False)
+    missing: tuple[Download, ...] = ()
     seen: str = ""
     watching: bool = True
     frozen: bool = False

@@ -73,6 +73,7 @@ class Intents:
             compiled = await self._reading.compile(followed.paths, frozen=followed.frozen)
         live.wanted.keep((*compiled.models, *live.deployments))
         followed.inputs, followed.hub_token = compiled.inputs, compiled.hub_token
+        followed.missing = compiled.provisional.downloads if compiled.provisional is not None else ()
         self._warn(compiled.warnings)
         followed.seen = await asyncio.to_thread(self._ledger.seen, compiled)
         restores, drift, asked = 0, Drift(), cause.via == "apply"

@@ -28,15 +28,13 @@ _A_MODEL: Final[tuple[Kind, ...]] = ("model",)
 
 
 async def pull(
-    repo: str, revision: str, events: EventLog, *, token: str, log: Path, patience: Patience | None = None
+    job: Job, events: EventLog, *, token: str, log: Path, patience: Patience | None = None
 ) -> AsyncGenerator[Progress, None]:
     """How far it is, until it is whole. Closing the generator ends the download, to be gone on from. Raises
     RequestError."""
     told: asyncio.Queue[Progress | None] = asyncio.Queue()
-    events.emit("downloading", repo=repo, revision=revision)
-    work = asyncio.create_task(
-        download([Job(repo, revision)], told.put_nowait, token=token, log=log, patience=patience)
-    )
+    events.emit("downloading", repo=job.repo, revision=job.revision)
+    work = asyncio.create_task(download([job], told.put_nowait, token=token, log=log, patience=patience))
     work.add_done_callback(lambda _: told.put_nowait(None))
     try:
         while (progress := await told.get()) is not None:

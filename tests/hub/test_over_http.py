@@ -119,6 +119,27 @@ async def test_ollamas_client_pulls_with_progress_and_lists_what_came(scene: Sce
     assert "downloaded" in [event["event"] for event in scene.events]
 
 
+async def test_what_the_manifest_could_not_have_is_pulled_as_it_asks_for_it(
+    scene: Scene, hub: FakeHub, cache: Path
+) -> None:
+    repo = hub.repo("org/late", scene.folder / "models" / "chat")
+    first = repo.branches["main"]
+    repo.push({**repo.commits[first], "own.py": b"", "generation_config.json": b"{}"}, branch="v2")
+    hub.fault("models/org/late", times=1, status=404, headers={"X-Error-Code": "RepoNotFound"})
+    both = "chat: {source: ./models/chat}\nlate: {source: org/late, revision: v2, trust_remote_code: true}"
+    scene.write(both, top="env_file: hub.env")
+    await scene.event("apply_failed")
+    client = of_ollama(scene)
+    assert (await whole(client, "org/late"))[-1].status == "success"
+    held = snapshot(cache, "org/late", "v2")
+    assert held is not None
+    assert (held / "own.py").exists(), "with the code that it may run"
+    assert snapshot(cache, "org/late", "main") is None
+    scene.write(both.replace("late: {", "late: {aliases: [later], "), top="env_file: hub.env")
+    await scene.event("applied", 2)
+    assert await names(client) == ["chat", "late", "later"]
+
+
 async def test_what_cannot_be_pulled_says_so(scene: Scene, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(name: str, server: str = "lm") -> tuple[int, str]:
         with pytest.raises(ollama.ResponseError) as caught:

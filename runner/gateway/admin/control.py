@@ -67,9 +67,9 @@ class Control(Protocol):
         ...
 
     def pull(self, repo: str, revision: str) -> AsyncGenerator[Progress, None]:
-        """Bring a repository into the hub's cache, whatever the manifest says; what is served stays as it is. Closing
-        the generator ends it. Raises NotServed (there is none), CannotBeDone (no room), Unavailable (offline) and
-        HubFailed."""
+        """Bring a repository into the hub's cache; what is served stays as it is. An empty `revision` is the one that
+        the manifest asks for, of what it could not have yet, else main. Closing the generator ends it. Raises NotServed
+        (there is none), CannotBeDone (no room), Unavailable (offline) and HubFailed."""
         ...
 
     async def plan(self, scope: Scope) -> Outcome:

@@ -188,7 +188,7 @@ class Models:
             return
         if self._control is None:
             raise falcon.HTTPForbidden(description=_NO_PULL.format(name=name, repo=wanted.repo))
-        coming = self._control.pull(wanted.repo, wanted.revision or "main")
+        coming = self._control.pull(*wanted)
         exchange.defer(coming.aclose)
         first = await anext(coming)  # what the hub refuses is told by the status
         if fields.stream is not False:

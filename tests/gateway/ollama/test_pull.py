@@ -60,7 +60,7 @@ async def test_a_repository_is_fetched_and_told_line_by_line(client: Client, con
         {"status": "org/new is in the hub's cache; an entry of the manifest serves it"},
         {"status": "success"},
     ]
-    assert control.asked == [("pull", "org/new", "main"), ("pull ended",)]
+    assert control.asked == [("pull", "org/new", ""), ("pull ended",)]
 
 
 async def test_a_failure_before_the_first_line_is_a_status_and_after_it_a_line(
