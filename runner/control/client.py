@@ -73,7 +73,7 @@ def _connect(path: Path, *, timeout: float | None) -> socket.socket:
                 time.sleep(_AGAIN)
             else:
                 return connection
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         connection.close()
         raise NotRunning("no runner is up", hint="Start one with `mlx-run apply MANIFEST`.") from None
     except PermissionError:

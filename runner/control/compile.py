@@ -19,6 +19,7 @@ from runner.manifest.checks import is_path
 from runner.manifest.inputs import Inputs
 from runner.manifest.load import Loaded, load_manifest
 from runner.manifest.models import Adapter, Draft, Model
+from runner.manifest.presence import from_home
 from runner.manifest.tree import KeyPath
 from runner.options import Options, configured, state_dir
 from runner.plan.digests import DigestCache
@@ -118,21 +119,26 @@ def _local_sources(loaded: Loaded) -> Iterator[Path]:
             places.append(((*path, "draft"), model.draft))
         for at, entry in places:
             if entry.revision is None or is_path(entry.source):
-                yield loaded.folder((*at, "source")) / Path(entry.source).expanduser()
+                yield loaded.folder((*at, "source")) / from_home(entry.source)
 
 
 def main(descriptor: int) -> int:
     """Answer requests until the other side is gone."""
     cache: DigestCache | None = None
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
+    with (
+        suppress(ConnectionError),  # it left before it had its answer
+        socket.socket(fileno=descriptor) as connection,
+        connection.makefile("rwb") as stream,
+    ):
         while True:
             try:
                 request = Request(*pickle.load(stream))  # noqa: S301 - from the process that started this one
             except EOFError:
-                return 0
+                break
             cache = cache or _unsealed(request.digests)
             pickle.dump(compile_manifest(request, cache), stream)
             stream.flush()
+    return 0
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Compiler:
                 pickle.dump(request, stream)
                 stream.flush()
                 compiled: Compiled = pickle.load(stream)  # noqa: S301 - from our own child, over a pair of sockets
-            except (EOFError, OSError):
+            except (EOFError, OSError, pickle.UnpicklingError):  # the last where its answer breaks off
                 self._stop()
                 raise RunnerError("the process that reads manifests ended; its output says why") from None
             self._digests = compiled.digests

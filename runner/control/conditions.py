@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from runner.errors import Diagnostic
+from runner.manifest.names import model_of
 
 Status = Literal["true", "false", "unknown"]
 
@@ -115,7 +116,7 @@ class Wanted:
             self.of(name)
         for diagnostic in diagnostics:
             for name in wanted:
-                if concerns(diagnostic, name):
+                if concerns(diagnostic, name, wanted):
                     self._judge(self.of(name), diagnostic)
 
     def _judge(self, conditions: Conditions, diagnostic: Diagnostic) -> None:
@@ -128,13 +129,7 @@ class Wanted:
             conditions.set("Resolved", "false", _REASONS.get(code, "Invalid"), message)
 
 
-def concerns(diagnostic: Diagnostic, name: str) -> bool:
-    """Whether it is of this model; what is too large together is of all of them."""
+def concerns(diagnostic: Diagnostic, name: str, names: Iterable[str]) -> bool:
+    """Whether it is of this model, of all these; what is too large together is of all of them."""
     of_all = diagnostic.code.startswith(_TOO_LARGE) and not diagnostic.path.startswith("models.")
-    return of_all or is_within(diagnostic.path, name)
-
-
-def is_within(path: str, name: str) -> bool:
-    """Whether a dotted path of the manifest is of this model, or of something in it."""
-    at = f"models.{name}"
-    return path == at or path.startswith((f"{at}.", f"{at}["))
+    return of_all or model_of(diagnostic.path, names) == name

@@ -25,6 +25,7 @@ from runner.control.state_folder import StateFolder
 from runner.errors import EngineDied, EngineLoadError
 from runner.processes import python_module
 from runner.protocol import (
+    VERSION,
     AdapterDropped,
     AdapterLoaded,
     AdapterRefused,
@@ -139,7 +140,8 @@ class EngineProcess:
         path = self._folder.engine_socket(engine_id)
         self._connection = await EngineConnection.open(path, self._receive, self._lost)
         await asyncio.wait([self._outcome], timeout=_GREETING)
-        if self.loaded is None or self.hello is None or self.hello.digest != self.spec.digest:
+        hello = self.hello
+        if self.loaded is None or hello is None or (hello.version, hello.digest) != (VERSION, self.spec.digest):
             self._draining = True
             self._connection.send(Shutdown(0.0))
             self._connection.close()
@@ -147,7 +149,7 @@ class EngineProcess:
         self.bounds.found(engine_id, self.spec)
         self.started_at = self._folder.engine_spec(engine_id).stat().st_mtime
         self.loaded_at = self.started_at + self.loaded.seconds
-        logger.info("engine adopted", extra={"model": self.spec.model, "pid": self.hello.pid})
+        logger.info("engine adopted", extra={"model": self.spec.model, "pid": hello.pid})
 
     async def _spawn(self) -> None:
         spec_path = self._folder.engine_spec(self.id)
@@ -232,8 +234,11 @@ class EngineProcess:
         match message:
             case Loading(stage=stage):
                 self.stage = stage
-            case Hello():
+            case Hello(version=version):
                 self.hello = message
+                if version != VERSION:
+                    reason = f"its engine speaks version {version} of the protocol, and this runner {VERSION}"
+                    self._fail(EngineLoadError(f"{self.spec.model}: {reason}"))
             case Loaded():
                 self.loaded, self.loaded_at, self.stage = message, time.time(), "ready"
                 if not self._outcome.done():

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from runner.control.compiled import Compiled
-from runner.control.conditions import Wanted, is_within
+from runner.control.conditions import Wanted
 from runner.control.events import EventLog
 from runner.errors import Diagnostic, DownloadFailed
 from runner.hub.download import Progress, Refused, download
 from runner.hub.jobs import Failure, Job, Patience
+from runner.manifest.names import model_of
 from runner.plan.spec import Download
 
 
@@ -76,4 +77,6 @@ def _at(place: Diagnostic | None, failure: Failure) -> Diagnostic:
 
 
 def _models(names: Iterable[str], targets: Sequence[str]) -> list[str]:
-    return [name for name in names if any(is_within(at, name) for at in targets)]
+    known = list(names)
+    found = {model_of(at, known) for at in targets}
+    return [name for name in known if name in found]

@@ -67,8 +67,9 @@ class Fulfilment:
         """Let each deployment know whether what is wanted of it is in effect. Told before the pass's own verdict is."""
         targets = {action.target for action in planned.actions} if planned else set()
         found = error.diagnostics if isinstance(error, ManifestError) else []
+        names = {*self._live.deployments, *self._live.wanted.names}
         for name, deployment in self._live.deployments.items():
-            about = [d.message for d in found if concerns(d, name)]
+            about = [d.message for d in found if concerns(d, name, names)]
             if error is not None and f"models.{name}" in targets:
                 about.append(error.message)
             deployment.health.behind("; ".join(about))

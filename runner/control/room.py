@@ -72,12 +72,14 @@ class Tenant(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Holding:
-    """An engine's place in memory. `budget` is what it was told to keep to, in bytes."""
+    """An engine's place in memory. `budget` is what it was told to keep to, in bytes, `since` when it had loaded, by
+    `time.monotonic`."""
 
     spec: ModelSpec
     engine: EngineProcess | None = None
     leaving: bool = False
     budget: int = 0
+    since: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -142,6 +144,8 @@ class Room:
         finally:
             self._claims.remove(claim)
             self._changed.set()
+        if (needed := _needed(spec)) > (left := available_memory()):
+            self._emit("memory_short", target=f"models.{spec.name}", needed=needed, available=left)
         holding = Holding(spec, budget=self._budgets(spec).get(id(spec), 0))
         self._held.append(holding)
         return holding
@@ -158,7 +162,7 @@ class Room:
 
     def watch(self, holding: Holding, engine: EngineProcess) -> None:
         """An engine has loaded; its place is given back when its process ends."""
-        holding.engine = engine
+        holding.engine, holding.since = engine, time.monotonic()
         self.share()  # others may have come or gone since it was started
 
         async def until_gone() -> None:
@@ -234,9 +238,9 @@ class Room:
     ) -> list[tuple[Tenant, Holding]]:
         """Those that give way now: as many as are enough, of those that are idle, else of those that are busy too once
         the claim has waited for a while; nobody who came just now, and nobody at all where they are not enough."""
-        now = time.time()
-        patient = time.monotonic() - claim.began < _PATIENCE
-        stayed = [one for one in candidates if now - (_loaded_at(one[1]) or now) >= _stay(one[1])]
+        now = time.monotonic()  # not by the clock on the wall, which may be set back
+        patient = now - claim.began < _PATIENCE
+        stayed = [one for one in candidates if now - one[1].since >= _stay(one[1])]
         idle = [one for one in stayed if not one[0].busy]
         chosen: list[tuple[Tenant, Holding]] = []
         for one in [*idle, *([] if patient else [one for one in stayed if one not in idle])]:
@@ -264,7 +268,10 @@ class Room:
 
     def share(self) -> None:
         """Tell every engine what it may come to now: what it needs at least, and its part of what is left. To be called
-        when another `limit` is in effect."""
+        when another `limit`, or another spec of what runs, is in effect."""
+        served = {id(tenant.engine): tenant.spec for tenant in self._tenants() if tenant.engine is not None}
+        for holding in self._held:
+            holding.spec = served.get(id(holding.engine), holding.spec)
         budgets = self._budgets(None)
         for holding in self._held:
             self._tell(holding, budgets.get(id(holding.spec), 0))
@@ -319,10 +326,6 @@ def _keeps_to_it(holding: Holding) -> bool:
     return (
         engine is None or not engine.alive or (engine.stats is not None and engine.stats.budget_bytes <= holding.budget)
     )
-
-
-def _loaded_at(holding: Holding) -> float | None:
-    return holding.engine.loaded_at if holding.engine is not None else None
 
 
 def _load_seconds(holding: Holding) -> float:

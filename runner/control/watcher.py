@@ -58,27 +58,45 @@ class Watcher:
         self._watching: tuple[tuple[Path, int], ...] = ()
 
     async def run(self) -> None:
-        """Watch until cancelled."""
-        followed = self._reconciler.followed
+        """Watch until cancelled. A fault of ours is logged, and what there is goes on being served and watched."""
         try:
-            retry_at: float | None = None
             while True:
-                self._follow(followed.inputs.folders_to_watch() if followed.watching else ())
-                retry_at = await self._wait(retry_at)
-                due = retry_at is not None and asyncio.get_running_loop().time() >= retry_at
-                if not (followed.watching or due):
-                    continue
-                now = followed.inputs.now()
-                if now == followed.inputs and not due:
-                    continue
-                self._reconciler.prepare()
-                # What a pass that fails early does not come to read is not looked at again until it changes again.
-                followed.inputs = await self._settled(now)
-                await self._reconciler.reconcile()
-                delay = self._reconciler.retry_delay()
-                retry_at = None if delay is None else asyncio.get_running_loop().time() + delay
+                try:
+                    await self._run()
+                except Exception:
+                    logger.exception("watching failed unexpectedly, and begins again")
+                    await asyncio.sleep(POLL)
         finally:
             await self._unfollow()
+
+    async def _run(self) -> None:
+        followed = self._reconciler.followed
+        retry_at: float | None = None
+        while True:
+            self._follow(self._folders())
+            retry_at = await self._wait(retry_at)
+            due = retry_at is not None and asyncio.get_running_loop().time() >= retry_at
+            if not (followed.watching or due):
+                continue
+            now = followed.inputs.now()
+            if now == followed.inputs and not due:
+                continue
+            self._reconciler.prepare()
+            # What a pass that fails early does not come to read is not looked at again until it changes again.
+            followed.inputs = await self._settled(now)
+            await self._reconciler.reconcile()
+            delay = self._reconciler.retry_delay()
+            retry_at = None if delay is None else asyncio.get_running_loop().time() + delay
+
+    def _folders(self) -> tuple[Path, ...]:
+        """Where something happens when an input changes; none is no reason not to look every second."""
+        followed = self._reconciler.followed
+        try:
+            found = followed.inputs.folders_to_watch() if followed.watching else ()
+        except Exception:
+            logger.exception("it is not known which folders to watch")
+            return ()
+        return tuple(folder for folder in found if _is_text(folder))  # watchfiles takes no others
 
     async def _wait(self, retry_at: float | None) -> float | None:
         """Until a file event, the next look, or the moment to try again; passes `retry_at` through."""
@@ -130,7 +148,8 @@ class Watcher:
                 *folders, watch_filter=None, debounce=50, step=10, stop_event=stop, recursive=False, rust_timeout=5000
             ):
                 self._woken.set()
-        except (OSError, RuntimeError) as error:  # a folder vanished, or no watches are left: the net still holds
+        except (OSError, RuntimeError, ValueError, ExceptionGroup) as error:
+            # A folder vanished, no watches are left, a name in it is no text: the net still holds.
             logger.warning("file events are off until the next change", extra={"error": str(error)})
             await asyncio.sleep(POLL)
 
@@ -138,3 +157,11 @@ class Watcher:
         self._stop_events.set()
         if self._events is not None:
             await asyncio.wait([self._events], timeout=1.0)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -30,7 +30,7 @@ def hub_cache(env: Mapping[str, str]) -> Path:
 def snapshot(cache: Path, repo: str, revision: str) -> Path | None:
     """The folder of a repository (`org/name`) at a branch, tag or commit, or None where it was not downloaded."""
     held = snapshot_folder(cache, repo, revision)
-    return held if held.is_dir() else None
+    return held if os.path.isdir(held) else None  # noqa: PTH112 - Path.is_dir raises where a name is too long
 
 
 def snapshot_folder(cache: Path, repo: str, revision: str) -> Path:

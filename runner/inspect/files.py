@@ -131,6 +131,8 @@ def list_files(folder: Path) -> dict[str, FileVersion]:
         raise BadFolder("E601", f"{folder} is a file, not a folder", "give the folder it is in") from None
     except OSError as error:
         raise BadFolder("E601", f"{folder} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BadFolder("E601", f"{str(folder)!r} is no path: {error}") from None
     within = str(folder / "x")[:-1]  # as `folder / name` has it, at a tenth of the price
     versions = {name: file_version(within + name) for name in names if not name.startswith(".")}
     return {name: version for name, version in versions.items() if version is not None}

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from runner.manifest.inputs import Inputs
 from runner.manifest.names import NAME_PATTERN, PATTERNS_KEY, PLAIN_MODEL
+from runner.manifest.presence import is_file, is_folder
 from runner.manifest.tree import KeyPath, Problem, Tree
 
 CONFIG: Final = "adapter_config.json"
@@ -79,15 +80,15 @@ def _add(tree: Tree, path: KeyPath, adapters: dict[str, Any], at: KeyPath, patte
 
 def _unusable(tree: Tree, path: KeyPath, adapters: dict[str, Any], folder: Path) -> tuple[str, str, str] | None:
     """Code, message and hint for a folder that is left out."""
-    name = folder.name
-    if not (folder / CONFIG).is_file():
-        nested = any((child / CONFIG).is_file() for child in _folders_in(folder))
-        hint = f"its folders are: write {folder.name}/*" if nested else "it is looked at again when that changes"
-        return "W612", f"the folder {name} is no adapter (yet): it holds no {CONFIG}", hint
+    name, said = folder.name, _visible(folder.name)
+    if not is_file(folder / CONFIG):
+        nested = any(is_file(child / CONFIG) for child in _folders_in(folder))
+        hint = f"its folders are: write {said}/*" if nested else "it is looked at again when that changes"
+        return "W612", f"the folder {said} is no adapter (yet): it holds no {CONFIG}", hint
     if not re.fullmatch(NAME_PATTERN, name) or name in (*PLAIN_MODEL, PATTERNS_KEY):
         near = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:63]
         hint = 'use a-z, 0-9, ".", "_" and "-"' + (f", such as {near}" if near and near != name else "")
-        return "W613", f"the folder {name} is left out, for no adapter can have this name", hint
+        return "W613", f"the folder {said} is left out, for no adapter can have this name", hint
     if name not in adapters:
         return None
     entry = adapters[name]
@@ -98,9 +99,14 @@ def _unusable(tree: Tree, path: KeyPath, adapters: dict[str, Any], folder: Path)
     return "W613", f"the folder {folder} is left out, for an adapter {name} is {which}", "rename one of the two"
 
 
+def _visible(name: str) -> str:
+    """As it can be printed: whoever may make a folder should not steer the terminal of whoever reads of it."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _folders_in(folder: Path) -> list[Path]:
     try:
-        return [child for child in folder.iterdir() if child.is_dir()]
+        return [child for child in folder.iterdir() if is_folder(child)]
     except OSError:
         return []
 

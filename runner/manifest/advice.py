@@ -10,6 +10,7 @@ from runner.errors import Diagnostic
 from runner.manifest.checks import is_loopback, is_path
 from runner.manifest.load import Loaded
 from runner.manifest.models import Adapter, Draft, Model
+from runner.manifest.presence import is_folder
 from runner.manifest.tree import KeyPath
 
 _COMMIT: Final = r"[0-9a-f]{40}"
@@ -69,7 +70,7 @@ def _is_on_the_hub(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft
     """As `runner.plan.resolve` has it: a revision makes it a repository, else a folder of that name comes first."""
     if is_path(entry.source):
         return False
-    return entry.revision is not None or not (loaded.folder((*path, "source")) / entry.source).is_dir()
+    return entry.revision is not None or not is_folder(loaded.folder((*path, "source")) / entry.source)
 
 
 def _warning(loaded: Loaded, code: str, path: KeyPath, message: str, hint: str) -> Diagnostic:

@@ -12,6 +12,8 @@ from glob import glob
 from pathlib import Path
 from typing import Final
 
+from runner.manifest.presence import is_folder
+
 MAX_BYTES: Final = 1024 * 1024
 """The largest file that is read: a manifest, or what it names."""
 
@@ -125,7 +127,7 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    return [path for path in map(Path, sorted(glob(pattern))) if path.is_dir()]  # noqa: PTH207 - an absolute pattern
+    return [path for path in map(Path, sorted(glob(pattern))) if is_folder(path)]  # noqa: PTH207 - an absolute pattern
 
 
 def _matches_state(matches: list[Path]) -> State:
@@ -165,7 +167,7 @@ def _along(path: Path) -> Mapping[Path, None]:
             found[here] = None
             todo += reversed(target.parts[1:] if target.is_absolute() else target.parts)
             here = Path(target.anchor) if target.is_absolute() else here
-        elif step.is_dir():
+        elif is_folder(step):
             here = step
             if not todo:
                 found[step.parent] = None
@@ -180,5 +182,5 @@ def _target(path: Path) -> Path | None:
     """What a symlink says; None of anything else."""
     try:
         return path.readlink()
-    except OSError:
+    except (OSError, ValueError):
         return None

@@ -75,15 +75,16 @@ def read_lock(paths: Sequence[Path], inputs: Inputs) -> Lock | None:
         raise _wrong(path, f"is larger than {LOCK_BYTES // 2**20} MiB")
     try:
         data = yaml.load(content.decode(), _LOADER)  # noqa: S506 - a safe loader, in C where there is one
-    except (yaml.YAMLError, UnicodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError of a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         line, column = (mark.line + 1, mark.column + 1) if mark is not None else (0, 0)
         raise _wrong(path, "cannot be parsed, perhaps since two versions of it were merged", line, column) from None
     try:
-        if data["version"] != VERSION:
-            raise _wrong(path, f"has version {data['version']}, and this mlx-run reads version {VERSION}")
+        if (version := data["version"]) != VERSION:
+            other = f"version {version}" if isinstance(version, int) else "another version"
+            raise _wrong(path, f"has {other}, and this mlx-run reads version {VERSION}")
         return Lock(path, {str(target): _source(entry) for target, entry in data["sources"].items()})
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise _wrong(path, "is not as `mlx-run lock` writes it") from None
 
 

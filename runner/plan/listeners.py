@@ -10,6 +10,7 @@ from typing import Final
 from runner.errors import Diagnostic
 from runner.manifest.drift import Changes
 from runner.manifest.load import Loaded
+from runner.manifest.presence import from_home
 from runner.manifest.servers import Server, Tls
 from runner.manifest.tree import KeyPath
 from runner.plan.spec import ListenerSpec
@@ -36,9 +37,7 @@ def listener_spec(
 def certificate(loaded: Loaded, server: str, tls: Tls) -> tuple[Path, Path]:
     """Where the certificate of a server and its key are."""
     at = ("servers", server, "tls")
-    cert, key = (
-        loaded.folder((*at, name)) / Path(file).expanduser() for name, file in (("cert", tls.cert), ("key", tls.key))
-    )
+    cert, key = (loaded.folder((*at, name)) / from_home(file) for name, file in (("cert", tls.cert), ("key", tls.key)))
     return cert, key
 
 
@@ -67,4 +66,4 @@ def _source(loaded: Loaded, path: KeyPath) -> str:
         return ""
     if match["variable"]:
         return f"variable:{match['variable']}"
-    return f"file:{loaded.folder(path) / Path(match['file']).expanduser()}"
+    return f"file:{loaded.folder(path) / from_home(match['file'])}"

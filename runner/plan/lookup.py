@@ -13,6 +13,7 @@ from runner.hub.cache import blobs_left, bytes_left, listed_files, listing_file,
 from runner.hub.needs import needed
 from runner.inspect.remote_code import remote_code
 from runner.manifest.load import Loaded
+from runner.manifest.presence import is_file
 from runner.manifest.tree import Problem
 from runner.plan.digests import BadFolder, DigestCache, FolderDigest, adapter_digest, file_version, model_digest
 from runner.plan.pinned import check_files, check_locked
@@ -130,4 +131,4 @@ def _not_fetched(folder: Path, source: Source, cache: DigestCache) -> str:
     wanted = needed(listed, (source.kind,), code=source.code)
     if source.code:
         wanted += remote_code(folder, cache).files
-    return next((name for name in wanted if not (folder / name).exists()), "")
+    return next((name for name in wanted if not is_file(folder / name)), "")

@@ -18,6 +18,7 @@ from runner.manifest.drift import NO_CHANGES, Changes, taken_away
 from runner.manifest.generation import Generation
 from runner.manifest.load import Loaded
 from runner.manifest.models import Batching, KVCache, Model
+from runner.manifest.presence import from_home
 from runner.manifest.quantization import Quantization
 from runner.manifest.tree import KeyPath
 from runner.plan.digests import DigestCache, FolderDigest
@@ -150,7 +151,7 @@ class _Resolution:
         """The file of a chat template: one of the manifest's inputs, so that an edit of it goes live."""
         if source is None:
             return None
-        file = Path(os.path.normpath(self._loaded.folder(at) / Path(source).expanduser()))
+        file = Path(os.path.normpath(self._loaded.folder(at) / from_home(source)))
         try:
             content = self._loaded.inputs.read(file)
             content.decode("utf-8")

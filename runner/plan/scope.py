@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from runner.errors import RunnerError
+from runner.manifest.names import model_of
 from runner.plan.forecast import total
 from runner.plan.planner import Observed
 from runner.plan.spec import Desired, ListenerSpec, ModelSpec
@@ -54,7 +55,8 @@ def within(scope: Scope, desired: Desired, observed: Observed) -> Desired:
     _require_ports(listeners, scope)
     _require_memory(models, desired.memory_limit_bytes or observed.memory_bytes, scope)
     coming = {model.name for model in models if desired.model(model.name) is model}
-    downloads = tuple(d for d in desired.downloads if coming & {target.split(".")[1] for target in d.targets})
+    known = [model.name for model in desired.models]
+    downloads = tuple(d for d in desired.downloads if coming & {model_of(target, known) for target in d.targets})
     return replace(desired, models=models, listeners=listeners, downloads=downloads)
 
 

@@ -12,6 +12,7 @@ from runner.manifest.checks import is_path
 from runner.manifest.load import Loaded
 from runner.manifest.lock import LockedSource
 from runner.manifest.models import Adapter, Draft, Model
+from runner.manifest.presence import from_home, is_folder
 from runner.manifest.tree import KeyPath, dotted
 from runner.plan.spec import Download
 
@@ -103,8 +104,11 @@ def source_at(loaded: Loaded, path: KeyPath, entry: Model | Adapter | Draft) -> 
 
 def _folder(loaded: Loaded, at: KeyPath, source: str) -> Path | None:
     """Where a path leads, or None where a bare name is no folder. Links are kept: what they point to may change."""
-    folder = loaded.folder(at) / Path(source).expanduser()
-    if not source.startswith((".", "/", "~")) and not folder.is_dir():
+    folder = loaded.folder(at) / from_home(source)
+    if not source.startswith((".", "/", "~")) and not is_folder(folder):
         return None
     tidy = Path(os.path.normpath(folder))
-    return tidy if tidy.exists() and tidy.samefile(folder) else folder
+    try:
+        return tidy if tidy.samefile(folder) else folder
+    except (OSError, ValueError):  # the latter where it holds a NUL
+        return folder

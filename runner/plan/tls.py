@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
+from runner.manifest.inputs import Inputs
 from runner.plan.spec import ListenerSpec, TlsSpec
 
 _OF_ANOTHER: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
@@ -30,7 +31,7 @@ def read_tls(cert: Path, key: Path) -> TlsSpec:
     for name, path, begins in (("cert", cert, b"CERTIFICATE-----"), ("key", key, b"PRIVATE KEY-----")):
         which: Literal["cert", "key"] = "cert" if name == "cert" else "key"
         try:
-            content = path.read_bytes()
+            content = Inputs().read(path)  # no pipe, which could keep us waiting
         except OSError as error:
             raise BadCertificate(which, f"cannot be read: {error.strerror}", f"looked at {path}") from None
         if begins not in content:

@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from runner.control.compile import compile_manifest
+from runner.control.compiled import Request
+from runner.control.state_folder import StateFolder
+from runner.protocol import VERSION, EngineSpec, Hello, Loaded, Shutdown, decoder_to_engine, encode_frame
 from tests.control.scene import FAKE_ENGINE, Scene
 from tests.control.test_runner import ONE, pid, text
 
@@ -101,3 +106,31 @@ async def test_what_a_dead_engine_left_behind_is_forgotten(scene: Scene) -> None
     scene.start()
     await scene.event("applied")
     assert {p.stem for p in folder.glob("*.json")} == {scene.live.deployments["chat"].engine.id}
+
+
+async def test_an_engine_of_another_version_is_told_to_end(scene: Scene) -> None:
+    scene.write(ONE)
+    state = StateFolder(scene.folder / "state", "dev")
+    desired = compile_manifest(Request((scene.manifest,))).desired
+    assert desired is not None
+    digest = desired.models[0].process_digest
+    state.engine_spec("ab12cd34").write_bytes(
+        msgspec.json.encode(EngineSpec(model="chat", path="/nowhere", digest=digest))
+    )
+    told: list[object] = []
+
+    async def later_version(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode_frame(Hello(VERSION + 1, 1, "chat", digest, loaded=True)))
+        loaded = Loaded(weights_bytes=1, active_bytes=1, seconds=0.0, max_context=8, device="fake")
+        writer.write(encode_frame(loaded))
+        decoder = decoder_to_engine()
+        while data := await reader.read(65536):
+            told.extend(decoder.feed(data))
+        writer.close()
+
+    async with await asyncio.start_unix_server(later_version, str(state.engine_socket("ab12cd34"))):
+        scene.start()
+        await scene.event("applied")
+    assert told == [Shutdown(0.0)]
+    assert scene.live.deployments["chat"].engine.id != "ab12cd34"
+    assert (await text(scene)).startswith("base ")

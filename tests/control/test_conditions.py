@@ -82,7 +82,7 @@ async def test_an_engine_that_died_degrades_until_its_successor_is_stable() -> N
     health.came_back()
     health.behind("")
     assert health.conditions["Degraded"][:2] == ("true", "RecentlyRestarted")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while health.conditions["Degraded"].status == "true":
             await asyncio.sleep(0.01)
     assert health.conditions["Degraded"].reason == "AsDeclared"
@@ -90,6 +90,13 @@ async def test_an_engine_that_died_degrades_until_its_successor_is_stable() -> N
         ("Degraded", "true", "EngineDied"),
         ("Degraded", "false", "AsDeclared"),
     ]
+
+
+def test_what_is_wrong_with_one_is_no_matter_of_another_that_its_name_begins_with() -> None:
+    wanted = Wanted(Events().emit)
+    wanted.wrong(["qwen2", "qwen2.5"], [Diagnostic("dev.yaml", 1, 1, "models.qwen2.5.source", "is gone", code="E602")])
+    assert wanted.of("qwen2.5")["Resolved"].status == "false"
+    assert wanted.of("qwen2")["Resolved"].status == "unknown"
 
 
 def test_several_reasons_to_be_degraded() -> None:

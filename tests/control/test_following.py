@@ -6,6 +6,7 @@ import asyncio
 import socket
 
 import httpx
+import pytest
 
 from tests.control.scene import Scene, free_port
 
@@ -115,3 +116,22 @@ async def test_a_model_that_left_the_manifest_is_gone_and_an_unrelated_edit_unlo
     assert scene.live.deployments["chat"].engine.pid == pid
     with socket.create_connection(("127.0.0.1", scene.port("more")), timeout=5):
         pass
+
+
+@pytest.mark.parametrize(
+    "models",
+    [f"chat: {{source: ./{'x' * 300}}}", 'chat: {source: "./a\\0b"}', "chat: {source: ~nobody-of-that-name/x}"],
+)
+async def test_a_path_that_cannot_be_is_an_edit_like_any_other(scene: Scene, models: str) -> None:
+    scene.write(ONE)
+    scene.start()
+    await scene.event("applied")
+    files = "env_file: [{path: ./" + "y" * 300 + ", required: false}]"
+    scene.write(models, top=files)
+    await scene.event("apply_failed")
+    scene.write(models)
+    failed = await scene.event("apply_failed", 2)
+    assert ":models.chat.source: " in failed["error"].replace(": models", ":models"), failed["error"]
+    scene.write("chat: {source: ./models/chat, aliases: [again]}")
+    await scene.event("applied", 2)
+    assert _aliases(scene) == ("again",)

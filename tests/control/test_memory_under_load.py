@@ -162,7 +162,7 @@ async def load_and_unload(scene: Scene, times: int) -> tuple[int, int]:
             await engine.gone()
             if number == times // 5:
                 before, files = resident_bytes(os.getpid()), _files()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while engines():
             await asyncio.sleep(0.05)
     return resident_bytes(os.getpid()) - before, _files() - files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from runner.control.state_folder import StateFolder
 from runner.inspect.memory import ModelMemory
 from runner.plan.forecast import ENGINE_BYTES
 from runner.plan.spec import ModelSpec
+from runner.protocol import Loaded
 
 MIB = 2**20
+LOADED = Loaded(weights_bytes=1, active_bytes=1, seconds=0.01, max_context=8, device="none")
 
 
 def spec(name: str, weights: int, rows: int = 4, **fields: Any) -> ModelSpec:
@@ -65,7 +68,8 @@ class Up:
 
     budgets: list[int] = field(default_factory=list)
     alive: bool = True
-    loaded: bool = True
+    loaded: Loaded = LOADED
+    loaded_at: float = field(default_factory=time.time)
     stats: None = None
     pid: None = None
 
@@ -87,6 +91,32 @@ async def test_one_that_loads_while_another_leaves_gets_what_that_one_had() -> N
     made.watch(second, engine)
     assert engine.budgets == [second.budget]
     assert second.budget > small
+
+
+async def test_one_that_was_edited_in_place_gets_what_it_can_come_to_now() -> None:
+    tenant = Alone(spec("one", 100, rows=2), engine=Up())
+    made = room(10_000 * MIB, tenant)
+    place = await made.enter(tenant, tenant.spec)
+    made.watch(place, tenant.engine)
+    small = place.budget
+    tenant.spec = spec("one", 100, rows=32, load="on_demand")
+    made.share()
+    assert tenant.engine.budgets == [place.budget]
+    assert place.budget > small
+    assert place.spec is tenant.spec
+
+
+async def test_a_clock_that_is_set_back_keeps_nobody_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = Alone(spec("lazy", 100, load="on_demand"), engine=Up())
+    made = room(ENGINE_BYTES + 150 * MIB, lazy, patience=60)
+    made.watch(await made.enter(lazy, lazy.spec), lazy.engine)
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    coming = Alone(spec("coming", 100, load="on_demand"))
+    entering = asyncio.create_task(made.enter(coming, coming.spec))
+    async with asyncio.timeout(15):
+        while not lazy.reasons:
+            await asyncio.sleep(0.01)
+    entering.cancel()
 
 
 async def test_a_limit_of_its_own_holds_and_unknown_lengths_get_what_there_is() -> None:

@@ -128,9 +128,9 @@ async def test_a_killed_engine_fails_its_requests_and_comes_back(scene: Scene) -
     await scene.event("applied")
     first = pid(scene)
     streaming = asyncio.create_task(ask(scene, max_tokens=1000))
-    await asyncio.wait_for(in_flight(scene), 5)
+    await in_flight(scene)
     os.kill(first, signal.SIGKILL)
-    response = await asyncio.wait_for(streaming, 2)
+    response = await asyncio.wait_for(streaming, 15)
     assert response.status_code == 500
     assert "engine died" in response.json()["error"]["message"]
     waiting = await text(scene)  # waits for the next engine
@@ -183,10 +183,10 @@ async def test_a_client_that_leaves_cancels_its_row(scene: Scene) -> None:
     scene.start()
     await scene.event("applied")
     leaving = asyncio.create_task(ask(scene, max_tokens=1000))
-    await asyncio.wait_for(in_flight(scene), 5)
+    await in_flight(scene)
     leaving.cancel()
     connection = scene.live.deployments["chat"].engine.connection
-    await asyncio.wait_for(connection.wait_idle(), 2)
+    await asyncio.wait_for(connection.wait_idle(), 15)
 
 
 async def test_a_listener_is_opened_and_closed_by_an_edit(scene: Scene) -> None:

@@ -96,14 +96,14 @@ async def test_a_drain_holds_requests_until_the_next_engine_is_there(scene: Scen
 
 async def test_a_request_that_is_held_too_long_is_told_when_to_come_back(scene: Scene) -> None:
     scene.model("one", mib=1000)
-    scene.model("two", mib=1000, load_seconds=1.0)
+    scene.model("two", mib=1000, waits_for=str(scene.folder / "go"))
     scene.write(big("one"), top=LIMIT)
     scene.start(load_wait=0.1)
     await scene.event("applied")
     scene.write(big("two"), top=LIMIT)
     await scene.until(lambda: scene.live.deployments["chat"].state == "loading")
-    async with asyncio.timeout(0.8):
-        late = await ask(scene)
+    late = await ask(scene)
+    (scene.folder / "go").touch()
     assert late.status_code == 503
     assert int(late.headers["retry-after"]) > 0
     assert late.json()["error"]["code"] == "model_loading"

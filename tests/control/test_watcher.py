@@ -366,3 +366,30 @@ async def test_looks_hold_where_events_fail(file: Path, error: Exception, monkey
         await reader.until(text)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_fault_ends_neither_the_watch_nor_the_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watcher, "POLL", 0.05)
+
+    class Faulty(Inputs):
+        def folders_to_watch(self) -> tuple[Path, ...]:
+            raise ValueError("no folder of ours")
+
+    file = tmp_path / "file"
+    file.write_text("one")
+    reader = Reader(file)
+    reader.followed.inputs = Faulty(reader.followed.inputs.files)
+    watching = asyncio.create_task(Watcher(reader).run())
+    with monkeypatch.context() as once:
+        once.setattr(Reader, "prepare", lambda self: 1 / 0)
+        file.write_text("two")
+        async with asyncio.timeout(15):
+            while "begins again" not in caplog.text:
+                await asyncio.sleep(0.01)
+    await reader.until("two")
+    assert "not known which folders" in caplog.text
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching

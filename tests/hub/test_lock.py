@@ -295,6 +295,8 @@ def test_a_repository_that_is_not_there_keeps_the_old_lock(desk: Desk, capsys: C
         "version: 1\nsources: [a]\n",
         "version: 1\nsources: {models.chat: {source: org/chat, commit: main, files: {}}}\n",
         "version: 1\nsources: {models.chat: {source: org/chat, files: {a: {size: 1, digest: md5:0}}}}\n",
+        "version: 1\nsources: {models.chat: {source: org/chat, files: {a: {size: .inf, digest: md5:0}}}}\n",
+        "version: 2026-13-45\n", "version: [2]\n", "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_lock_that_cannot_be_used(desk: Desk, text: str) -> None:

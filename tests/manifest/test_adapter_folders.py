@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,10 @@ def test_every_folder_in_which_a_match_may_appear_is_watched(load: Load, tmp_pat
     watched = load(_manifest("{from: [./teams/*/adapters/*, ./none/*]}")).inputs.folders_to_watch()
     here = {path.relative_to(tmp_path).as_posix() for path in watched}
     assert {".", "teams", "teams/a", "teams/b", "teams/a/adapters", "teams/a/adapters/pirate"} <= here
+
+
+def test_the_name_of_a_folder_cannot_steer_a_terminal(load: Load, tmp_path: Path) -> None:
+    _folders(tmp_path / "adapters", "red\x1b[31m", os.fsdecode(b"caf\xe9"))
+    messages = [warning.message for warning in load(_manifest("{from: ./adapters/*}")).warnings]
+    assert len(messages) == 2
+    assert all(message.isprintable() for message in messages), messages

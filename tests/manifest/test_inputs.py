@@ -97,6 +97,18 @@ def test_what_was_read_is_what_is_noted(tmp_path: Path) -> None:
     assert inputs.now().files[tmp_path / "none"] is not None
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "with\0nul", "x/" * 3000, "locked/inside"])
+def test_paths_that_cannot_be_looked_at_are_as_good_as_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "locked").mkdir(mode=0o000)  # root may enter it all the same
+    path = tmp_path / name
+    inputs = Inputs({path: None}, {path: None}, {f"{path}*": None})
+    inputs.look(path)
+    assert inputs.folders[path] is None
+    assert inputs.now().files == {path: None}
+    assert tmp_path in inputs.folders_to_watch()
+    (tmp_path / "locked").chmod(0o700)
+
+
 def test_imports_little() -> None:
     code = "import sys, runner.manifest.inputs; sys.exit(str({'yaml', 'pydantic', 'asyncio'} & set(sys.modules) or ''))"
     root = str(Path(__file__).parents[2])

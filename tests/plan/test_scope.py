@@ -125,6 +125,18 @@ def test_only_what_the_targets_need_is_downloaded() -> None:
     assert within(A, wanted, Observed(memory_bytes=16 * GIB)).downloads == downloads[:2]
 
 
+@pytest.mark.parametrize(("target", "due"), [("qwen2", [0]), ("qwen2.5", [1, 2])])
+def test_a_name_with_a_dot_is_a_name(target: str, due: list[int]) -> None:
+    downloads = (
+        Download("org/a", "main", None, ("models.qwen2",)),
+        Download("org/b", "main", None, ("models.qwen2.5",)),
+        Download("org/c", "main", None, ("models.qwen2.5.adapters.x",)),
+    )
+    wanted = replace(desired(model("qwen2"), model("qwen2.5")), downloads=downloads)
+    found = within(Scope((target,)), wanted, Observed(memory_bytes=16 * GIB)).downloads
+    assert found == tuple(downloads[at] for at in due)
+
+
 @UNHURRIED
 @given(states, states, st.sets(st.sampled_from(["a", "b", "c", "d"]), min_size=1))
 def test_nothing_but_the_targets_is_touched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,3 +74,9 @@ def test_paths_start_in_the_folder_of_the_manifest_and_errors_stand_at_their_pla
         folders.resolve(head.replace("KEY", "b.key") + MODELS)
     (found,) = refused.value.diagnostics
     assert (found.code, found.line, found.column, found.path) == ("E511", 3, 50, "servers.lm.tls.key")
+
+
+def test_a_pipe_is_no_certificate_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cert.pem")
+    with pytest.raises(BadCertificate, match="cannot be read: not a regular file"):
+        read_tls(tmp_path / "cert.pem", tmp_path / "cert.pem")
