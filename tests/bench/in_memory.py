@@ -10,9 +10,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from runner.engine.chat import ChatTemplate, jinja_render
+from runner.engine.compatibility import fuses
 from runner.engine.joined import join_siblings
+from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Layout
+from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel
 from runner.engine.narrow import narrow_tokenizer
 from runner.engine.tokenizer import Tokenizer
@@ -36,9 +39,15 @@ def tokenizer(scratch: Path, geometry: str) -> Tokenizer:
     return replace(made, eos_ids=ENDLESS)
 
 
-def with_layout(model: LoadedModel, layout: Layout) -> LoadedModel:
-    """The same weights, cached in another way."""
-    return replace(model, layout=layout)
+def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = None) -> Layout:
+    """How the engine's loader would have it cached: writing and attending at once, where there is a kernel for that."""
+    plain = Layout(model, quantisation=quantisation)
+    launch = attention_kernel.launch()
+    if launch is None:
+        return plain
+    fused = Layout(model, launch=launch)
+    use = fuses(model, fused, Layout(model), vocabulary)
+    return Layout(model, quantisation=quantisation, launch=launch) if use else plain
 
 
 def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
@@ -56,5 +65,5 @@ def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
         max_context=settings["max_position_embeddings"],
         dtype=getattr(mx, settings["dtype"]),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
-        layout=Layout(model),
+        layout=layout_of(model, settings["vocab_size"]),
     )

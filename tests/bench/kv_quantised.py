@@ -33,6 +33,7 @@ from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.quantised import Quantisation
 from tests.bench.geometry import GEOMETRIES, draw_model, usual
+from tests.bench.in_memory import layout_of
 from tests.bench.record import Budget, Record, add_options, progress
 
 PART = 4096
@@ -93,7 +94,7 @@ class Formats:
         self._tokens = arguments.tokens
         self.caches: dict[int, Caches] = {}
         for bits in arguments.bits:
-            layout = Layout(model, quantisation=quantisation(bits, arguments.group_size))
+            layout = cached_in(model, bits, arguments)
             self.caches[bits] = filled(GEOMETRIES[arguments.geometry], layout, rows, arguments.context)
             progress(f"{rows} rows, {bits} bits: filled, {self.caches[bits].nbytes / 2**20:.0f} MiB")
             rate(model, self.caches[bits], 8)
@@ -131,9 +132,10 @@ class Formats:
             record.row(cells, {**figures, "rates": self.rates[bits], "rate_ratio": ratio})
 
 
-def quantisation(bits: int, group_size: int) -> Quantisation | None:
-    """None for 16."""
-    return None if bits >= 16 else Quantisation(bits, group_size)
+def cached_in(model: Any, bits: int, arguments: argparse.Namespace) -> Layout:
+    """As the engine would; 16 bits are what the model computes in."""
+    quantisation = None if bits >= 16 else Quantisation(bits, arguments.group_size)
+    return layout_of(model, GEOMETRIES[arguments.geometry]["vocab_size"], quantisation)
 
 
 def prefill(model: Any, layout: Layout, context: int, budget: Budget) -> tuple[int, float]:
@@ -191,7 +193,7 @@ def measure_prefill(model: Any, arguments: argparse.Namespace, budget: Budget) -
     """A row a format."""
     record = Record(arguments.record, "kv", f"prefill of {arguments.context} tokens, in calls of {CHUNK}")
     for bits in arguments.bits:
-        layout = Layout(model, quantisation=quantisation(bits, arguments.group_size))
+        layout = cached_in(model, bits, arguments)
         done, seconds = prefill(model, layout, arguments.context, budget)
         cells = {"bits": str(bits), "tokens": f"{done}", "seconds": f"{seconds:.2f}"}
         cells["tokens/s"] = f"{done / seconds:,.0f}"

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -25,11 +26,10 @@ if __name__ == "__main__":
 
 import mlx.core as mx
 
-from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel
 from tests.bench.geometry import GEOMETRIES, usual
-from tests.bench.in_memory import draw, with_layout
+from tests.bench.in_memory import draw, layout_of
 from tests.bench.record import Budget, Record, add_options, progress
 from tests.engine.drive import Driver, generate
 
@@ -110,7 +110,7 @@ def main() -> None:
     if budget.over:
         record.left_out("8 bits")
         return
-    packed = with_layout(plain, Layout(plain.model, quantisation=Quantisation(8, 32)))
+    packed = replace(plain, layout=layout_of(plain.model, plain.vocabulary, Quantisation(8, 32)))
     write(record, "8 bits", measure(packed, "8 bits", arguments, budget))
     record.finish()
 
