@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 
@@ -23,8 +23,10 @@ def this_machine() -> Machine:
 
 
 def machine_memory() -> int:
-    """Bytes of memory. By sysconf: psutil takes 4 MB to say the same."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory; of a container's that is limited, where models are in it and not on a GPU. By sysconf: psutil
+    takes 4 MB to say the same."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((whole, *(confine.limit for confine in _confines_here())))
 
 
 def cpu_backend() -> bool:
@@ -49,7 +51,11 @@ def mlx_version() -> str:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can have now without others being paged out."""
+    """Bytes that new processes can have now without others being paged out, or the container being full."""
+    return min((_available(), *(max(0, confine.limit - confine.used) for confine in _confines_here())))
+
+
+def _available() -> int:
     try:
         with Path("/proc/meminfo").open("rb") as file:
             line = next(line for line in file if line.startswith(b"MemAvailable:"))
@@ -58,6 +64,48 @@ def available_memory() -> int:
         import psutil  # noqa: PLC0415 - 4 MB, for those who have no /proc
 
         return int(psutil.virtual_memory().available)
+
+
+class Confine(NamedTuple):
+    """A control group's limit, and what is used of it that cannot be given back, in bytes."""
+
+    limit: int
+    used: int
+
+
+def confines(proc: Path = Path("/proc/self/cgroup"), system: Path = Path("/sys/fs/cgroup")) -> list[Confine]:
+    """Those of this process's group and of all that it lies in, as far as they can be seen."""
+    found: list[Confine] = []
+    for line in _text(proc).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = system, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = system / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = PurePosixPath(path.lstrip("/"))
+        found += filter(None, (_confine(top / part, *names) for part in (inside, *inside.parents)))
+    return found
+
+
+def _confines_here() -> list[Confine]:
+    return confines() if cpu_backend() else []
+
+
+def _confine(folder: Path, limit: str, usage: str, cached: str) -> Confine | None:
+    allowed, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+    if not allowed.isdigit() or not used.isdigit():  # "max", or the top of the tree
+        return None
+    kept = [line.split()[1] for line in _text(folder / "memory.stat").splitlines() if line.split()[:1] == [cached]]
+    return Confine(int(allowed), int(used) - sum(map(int, kept)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
 
 
 def resident_bytes(pid: int) -> int:

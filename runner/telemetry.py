@@ -182,7 +182,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def _text(value: object) -> str:
-    """A field's value in a text line: quoted when it would not read as one word."""
+    """A field's value in a text line: quoted when it would not read as one word, JSON when it has parts."""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value, default=str, ensure_ascii=False)
     text = str(value)
     return text if text and not any(c.isspace() or c in '"=' for c in text) else json.dumps(text, ensure_ascii=False)
 

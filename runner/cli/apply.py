@@ -6,7 +6,7 @@ import argparse
 import time
 
 from runner.cli.locate import add_manifest, manifests
-from runner.cli.text import duration
+from runner.cli.text import duration, generation
 from runner.control.compiler import Compiler
 
 
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print events as lines of JSON, a result line at the end")
     parser.add_argument("--no-watch", dest="watch", action="store_false", help="take later edits by `apply` only")
     parser.add_argument(
-        "--generation", type=int, metavar="G", help="refuse when another generation than G is current by now"
+        "--generation", type=generation, metavar="G", help="refuse when another generation than G is current by now"
     )
     parser.epilog = (
         "Without a runner of the manifest's name this process becomes it, follows the file, and drains on Ctrl-C\n"

@@ -176,7 +176,11 @@ def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
             stderr=log,
             start_new_session=True,
         )
-    _until_up(folder, process)
+    try:
+        _until_up(folder, process)
+    except KeyboardInterrupt:
+        process.terminate()  # it has not answered yet: nobody else knows of it
+        raise
     says = "Stopping the runner again. Ctrl-C once more leaves that to itself."
     with GivingUp(folder.control_socket, "down", says, drain=0):
         try:

@@ -28,13 +28,11 @@ every gap between two events with content.
 0 when every request was answered, 1 when some failed or did not finish within --limit, 130 after a Ctrl-C, which
 prints what there is.
 
-examples:
+example:
+  mlx-run bench http://127.0.0.1:8080
   mlx-run bench http://127.0.0.1:8080 --clients 1,8,32
   mlx-run bench http://127.0.0.1:8080 --model chat --adapters none,pirate,shout
-  mlx-run bench http://127.0.0.1:8080 --against http://127.0.0.1:9090 --json > figures.json
-
-example:
-  mlx-run bench http://127.0.0.1:8080"""
+  mlx-run bench http://127.0.0.1:8080 --against http://127.0.0.1:9090 --json > figures.json"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

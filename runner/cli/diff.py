@@ -10,12 +10,16 @@ from typing import Any, Final, Literal
 from runner.cli.history import warn
 from runner.cli.locate import add_files, add_name, find_kept, wanted
 from runner.cli.plan_text import render_change
+from runner.cli.text import generation
 from runner.control.generations import Generations
 from runner.control.ledger import kept_spec, unknown
 from runner.errors import RunnerError
 from runner.plan.changes import Change, Spec, changes
 from runner.plan.render import change_json
 from runner.plan.spec import Desired
+
+MIXED: Final = True
+"""Words and options in any order."""
 
 _SIGNS: Final = {"added": "+", "changed": "~", "removed": "-"}
 
@@ -24,8 +28,8 @@ Difference = dict[str, Any]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument("before", type=int, metavar="N", help="a generation, as `mlx-run history` numbers them")
-    parser.add_argument("after", type=int, nargs="?", metavar="M", help="another one (default: the current)")
+    parser.add_argument("before", type=generation, metavar="N", help="a generation, as `mlx-run history` numbers them")
+    parser.add_argument("after", type=generation, nargs="?", metavar="M", help="another one (default: the current)")
     parser.add_argument("--json", action="store_true", help="print the differences as JSON")
     add_name(parser)
     add_files(parser)

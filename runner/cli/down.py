@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_name(parser, positional=True)
     add_files(parser)
     parser.add_argument(
-        "-t", "--timeout", type=duration, metavar="30s", help="how long running requests may go on (default: 30)"
+        "-t", "--timeout", type=duration, metavar="30s", help="how long running requests may go on (default: 30s)"
     )
     parser.epilog = "example:\n  mlx-run down dev"
 

@@ -64,6 +64,10 @@ def _backstop(event: Event) -> str:
     return f"no hard limit for engines by the kernel: {event['reason']}"
 
 
+def _short(event: Event) -> str:
+    return f"needs {format_bytes(event['needed'])}, and the machine has {format_bytes(event['available'])} left"
+
+
 def _plain(event: Event) -> str:
     """An event that has no words of its own: its name, and its fields."""
     fields = [f"{k}={v}" for k, v in event.items() if k not in ("event", "time", "target")]
@@ -72,6 +76,7 @@ def _plain(event: Event) -> str:
 
 _WORDS: Final[dict[str, Callable[[Event], str]]] = {
     "memory_backstop": _backstop,
+    "memory_short": lambda e: f"{_short(e)}: loading it all the same, as planned",
     "planned": _planned,
     "unchanged": lambda e: f"nothing to do, generation {e['generation']} is what the manifest says",
     "warned": lambda e: "warning: " + "\n".join(e["warnings"]),

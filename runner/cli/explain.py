@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     wanted = arguments.code.strip().strip("[]").upper()
     if wanted not in codes:
-        hint = suggest(wanted, codes) or "`mlx-run explain` lists all codes"
+        hint = suggest(wanted, codes) or "`mlx-run explain` lists all codes."
         raise RunnerError(f"there is no code {arguments.code!r}", hint=hint)
     print(_explained(codes[wanted]))
     return 0

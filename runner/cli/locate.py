@@ -65,7 +65,10 @@ def manifests(arguments: argparse.Namespace) -> tuple[Path, ...]:
     """
     if not arguments.files:
         raise UsageError("no manifest is given", hint="Write its path, such as configs/dev.yaml, or -f FILE.")
-    return tuple(Path(name).absolute() for name in arguments.files)
+    try:
+        return tuple(Path(name).absolute() for name in arguments.files)
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone", hint="Change to one that is there.") from None
 
 
 def runners_up() -> list[StateFolder]:

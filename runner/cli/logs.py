@@ -8,7 +8,8 @@ import time
 from collections import deque
 from pathlib import Path
 
-from runner.cli.locate import add_files, add_name, find, known, wanted
+from runner.cli.locate import add_files, add_name, find_kept, wanted
+from runner.cli.text import count
 from runner.control.state_folder import StateFolder
 from runner.errors import NotRunning, RunnerError
 
@@ -19,18 +20,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_name(parser)
     add_files(parser, short=False)
     parser.add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
-    parser.add_argument("-t", "--tail", type=int, default=100, metavar="N", help="start with the last N lines")
+    parser.add_argument("-t", "--tail", type=count, default=100, metavar="N", help="start with the last N lines")
     parser.epilog = "example:\n  mlx-run logs demo-chat -f"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0; 1 when there is no such log."""
-    # The log of a runner that is gone is worth most, so it need not be up when it is named.
-    name = wanted(arguments)
-    folder = known(name) if name else find(None)
+    # The log of a runner that is gone is worth most, so it need not be up.
+    folder = find_kept(wanted(arguments))
     path = _log(folder, arguments.model)
     with path.open(encoding="utf-8", errors="replace") as log:
-        sys.stdout.writelines(deque(log, maxlen=min(max(arguments.tail, 0), sys.maxsize)))
+        sys.stdout.writelines(deque(log, maxlen=min(arguments.tail, sys.maxsize)))
         sys.stdout.flush()
         while arguments.follow:
             line = log.readline()

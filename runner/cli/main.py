@@ -8,20 +8,23 @@ asked for is imported.
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from runner.errors import ManifestError, MlxRunError, UsageError
 from runner.options import state_dir
 
-_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What is wrong with a disk, and not with us."""
 
-_PLACE: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+_PLACE: Final = (errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a file or a folder that somebody named."""
 
 COMMANDS: Final = {
@@ -49,6 +52,11 @@ COMMANDS: Final = {
     "schema": "Print the manifest's JSON schema",
     "completion": "Print a script that completes commands in a shell",
 }
+
+
+_ESCAPE: Final = "mlx-run-escape"
+_NOT_OURS: Final = (errno.EACCES, errno.EPERM)
+"""What a file that is not for us to read or write fails with."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -88,15 +96,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
+    _prepare_output()
     # Packages beside ours may hook into pydantic (logfire does), which doubles the time of a quick command.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     arguments = _files_last(list(sys.argv[1:] if argv is None else argv))
-    name = arguments[0] if arguments else ""
-    if name not in COMMANDS:
-        return _top_level(arguments)
-    command, parser = load_command(name)
     try:
-        code: int = command.run(parser.parse(arguments[1:]))
+        try:
+            code = _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where it is known what to say when that fails
     except ManifestError as error:
         from runner.manifest.report import render_diagnostics  # noqa: PLC0415 - only a wrong manifest pays for it
 
@@ -112,15 +120,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in (*_DISK, *_PLACE):
+        said = _told(error)
+        if not said:
             raise
-        print(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
-        if error.errno in _PLACE:
-            return 1
-        print(f"Make room. State is kept in {state_dir()} (MLX_RUN_STATE_DIR).", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
+        print(f"error: {said}", file=sys.stderr)
         return 1
     return code
+
+
+def _told(error: OSError) -> str:
+    """What a file that cannot be read or written means to a user; empty where it is for us to look into."""
+    if error.errno in _NOT_OURS and error.filename is not None:
+        return f"{error.filename}: {error.strerror}\nIts owner has to allow it, or choose another place."
+    if error.errno in _PLACE:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if error.errno in _DISK:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be our own output that has no room
+        said = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+        return f"{said}\nMake room. State is kept in {state_dir()} (MLX_RUN_STATE_DIR)."
+    return ""
+
+
+def _run(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        return _top_level(arguments)
+    command, parser = load_command(name)
+    code: int = command.run(parser.parse(arguments[1:]))
+    return code
+
+
+def _prepare_output() -> None:
+    """Whatever is printed can be written: a terminal without UTF-8 gets escapes, and a closed output is none."""
+    codecs.register_error(_ESCAPE, _escaped)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for as long as we run
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPE)
+
+
+def _escaped(error: UnicodeError) -> tuple[bytes, int]:
+    """An error handler for encoding: bytes of file names that were no text stay what they are, the rest is escaped."""
+    assert isinstance(error, UnicodeEncodeError), "it is for what is written"
+    refused = error.object[error.start : error.end]
+    kept = (c.encode("ascii", "surrogateescape" if "\udc80" <= c <= "\udcff" else "backslashreplace") for c in refused)
+    return b"".join(kept), error.end
 
 
 def load_command(name: str) -> tuple[Any, _Parser]:
@@ -165,6 +211,8 @@ def _top_level(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    if arguments[:1] and (arguments[0] == "--file" or arguments[0].startswith(("-f", "--file="))):
+        parser.error(f"there is no command; write one behind the files, such as mlx-run {' '.join(arguments)} apply")
     parsed, _ = parser.parse_known_args(arguments)
     if parsed.version:
         from importlib.metadata import version  # noqa: PLC0415 - only `--version` pays for it
@@ -178,6 +226,8 @@ def _top_level(arguments: list[str]) -> int:
 
 
 def _suggest(word: str) -> str:
+    if word.endswith((".yaml", ".yml")):
+        return f"did you mean `mlx-run apply {word}`?"
     import difflib  # noqa: PLC0415 - only a mistyped command pays for it
 
     close = difflib.get_close_matches(word, COMMANDS, n=1)

@@ -13,7 +13,7 @@ from typing import Final
 from runner.cli.locate import add_files
 from runner.cli.models_removal import converted_copies, prune, rm, say_notes, uses_of
 from runner.cli.models_text import card, listing, matches
-from runner.cli.text import format_bytes
+from runner.cli.text import count, format_bytes
 from runner.control.fetching import download_failed
 from runner.control.searching import search_hub
 from runner.control.uses import available_here
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", default="list", choices=_ACTIONS, metavar="|".join(_ACTIONS))
     parser.add_argument("target", nargs="*", metavar="QUERY|SOURCE", help="search: words; show and rm: a source")
     add_files(parser, about="a manifest whose sources count, too (overlays after it)")
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="search: so many (default: 20)")
+    parser.add_argument("--limit", type=count, default=20, metavar="N", help="search: so many (default: 20)")
     parser.add_argument("-y", "--yes", action="store_true", help="rm, prune: do not ask")
     parser.add_argument("--dry-run", action="store_true", help="rm, prune: show what would go, and remove nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")

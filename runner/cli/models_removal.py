@@ -72,6 +72,8 @@ def rm(arguments: argparse.Namespace) -> int:
     if in_use:
         where = ", ".join(in_use)
         raise RunnerError(f"{arguments.target} is used by {where}", hint="Take it out of that manifest first.")
+    if any(copies.is_held(held.folder) for held in asked):
+        raise RunnerError(f"{arguments.target} is used by an engine", hint="Stop the runner that has it first.")
     return _remove(arguments, cache, Going(asked))
 
 
@@ -82,12 +84,14 @@ def prune(arguments: argparse.Namespace) -> int:
     if known.notes and not arguments.dry_run:
         raise RunnerError("not all manifests can be read, so it is not known what they use", hint="Correct them first.")
     used = {use.folder for use in (*known.uses, *known.copies)}
-    commits = [held for held in stored(cache) if held.folder not in used]
-    unused = [copy for copy in copies.copies(converted_copies()) if copy.folder not in used]
-    free = [copy for copy in unused if not copies.is_held(copy.folder)]
-    if len(free) < len(unused):
-        print(f"note: {len(unused) - len(free)} quantised copies stay: engines use them", file=sys.stderr)
-    return _remove(arguments, cache, Going(commits, leftovers(cache), free, copies.leftovers(converted_copies())))
+    unused = {held.folder: held for held in stored(cache) if held.folder not in used}
+    idle = {copy.folder: copy for copy in copies.copies(converted_copies()) if copy.folder not in used}
+    for folder in [folder for folder in (*unused, *idle) if copies.is_held(folder)]:
+        print(f"note: {folder} stays: an engine uses it", file=sys.stderr)
+        unused.pop(folder, None)
+        idle.pop(folder, None)
+    cut_off = copies.leftovers(converted_copies())
+    return _remove(arguments, cache, Going([*unused.values()], leftovers(cache), [*idle.values()], cut_off))
 
 
 def _remove(arguments: argparse.Namespace, cache: Path, going: Going) -> int:

@@ -7,6 +7,7 @@ import time
 
 from runner.cli.locate import add_files, add_name, find, wanted
 from runner.cli.plan_text import render_plan
+from runner.cli.text import generation
 from runner.cli.view import View
 from runner.control import client
 from runner.control.who import this_user
@@ -15,12 +16,12 @@ from runner.control.who import this_user
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options."""
     parser.add_argument(
-        "number", nargs="?", type=int, metavar="N", help="which generation (default: the one before the current)"
+        "number", nargs="?", type=generation, metavar="N", help="which generation (default: the one before the current)"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
     parser.add_argument("--wait", action="store_true", help="return once what was replaced has drained and is gone")
     parser.add_argument(
-        "--generation", type=int, metavar="G", help="refuse when another generation than G is current by now"
+        "--generation", type=generation, metavar="G", help="refuse when another generation than G is current by now"
     )
     add_name(parser)
     add_files(parser)

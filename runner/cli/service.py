@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from typing import Final
 
 from runner.cli.locate import add_files, manifests
 from runner.cli.supervisors import State, Supervisor, this_supervisor
@@ -19,6 +20,9 @@ _UP_SECONDS, _LOOK = 20.0, 0.05
 """How long a runner may take to answer after it was started, and how often it is looked for."""
 
 _VARIABLES = "A service does not see this shell's variables: put them into a file that the manifest names as env_file."
+
+MIXED: Final = True
+"""Words and options in any order."""
 
 _ACTIONS = ("install", "uninstall", "status")
 

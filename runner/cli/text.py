@@ -41,6 +41,23 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def generation(text: str) -> int:
+    """The number of a generation, as a type for argparse. Raises ArgumentTypeError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the number of a generation; `mlx-run history` shows them"
+        ) from None
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or more, as a type for argparse. Raises ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 20")
+    return int(text)
+
+
 def duration(text: str) -> float:
     """The seconds of `30s`, `1.5`, `5m` or `1h30m`, as a type for argparse. Raises ArgumentTypeError."""
     match = _DURATION.fullmatch(text)

@@ -137,6 +137,10 @@ class View:
     def _on_engine_died(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: the engine (pid {event['pid']}) ended unexpectedly; starting it again")
 
+    def _on_memory_short(self, event: dict[str, Any]) -> None:
+        needed, left = format_bytes(event["needed"]), format_bytes(event["available"])
+        self._print(f"warning: {event['target']} needs {needed}, and the machine has {left} left now")
+
     def _on_loaded(self, event: dict[str, Any]) -> None:
         self._print(f"{event['target']}: loaded in {event['seconds']:.2f} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -11,10 +12,14 @@ from runner.cli.locate import add_files, add_name, find, wanted
 from runner.cli.text import duration
 from runner.control import client
 from runner.control.conditions import TYPES
+from runner.control.state_folder import StateFolder
 from runner.errors import NotRunning, RunnerError, UsageError
 
 _ANSWER = 5.0
 """Seconds that a runner may be late with its last answer before it counts as stuck."""
+
+_LOOK = 0.1
+"""Seconds between two looks for a runner that is not up yet."""
 
 _STATUSES: Final = ("true", "false", "unknown")
 _SAY: Final = (
@@ -55,13 +60,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 once it is so. Raises RunnerError after the timeout, NotRunning when the runner stops first."""
     goal = parse(arguments.condition)
-    folder = find(wanted(arguments))
     deadline = time.monotonic() + arguments.timeout
+    folder = _runner(wanted(arguments), deadline)
+    left = max(deadline - time.monotonic(), 0.0)
     why = ""
     # Only the first line and those after an event come: a runner on which nothing happens is silent until the end.
-    replies = client.stream(
-        folder.control_socket, "watch", timeout=arguments.timeout + _ANSWER, within=arguments.timeout
-    )
+    replies = client.stream(folder.control_socket, "watch", timeout=left + _ANSWER, within=left)
     for status in replies:
         if "models" in status:
             why = unmet(status, goal)
@@ -70,6 +74,21 @@ def run(arguments: argparse.Namespace) -> int:
     if time.monotonic() < deadline:
         raise NotRunning(f"the runner {folder.name!r} stopped first", hint=f"Before that, {why}")
     raise RunnerError(f"not within {arguments.timeout:g} s: {why}")
+
+
+def _runner(name: str | None, deadline: float) -> StateFolder:
+    """The runner, once it is up: it may have been started just before. Raises NotRunning at the deadline."""
+    said = False
+    while True:
+        try:
+            return find(name)
+        except NotRunning as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not said:
+                print(f"{error.message} yet; waiting for it", file=sys.stderr)
+                said = True
+            time.sleep(_LOOK)
 
 
 def parse(words: Sequence[str]) -> Goal:

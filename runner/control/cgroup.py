@@ -30,10 +30,11 @@ class NoGroup(Exception):  # noqa: N818 - as those of runner.errors are called
 
 class Ground(NamedTuple):
     """Where groups can be made. `leaf` is where the processes that are there have to go first, None where there are
-    none."""
+    none; `container`: whoever is there may be moved, for all of it is one container."""
 
     base: Path
     leaf: Path | None
+    container: bool = False
 
 
 def ground(proc: Path = Path("/proc")) -> Ground:
@@ -49,7 +50,7 @@ def ground(proc: Path = Path("/proc")) -> Ground:
         if own.name.endswith(".service"):
             # Started again while engines of before are there, it would be put where no process may be any more.
             raise NoGroup(f"{own} is delegated without DelegateSubgroup=, which takes systemd 254")
-        found = Ground(own, own / _LEAF)
+        found = Ground(own, own / _LEAF, container=top)
     else:
         raise NoGroup(f"{own} is not delegated to this process")
     if "memory" not in _words(found.base / "cgroup.controllers"):
@@ -102,20 +103,20 @@ def prepare(found: Ground, proc: Path = Path("/proc")) -> None:
     moved: list[int] = []
     try:
         if found.leaf is not None:
-            _clear(found.base, found.leaf, moved, proc)
+            _clear(found, found.leaf, moved, proc)
         _write(control, "+memory")
     except (OSError, NoGroup) as error:
         _put_back(found, moved)
         raise error if isinstance(error, NoGroup) else NoGroup(f"{control}: {error.strerror}") from None
 
 
-def _clear(base: Path, leaf: Path, moved: list[int], proc: Path) -> None:
+def _clear(found: Ground, leaf: Path, moved: list[int], proc: Path) -> None:
     leaf.mkdir(exist_ok=True)
     for _ in range(_TRIES):
-        pids = [int(pid) for pid in _words(base / "cgroup.procs")]
-        strangers = [pid for pid in pids if not _related(pid, proc)]
+        pids = [int(pid) for pid in _words(found.base / "cgroup.procs")]
+        strangers = [pid for pid in pids if not (found.container and pid) and not _related(pid, proc)]
         if strangers:
-            raise NoGroup(f"processes that are not ours are in {base}: {strangers[:5]}")
+            raise NoGroup(f"processes that are not ours are in {found.base}: {strangers[:5]}")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 _write(leaf / "cgroup.procs", str(pid))

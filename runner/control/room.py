@@ -144,6 +144,8 @@ class Room:
         finally:
             self._claims.remove(claim)
             self._changed.set()
+        if (needed := _needed(spec)) > (left := available_memory()):
+            self._emit("memory_short", target=f"models.{spec.name}", needed=needed, available=left)
         holding = Holding(spec, budget=self._budgets(spec).get(id(spec), 0))
         self._held.append(holding)
         return holding

@@ -116,6 +116,13 @@ class Admission:
         if (request.messages is None) == (request.prompt is None):
             raise InvalidRequest("give either messages or prompt", param="messages")
         if request.messages is not None:
+            if max_context and len(request.messages) > max_context:  # to render half a million takes ten seconds
+                raise InvalidRequest(
+                    f"there are {len(request.messages)} messages, more than the {max_context} tokens that the model's "
+                    "context holds",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
             rendered = self.chat.prompt(
                 request.messages, self._variables(request), continue_final=request.continue_final
             )
@@ -123,7 +130,7 @@ class Admission:
         if isinstance(request.prompt, str):
             return request.prompt, _encoded(self.tokenizer.encode_prompt, request.prompt, max_context, "prompt")
         assert request.prompt is not None
-        for token in request.prompt:
+        for token in (min(request.prompt, default=0), max(request.prompt, default=0)):
             if not 0 <= token < self.vocabulary:
                 raise InvalidRequest(
                     f"prompt: token {token} is not one of the model's {self.vocabulary}", param="prompt"

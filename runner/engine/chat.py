@@ -20,6 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
+from runner.engine.characters import whole_characters
 from runner.errors import InvalidRequest
 
 Messages = list[dict[str, Any]]
@@ -73,7 +74,7 @@ class ChatTemplate:
         if not messages:
             raise InvalidRequest("messages is empty", param="messages")
         try:
-            return self._render([_plain(m) for m in messages], {"add_generation_prompt": True, **variables})
+            text = self._render([_plain(m) for m in messages], {"add_generation_prompt": True, **variables})
         except jinja2.exceptions.TemplateError as error:
             raise InvalidRequest(
                 f"the chat template refuses these messages: {error.message or error}", param="messages"
@@ -81,6 +82,7 @@ class ChatTemplate:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
             # A template that trips over a message, as `message.content + x` does when content is no string.
             raise InvalidRequest(f"the chat template fails on these messages: {error}", param="messages") from error
+        return whole_characters(text)
 
 
 def jinja_render(source: str, special_tokens: Mapping[str, str]) -> Render:

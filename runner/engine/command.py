@@ -46,7 +46,7 @@ def serve(arguments: Sequence[str], started: float) -> int:
 
 
 def _hold(folder: Path) -> None:
-    """Lock the model's folder, shared, for as long as this process lives: `models prune` removes no copy that is in use
+    """Lock the model's folder, shared, for as long as this process lives: `models prune` removes nothing that is in use
     (`runner.control.copies`). Without it, on a file system that has no locks, all the rest goes on."""
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)

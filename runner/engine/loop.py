@@ -262,6 +262,10 @@ class Engine:
             row.done = True
             self._decoding.counters.cancelled += 1
 
+    def count_cancelled(self, number: int) -> None:
+        """So many requests were dropped before they were submitted."""
+        self._decoding.counters.cancelled += number
+
     def fail_all(self, reason: str) -> None:
         """End every request with an error."""
         self._send(self._fail(self.rows, reason))

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Final
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from runner.engine import environment
+from runner.engine.arrivals import Arrivals
 from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
 from runner.protocol import (
@@ -61,6 +61,7 @@ class EngineProcess:
         """`started` is when the process began, by `time.monotonic`."""
         self._spec = spec
         self._transport = transport
+        self._arrivals = Arrivals(transport.inbox)
         self._started = started
         self._loaded: Loaded | None = None
         self._connected = False
@@ -190,8 +191,10 @@ class EngineProcess:
         self._transport.wake_on_signals()
         self._orphaned_at = time.monotonic()
         while True:
-            for event in self._events(engine):
+            for event in self._arrivals.take(busy=engine.busy, patience=self._patience):
                 self._handle(engine, event)
+            engine.count_cancelled(self._arrivals.dropped)
+            self._arrivals.dropped = 0
             if self._must_stop(engine):
                 return
             if engine.busy:
@@ -215,17 +218,6 @@ class EngineProcess:
             engine.fail_all(f"the engine starts again: {reason}")
             raise EngineDied(reason)
 
-    def _events(self, engine: Engine) -> Iterator[Event]:
-        """What has arrived; waits for something when there is nothing to compute."""
-        inbox = self._transport.inbox
-        try:
-            if not engine.busy:
-                yield inbox.get(timeout=self._patience())
-            while True:
-                yield inbox.get_nowait()
-        except Empty:
-            return
-
     def _patience(self) -> float | None:
         """Seconds to wait for an event, None for as long as it takes."""
         if self._stop_at is not None:
@@ -236,7 +228,7 @@ class EngineProcess:
 
     def _must_stop(self, engine: Engine) -> bool:
         now = time.monotonic()
-        if self._stop_at is not None and (not engine.rows or now >= self._stop_at):
+        if self._stop_at is not None and (not (engine.rows or self._arrivals.waiting) or now >= self._stop_at):
             engine.fail_all("the engine is shutting down")
             logger.info("engine stopped", extra={"model": self._spec.model})
             return True

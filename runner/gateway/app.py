@@ -11,12 +11,14 @@ from typing import Any, Final
 import falcon
 from falcon.asgi import App, Request, Response
 
+from runner.errors import InvalidRequest
 from runner.gateway import docs, system
 from runner.gateway.admin import resources as admin
 from runner.gateway.admin.control import Control
 from runner.gateway.anthropic import resources as anthropic
 from runner.gateway.anthropic.models import add_models
 from runner.gateway.backend import Directory
+from runner.gateway.decode import TOO_DEEP
 from runner.gateway.dialects import in_dialect
 from runner.gateway.errors import describe, error_body, error_kind, report
 from runner.gateway.exchange import exchange_of
@@ -69,14 +71,18 @@ async def _on_http_error(request: Request, response: Response, error: falcon.HTT
     status = error.status_code
     message = error.description or error.title or ""
     if status == 404 and not error.description:
-        message = f"no such path: {request.method} {request.path}"
+        message = f"no such path: {request.method} {request.path}; /docs shows what there is"
     elif status == 405:
         message = f"{request.method} is not allowed on {request.path}"
+        if allow := dict(error.headers or {}).get("Allow"):
+            message += f"; use {allow.removesuffix(', OPTIONS')}"
     _respond(request, response, status, dict(error.headers or {}), error_body(message, error_kind(status)))
 
 
 async def _on_error(request: Request, response: Response, error: Exception, params: object) -> None:
     exchange = exchange_of(request)
+    if isinstance(error, RecursionError):  # of what the decoder took, on the way to an encoder
+        error = InvalidRequest(TOO_DEEP, code="invalid_json")
     report(error, {"request_id": exchange.request_id, "route": exchange.route})
     _respond(request, response, *describe(error))
 

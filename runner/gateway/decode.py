@@ -14,9 +14,17 @@ from runner.errors import InvalidRequest
 
 T = TypeVar("T")
 
+TOO_DEEP: Final = "the body is nested too deeply"
+
 _PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 _HEAD: Final = re.compile(r"[.\[]")
+_KIND: Final = re.compile(r"(?:expected|got) `[^`]*`")
+_WORD: Final = re.compile(r"\b(?:str|int|float|bool)\b")
+_WORDS: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_NOT_AMONG: Final = ("Invalid enum value", "Invalid value")
+_ELSEWHERE: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
+"""Fields by which a body is known to be meant for another path."""
 _MISSING: Final = re.compile(r"Object missing required field `(.*)`$")
 
 
@@ -41,14 +49,14 @@ async def read_json(request: Request, decoder: msgspec.json.Decoder[T], names: N
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _invalid(str(error), names) from None
+        raise _invalid(str(error), names, decoder.type, request.path) from None
     except msgspec.DecodeError as error:
         message = "the body is empty" if not body.strip() else f"the body is not valid JSON: {error}"
         raise InvalidRequest(message, code="invalid_json") from None
     except UnicodeDecodeError:
         raise InvalidRequest("the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+        raise InvalidRequest(TOO_DEEP, code="invalid_json") from None
 
 
 def convert(value: Any, kind: Any, place: str, names: Names) -> Any:
@@ -59,30 +67,48 @@ def convert(value: Any, kind: Any, place: str, names: Names) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        found = _invalid(str(error), names)
+        found = _invalid(str(error), names, kind)
         param = f"{place}.{found.param}" if found.param else place
         message = found.message.replace("the body: ", f"`{place}`: ", 1)
+        if found.param:
+            message = message.replace(f"`{found.param}`", f"`{param}`", 1)
         raise InvalidRequest(message, param=param, code=found.code) from None
 
 
-def _invalid(text: str, names: Names) -> InvalidRequest:
-    """msgspec's message, turned so that the field comes first."""
+def _invalid(text: str, names: Names, kind: Any, url_path: str = "") -> InvalidRequest:
+    """msgspec's message about a body of `kind`, turned so that the field comes first, in JSON's words."""
     place = _PLACE.search(text)
     path = place.group(1) if place else ""
-    reason = text[: place.start()] if place else text
+    reason = _KIND.sub(_in_words, text[: place.start()] if place else text)
     if unknown := _UNKNOWN.match(reason):
         field = unknown.group(1)
         where = f" in `{path}`" if path else ""
         param = f"{path}.{field}" if path else field
-        hint = _suggestion(field, names.get(_HEAD.split(path, maxsplit=1)[0], ()))
+        other = _ELSEWHERE.get(param) if url_path.startswith("/v1/") else None
+        near = names.get(_HEAD.split(path, maxsplit=1)[0], ())
+        hint = f"; it is one of {other}" if other else _suggestion(field, near)
         return InvalidRequest(f"unknown field `{field}`{where}{hint}", param=param, code="unknown_field")
     if missing := _MISSING.match(reason):
         param = f"{path}.{missing.group(1)}" if path else missing.group(1)
         return InvalidRequest(f"`{param}` is missing", param=param, code="missing_field")
     if not path:
         return InvalidRequest(f"the body: {_lower(reason)}", code="invalid_type")
+    if reason.startswith(_NOT_AMONG):
+        reason += _choices(kind, path)
     param = path.replace("[...]", "")
     return InvalidRequest(f"`{param}`: {_lower(reason)}", param=param, code="invalid_value")
+
+
+def _in_words(kinds: re.Match[str]) -> str:
+    """`str | null` as `string | null`."""
+    return _WORD.sub(lambda word: _WORDS[word[0]], kinds[0])
+
+
+def _choices(kind: Any, path: str) -> str:
+    from runner.gateway.allowed import allowed  # noqa: PLC0415 - as below
+
+    values = allowed(kind, path)
+    return f"; it is one of {', '.join(values)}" if values else ""
 
 
 def _lower(reason: str) -> str:

@@ -138,5 +138,5 @@ def _health(method: str) -> Answer:
         return 200, [JSON], b'{"status":"ok"}'
     if method == "HEAD":
         return 200, [JSON], b""
-    body = error_body(f"{method} is not allowed on {HEALTH}", error_kind(405))
+    body = error_body(f"{method} is not allowed on {HEALTH}; use GET", error_kind(405))
     return 405, [JSON, (b"allow", b"GET, HEAD")], body

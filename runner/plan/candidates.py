@@ -14,6 +14,7 @@ from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import BadFolder, DigestCache
 from runner.inspect.memory import ModelMemory
 from runner.inspect.model import ModelFacts, read_model
+from runner.inspect.remote_code import remote_code
 from runner.plan.digests import model_digest
 
 CONTEXTS: Final = (32768, 16384, 8192, 4096, 2048)
@@ -103,14 +104,14 @@ def examine(folder: Path, digests: DigestCache, *, source: str, revision: str = 
     """What a model's folder is good for."""
     try:
         facts = read_model(folder, model_digest(folder, digests).digest, digests)
+        code = remote_code(folder, digests).needed
     except BadFolder as error:
         return Candidate(source, revision, problem=error.message.replace(f"{folder}", "it"))
-    return Candidate(source, revision, facts, _chats(folder), _problem(facts))
+    problem = f"needs leave to run its own code ({code[0]})" if code else _problem(facts)
+    return Candidate(source, revision, facts, _chats(folder), problem)
 
 
 def _problem(facts: ModelFacts) -> str:
-    if named := facts.config.get("model_file"):
-        return f"brings its architecture as Python code ({named})"
     if facts.layout is None:
         return facts.unclear
     if not facts.layout.known:

@@ -28,18 +28,19 @@ ENGINE_BYTES: Final = 100 * 2**20
 
 
 def least(spec: ModelSpec) -> int:
-    """Bytes that an engine of this spec needs: weights, adapters, a draft, and the first step of a request."""
+    """Bytes that an engine of this spec needs beside its process: weights, adapters, a draft, and the first step of a
+    request."""
     return spec.memory.least or spec.weights_bytes
 
 
 def footprint(spec: ModelSpec) -> int:
-    """Bytes that a plan reckons with. A model that is loaded on demand has none: it comes when there is room, and gives
-    way (`runner.control.room`)."""
-    return 0 if spec.load == "on_demand" else least(spec)
+    """Bytes that a plan reckons with, process and all. A model that is loaded on demand has none: it comes when there
+    is room, and gives way (`runner.control.room`)."""
+    return 0 if spec.load == "on_demand" else least(spec) + ENGINE_BYTES
 
 
 def most(spec: ModelSpec) -> int:
-    """Bytes that an engine of this spec comes to, when it is as busy as it can be."""
+    """Bytes that an engine of this spec comes to, when it is as busy as it can be, beside those of its process."""
     needed = spec.memory.most or spec.weights_bytes
     return min(needed, spec.memory_limit_bytes) if spec.memory_limit_bytes else needed
 

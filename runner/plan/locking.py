@@ -109,7 +109,8 @@ def _of_cache(loaded: Loaded, source: Source, revision: str, hub: Path, cache: D
     folder = snapshot(hub, source.text, revision)
     if folder is None:
         message = f"{source.text} ({revision}) is not in the hub's cache, and the hub is not to be asked"
-        raise ManifestError([loaded.at(source.at, message, "unset it", code="E801")])
+        hint = "unset HF_HUB_OFFLINE, or fetch it elsewhere and bring the cache along"
+        raise ManifestError([loaded.at(source.at, message, hint, code="E801")])
     return _locked(source, folder.name, _files(loaded, source, folder, cache))
 
 
@@ -151,7 +152,7 @@ def _tokenizer(files: Mapping[str, LockedFile]) -> str:
 def differences(loaded: Loaded, hub: Path, cache: DigestCache) -> Iterator[Difference]:
     """What a lock file has otherwise than the manifest, and than the disk. Everything that is here is read."""
     if loaded.lock is None:
-        yield Difference("", f"there is no {lock_path(loaded.paths).name}")
+        yield Difference("", f"there is no {lock_path(loaded.paths).name}; write it with `mlx-run lock`")
         return
     asked = list(sources(loaded))
     for source in asked:

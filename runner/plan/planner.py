@@ -24,7 +24,7 @@ from runner.plan.actions import (
     UpdateModel,
 )
 from runner.plan.changes import changes
-from runner.plan.forecast import Forecast, footprint, make_room, most, total
+from runner.plan.forecast import ENGINE_BYTES, Forecast, footprint, make_room, most, total
 from runner.plan.spec import AdapterSpec, Desired, DraftSpec, ListenerSpec, ModelSpec
 
 _REMOVED = "removed from the manifest"
@@ -106,7 +106,7 @@ class _Models:
             before=self._held,
             after=total(self._desired),
             peak=max(self._held, self._held + self._incoming - released),
-            most=sum(most(m) for m in self._desired if m.load != "on_demand"),
+            most=sum(most(m) + ENGINE_BYTES for m in self._desired if m.load != "on_demand"),
             limit=self._limit,
         )
 

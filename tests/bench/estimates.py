@@ -96,7 +96,8 @@ def _quantised(facts: ModelFacts, source: Path, target: Path) -> Measured:
     if (why := misfit(facts, Wanted(PACKING))) is not None:
         return Measured("weights, 4 bits", 0, 0, f"refused: {why.message}")
     predicted = _memory(quantized(facts, Wanted(PACKING))).weights
-    settings = {"bits": PACKING.bits, "group_size": PACKING.group_size, "mode": "affine", "layers": {}, "dtype": ""}
+    packing = {"bits": PACKING.bits, "group_size": PACKING.group_size, "mode": "affine", "layers": {}, "dtype": ""}
+    settings = {**packing, "trust_remote_code": False}
     try:
         convert(source, target, settings, lambda done, of: None)
         return Measured("weights, 4 bits", predicted, _held(target))

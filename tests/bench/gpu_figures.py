@@ -12,6 +12,7 @@ call; `--rest` leaves out the sections that an earlier one has finished.
     kv                              kv_quantised.py: bytes and rate of a quantised cache at 16,384 tokens
     prefix                          prefix_hit.py: a prompt of 4,096 tokens that is known
     start                           engine_start.py: demo-chat from a process to its first token
+    attention                       kv_attention.py: a layer's attention at 16,384 tokens, in several ways
 """
 
 from __future__ import annotations
@@ -59,16 +60,30 @@ _SCALED_DOWN = ("--clients=1,4,16", "--loop-clients=1,4", "--adapter-clients=4",
 _SCALED_DOWN += ("--prompt-tokens=64", "--max-tokens=16", "--join-tokens=64", "--limit=20")
 _ROWS = ("--rows", "1", "4", "16", "32", "128")
 _SAMPLED = ("--temperature", "0.7", "--top-p", "0.9")
+_WAYS = ("fast, no mask", "grouped", "8 bits", "8 bits, in parts", "4 bits", "4 bits, in parts")
 _FEW = ("--rows", "1", "4", "--tokens", "32", "--repeat", "2")
+# 128 clients come last: the peer takes its whole limit for them, as often as there is time.
+_OVER_HTTP = ("--clients=1,8,32,512,128", "--limit=40")
 SECTIONS: Final = (
-    Section("levels", _SERVED, 260, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("loop", _SERVED, 70, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("adapters", _SERVED, 90, 100, ("--limit=40",), _SCALED_DOWN),
-    Section("join", _SERVED, 50, 100, ("--limit=40",), _SCALED_DOWN),
+    Section("levels", _SERVED, 300, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("loop", _SERVED, 70, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("adapters", _SERVED, 90, 100, _OVER_HTTP, _SCALED_DOWN),
+    Section("join", _SERVED, 50, 100, _OVER_HTTP, _SCALED_DOWN),
     Section("speculation", "speculation.py", 100, 60, (*_ROWS, "--repeat", "3"), _FEW),
-    Section("kv", "kv_quantised.py", 60, 60, ("--prefill",), ("--context", "1024", "--tokens", "8")),
-    Section("prefix", "prefix_hit.py", 40, 60, (), ("--prompt", "1024", "--repeat", "2")),
-    Section("start", "engine_start.py", 20, 30, (), ("--repeat", "3")),
+    # 16 and 8 bits only: each format has kernels of its own, which are compiled when they are first called.
+    Section(
+        "kv", "kv_quantised.py", 90, 60, ("--bits", "16", "8", "--prefill"), ("--context", "1024", "--tokens", "8")
+    ),
+    Section("prefix", "prefix_hit.py", 60, 60, (), ("--prompt", "1024", "--repeat", "2")),
+    Section("start", "engine_start.py", 30, 30, (), ("--repeat", "3")),
+    Section(
+        "attention",
+        "kv_attention.py",
+        60,
+        60,
+        ("--rows", "1", "4", "--context", "16384", "--ways", *_WAYS),
+        ("--rows", "1", "--context", "1024", "--ways", *_WAYS),
+    ),
     Section("sampled", "speculation.py", 80, 60, (*_ROWS, *_SAMPLED, "--repeat", "3"), (*_FEW, *_SAMPLED)),
 )
 
@@ -105,7 +120,7 @@ class Run:
         command = [sys.executable, str(ROOT / "tests" / "bench" / first.script)]
         command += [*(first.options if full else first.scaled_down)]
         command += ["--record", str(self.folder), "--budget", f"{seconds:.0f}"]
-        if first.script != "engine_start.py":
+        if first.script not in ("engine_start.py", "kv_attention.py"):
             command += ["--geometry", self._geometry]
         if first.script == _SERVED:
             command += ["--folder", str(self.folder / f"model-{self._geometry}")]

@@ -47,7 +47,7 @@ def test_all_codes(capsys: Capture) -> None:
     [
         ("W5O1", 'did you mean "W501"?'),
         ("W51", 'did you mean "W501"?'),
-        ("nonsense", "`mlx-run explain` lists all codes"),
+        ("nonsense", "`mlx-run explain` lists all codes."),
     ],
 )
 def test_an_unknown_code(written: str, hint: str, capsys: Capture) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import psutil
+
 from runner.control import client
 from runner.control.state_folder import StateFolder
 from tests.control.asking import text
@@ -106,6 +108,28 @@ async def test_a_detached_start_leaves_nothing(scene: Scene) -> None:
     assert code == 130
     assert "Stopping the runner again" in err
     await _gone(scene)
+
+
+async def test_a_detached_start_that_has_not_answered_yet_leaves_nothing(scene: Scene) -> None:
+    scene.write(CHAT)
+    async with command(scene, "-d", scene.manifest) as process:
+        started: list[psutil.Process] = []
+        async with asyncio.timeout(30):
+            while not started:
+                known = psutil.Process(process.pid).children()
+                started = [child for child in known if "runner.cli.main" in _command_line(child)]
+                await asyncio.sleep(0)
+        process.send_signal(signal.SIGINT)
+        code, _, _ = await ended(process)
+    assert code == 130
+    await asyncio.to_thread(started[0].wait, 20)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []  # it is gone
 
 
 async def test_a_start_that_takes_too_long_leaves_nothing(scene: Scene) -> None:

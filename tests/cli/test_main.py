@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,56 @@ def test_a_wrong_command_line_has_an_exit_code_of_its_own(
     shown = capsys.readouterr()
     assert "error: " in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dev.yaml"], "did you mean `mlx-run apply dev.yaml`?"),
+        (["-f", "dev.yaml"], "there is no command; write one behind the files, such as mlx-run -f dev.yaml apply"),
+        (["diff", "x"], "'x' is not the number of a generation; `mlx-run history` shows them"),
+        (["rollback", "two"], "'two' is not the number of a generation; `mlx-run history` shows them"),
+        (["down", "-t", "soon"], "'soon' is not a duration, such as 30s"),
+        (["logs", "--tail", "-5"], "'-5' is not a whole number, such as 20"),
+        (["models", "--limit", "x"], "'x' is not a whole number, such as 20"),
+    ],
+)
+def test_a_wrong_word_is_told_with_the_right_one(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 64
+    assert said in capsys.readouterr().err
+
+
+def test_words_and_options_in_any_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dev.yaml").write_text("name: dev\nservers: {lm: {port: 8080}}\nmodels: {chat: {source: ./chat}}\n")
+    assert main(["service", "install", "--print", str(tmp_path / "dev.yaml")]) == 0
+    assert "dev.yaml" in capsys.readouterr().out
+
+
+def _run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    command = [sys.executable, "-P", "-m", "runner.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, check=False, timeout=60)
+
+
+def test_a_terminal_without_utf_8_gets_escapes(tmp_path: Path) -> None:
+    file = tmp_path / "mänifest.yaml"
+    file.write_text("name: dev\n")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    told = _run("validate", str(file), **ascii_only)
+    assert told.returncode == 1
+    assert file.name.encode() in told.stderr  # a name's bytes are what they are
+    helped = _run("bench", "--help", **ascii_only)
+    assert helped.returncode == 0
+    assert rb"N,N,\u2026" in helped.stdout
+
+
+def test_a_closed_output_is_none() -> None:
+    shell = f'"{sys.executable}" -P -m runner.cli.main schema >&-'
+    told = subprocess.run(["/bin/sh", "-c", shell], stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (told.returncode, told.stderr) == (0, b"")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,9 +167,10 @@ def test_ages(seconds: float, text: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_said_without_a_traceback() -> None:
+@pytest.mark.parametrize("buffered", [["-u"], []])
+def test_a_full_disk_is_said_without_a_traceback(buffered: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-u", "-m", "runner.cli.main", "explain", "E101"]
+        command = [sys.executable, *buffered, "-m", "runner.cli.main", "explain", "E101"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: No space left on device\nMake room. State is kept in ")

@@ -3,6 +3,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,25 @@ async def test_returns_when_a_model_is_ready_that_is_not_there_yet(up: Scene) ->
     up.write("chat: {source: ./models/chat}\nlate: {source: ./models/late}")
     assert await waiting == 0
     assert up.live.deployments["late"].state == "ready"
+
+
+def test_waits_for_a_runner_that_is_not_up_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert main(["wait", "later", "--for", "ready", "--timeout", "0.3"]) == 1
+    assert time.monotonic() - started >= 0.3
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "there is no runner named 'later' yet; waiting for it"
+    assert shown[1] == "error: there is no runner named 'later'"
+
+
+async def test_finds_a_runner_that_comes_up_meanwhile(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_RUN_STATE_DIR", str(tmp_path / "state"))
+    waiting = asyncio.create_task(asyncio.to_thread(main, ["wait", "dev", "--for", "ready", "--timeout", "20s"]))
+    scene.write("chat: {source: ./models/chat}")
+    scene.start()
+    assert await waiting == 0
 
 
 async def test_returns_when_an_engine_is_back(up: Scene) -> None:

@@ -69,11 +69,21 @@ def test_in_a_scope_that_is_delegated_the_runner_makes_way(kernel: Kernel) -> No
 
 
 def test_in_a_container(kernel: Kernel) -> None:
-    container = kernel.group("", "cpu memory", pids=[1, 500])
+    container = kernel.group("", "cpu memory", pids=[1, 77, 500])
+    kernel.process(77, 1)  # what the container's own script started beside the runner
     (container / "cgroup.type").write_text("domain\n")  # a namespace's top is not the tree's root
     kernel.runs_in("/")
     prepare(ground(kernel.proc), kernel.proc)
-    assert Kernel.pids(container / "mlx-run-runner") == [1, 500]
+    assert Kernel.pids(container / "mlx-run-runner") == [1, 77, 500]
+
+
+def test_in_a_container_with_a_process_from_outside(kernel: Kernel) -> None:
+    container = kernel.group("", "cpu memory", pids=[1, 0, 500])
+    (container / "cgroup.type").write_text("domain\n")
+    kernel.runs_in("/")
+    with pytest.raises(NoGroup, match="not ours"):
+        prepare(ground(kernel.proc), kernel.proc)
+    assert sorted(Kernel.pids(container)) == [0, 1, 500]
 
 
 @pytest.mark.parametrize("stranger", [77, 0])

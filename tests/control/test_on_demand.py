@@ -196,11 +196,26 @@ async def test_nobody_gives_way_in_time(scene: Scene) -> None:
 async def test_what_can_never_fit_says_so_at_once(scene: Scene) -> None:
     scene.model("a", mib=50)
     scene.model("b", mib=50)
-    scene.write("a: {source: ./models/a}\n" + lazy("b"), top=f"memory: {{limit: {ENGINE_BYTES + 120 * MIB}}}")
+    scene.write("a: {source: ./models/a}\n" + lazy("b"), top=limit(2, 50))
     await up(scene)
+    scene.live.room.limit = ENGINE_BYTES + 120 * MIB  # a manifest that says so is refused (E703)
     answer = await ask(scene, model="b")
     assert answer.status_code == 503
     assert "no room for b" in answer.json()["error"]["message"]
+    assert await text(scene, model="a")
+
+
+async def test_what_the_machine_lacks_now_is_said_of_one_that_is_planned(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.control.room.available_memory", lambda: 10 * MIB)
+    scene.model("a", mib=50)
+    scene.write("a: {source: ./models/a}")
+    scene.start()
+    said = await scene.event("memory_short")
+    assert (said["target"], said["available"]) == ("models.a", 10 * MIB)
+    assert said["needed"] >= ENGINE_BYTES + 50 * MIB
+    await scene.event("applied")
     assert await text(scene, model="a")
 
 

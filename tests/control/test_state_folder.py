@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.control import state_folder
+from runner.control import client, state_folder
 from runner.control.state_folder import StateFolder
 from runner.errors import AlreadyRunning, RunnerError
 
@@ -81,6 +81,7 @@ def test_one_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"state folder .*file/dev cannot be made: Not a directory") as caught:
         StateFolder(tmp_path / "file", "dev")
     assert "MLX_RUN_STATE_DIR" in caught.value.hint
+    assert not client.is_up(StateFolder(tmp_path / "file", "dev", create=False).control_socket)
 
 
 def test_no_model_writes_into_the_runners_log(tmp_path: Path) -> None:

@@ -110,3 +110,10 @@ def test_temperatures_that_no_logits_can_be_divided_by_are_greedy(
     admission: Admission, asked: float, made: float
 ) -> None:
     assert row(admission, prompt=[5, 6, 7], temperature=asked).sampling.temperature == made
+
+
+def test_more_messages_than_the_context_has_tokens_are_not_rendered(admission: Admission) -> None:
+    messages = [{"role": "user", "content": ""}] * 65
+    with pytest.raises(InvalidRequest, match="65 messages, more than the 64 tokens") as refusal:
+        row(admission, messages=messages)
+    assert (refusal.value.param, refusal.value.code) == ("messages", "context_length_exceeded")

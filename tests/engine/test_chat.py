@@ -132,3 +132,14 @@ def test_what_is_nested_too_deeply_for_a_template_is_the_requests_fault() -> Non
         deep = [deep]
     with pytest.raises(InvalidRequest, match="the chat template fails on these messages"):
         prompt("{{ tools | tojson }}", user("hi"), tools=deep)
+
+
+def test_half_a_character_in_a_past_call_reaches_no_tokenizer() -> None:
+    call = {
+        "id": "a",
+        "type": "function",
+        "function": {"name": "f", "arguments": r'{"a": "\ud83d", "b": "\ud83d\ude00"}'},
+    }
+    source = "{{ messages[0].tool_calls[0].function.arguments | tojson }}"
+    text = prompt(source, [{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert text == '{"a": "\ufffd", "b": "\U0001f600"}'

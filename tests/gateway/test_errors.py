@@ -8,7 +8,8 @@ import pytest
 
 from runner import errors
 from runner.gateway.errors import describe
-from tests.gateway.conftest import Client
+from runner.telemetry import GatewayMetrics
+from tests.gateway.conftest import Client, client_of, spec_of
 from tests.gateway.fakes import FakeDeployment, FakeDirectory
 
 
@@ -68,6 +69,38 @@ async def test_bodies_that_are_no_json_request(
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "king", "content": "hi"}]}',
+            "`messages[0].role`: invalid enum value 'king'; it is one of assistant, developer, system, tool, user",
+        ),
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "xml"}}',
+            "`response_format.type`: invalid value 'xml'; it is one of json_object, json_schema, text",
+        ),
+        ("/v1/chat/completions", b'{"messages": "hi"}', "`messages`: expected `array`, got `string`"),
+        ("/v1/chat/completions", b'{"prompt": "hi"}', "unknown field `prompt`; it is one of /v1/completions"),
+        ("/v1/completions", b'{"messages": []}', "unknown field `messages`; it is one of /v1/chat/completions"),
+        ("/v1/responses", b'{"input": "a", "truncation": "some"}', "it is one of auto, disabled"),
+        ("/v1/responses", b'{"input": [{"type": "nope"}]}', "`input[0].type`: invalid value 'nope'; it is one of "),
+    ],
+)
+async def test_says_what_would_be_right(client: Client, path: str, body: bytes, message: str) -> None:
+    response = await client.post(path, body, "application/json")
+    assert response.status_code == 400
+    assert message in response.json["error"]["message"]
+
+
+async def test_a_wrong_method_is_told_the_right_one(client: Client) -> None:
+    response = await client.get("/v1/chat/completions")
+    assert response.status_code == 405
+    assert response.json["error"]["message"] == "GET is not allowed on /v1/chat/completions; use POST"
+
+
 async def test_unknown_path(client: Client) -> None:
     response = await client.get("/v1/nowhere")
     assert response.status_code == 404
@@ -109,3 +142,26 @@ async def test_a_failing_engine_is_logged_and_a_loading_one_is_not(
     await client.chat()
     (record,) = [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert vars(record)["error"] == "out of memory"
+
+
+MESSAGES = b'"messages": [{"role": "user", "content": "hi"}]'
+HOLDERS = {
+    "/v1/chat/completions": MESSAGES + b', "tools": [{"function": {"name": "f", "parameters": %b}}], "max_tokens": 5',
+    "/v1/responses": b'"input": "hi", "metadata": {"a": %b}',
+    "/v1/messages": MESSAGES + b', "max_tokens": 5, "output_format": {"type": "json_schema", "schema": %b}',
+    "/api/chat": MESSAGES + b', "stream": false, "format": %b',
+}
+"""Fields whose contents are the client's own, by path."""
+
+
+@pytest.mark.parametrize("path", HOLDERS)
+async def test_no_depth_of_a_body_is_a_fault_of_the_server(
+    directory: FakeDirectory, metrics: GatewayMetrics, path: str
+) -> None:
+    """What the decoder just takes may be too deep for an encoder, further down the stack."""
+    client = client_of(spec_of(apis=("openai", "anthropic", "ollama")), directory, metrics)
+    statuses = []
+    for depth in range(800, 1000):
+        nested = b'{"a":' * depth + b"{}" + b"}" * depth
+        statuses.append((await client.post(path, b'{"model": "chat", ' + HOLDERS[path] % nested + b"}")).status_code)
+    assert set(statuses) == {200, 400}

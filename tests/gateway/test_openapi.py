@@ -107,6 +107,9 @@ async def test_the_page_needs_nothing_from_elsewhere(directory: FakeDirectory, m
     assert links.found == []
     for path in openapi.document(APIS)["paths"]:
         assert path in page
+    search = page.partition("/v1/models/search")[2].partition("</details>")[0]
+    assert '<td class="need"><code>q</code></td>' in search
+    assert "<td><code>limit</code></td>" in search
 
 
 @pytest.mark.parametrize("api", APIS)

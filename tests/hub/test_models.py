@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from runner.cli.main import main
+from runner.control import copies
 from runner.hub.cache import snapshot
 from runner.hub.store import leftovers, stored
 from runner.hub.transfer import PARTIAL
@@ -186,6 +187,21 @@ def test_prune_keeps_what_manifests_and_locks_ask_for(
     assert not partial.exists()
     assert run("prune", "--yes", "-f", file) == 0
     assert "Nothing to remove" in capsys.readouterr().out
+
+
+def test_what_an_engine_has_loaded_stays(folder: Path, cache: Path, capsys: Capture) -> None:
+    pull("org/other")
+    held = snapshot(cache, "org/other", "main")
+    assert held is not None
+    loaded = copies.hold(held)
+    assert loaded is not None
+    assert run("rm", "--yes", "org/other") == 1
+    assert "org/other is used by an engine" in capsys.readouterr().err
+    assert run("prune", "--yes") == 0
+    assert f"note: {held} stays: an engine uses it" in capsys.readouterr().err
+    assert held.is_dir()
+    os.close(loaded)
+    assert run("rm", "--yes", "org/other") == 0
 
 
 def test_what_is_being_fetched_is_not_removed(folder: Path, hub: FakeHub, cache: Path, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from textwrap import dedent
@@ -88,6 +89,10 @@ def folders(place: Place) -> Place:
     write_llama(here / "own-code", model_file="modeling.py")
     write(here / "own-code" / "modeling.py", "raise RuntimeError('nobody runs this to look at it')")
     write_llama(here / "lost-code", model_file="modeling.py")
+    for name, reference in (("own-tokens", "tokens.Own"), ("their-tokens", "org/code--tokens.Theirs")):
+        write_llama(here / name)
+        settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [reference, None]}}
+        write(here / name / "tokenizer_config.json", json.dumps(settings))
     write_llama(here / "damaged")
     os.truncate(here / "damaged" / "model.safetensors", 500)
     return place

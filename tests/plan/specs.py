@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from runner.plan.forecast import ENGINE_BYTES
 from runner.plan.planner import Observed
 from runner.plan.spec import AdapterSpec, Desired, EngineLimits, ListenerSpec, ModelSpec
 
@@ -21,7 +22,8 @@ def adapter(name: str, digest: str = "d1") -> AdapterSpec:
 
 
 def model(name: str = "chat", weights: str = "w1", size: int = GIB, **fields: object) -> ModelSpec:
-    base = ModelSpec(name, f"./{name}", Path("/models") / name, weights, size)
+    """`size` is what its engine takes, process and all."""
+    base = ModelSpec(name, f"./{name}", Path("/models") / name, weights, size - ENGINE_BYTES)
     return replace(base, **fields)  # type: ignore[arg-type]
 
 

@@ -55,6 +55,7 @@ def test_a_template_in_a_file_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
+        ({"model_file": "own.py"}, "needs leave to run its own code (own.py)"),
         ({"model_type": "mystery"}, "models of type 'mystery' are not served"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, not by mlx"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),

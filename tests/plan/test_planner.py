@@ -21,7 +21,7 @@ from runner.plan.actions import (
     UpdateListener,
     UpdateModel,
 )
-from runner.plan.forecast import Forecast
+from runner.plan.forecast import ENGINE_BYTES, Forecast, footprint
 from runner.plan.planner import Observed, plan
 from runner.plan.render import plan_json
 from runner.plan.spec import DraftSpec, EngineLimits, KVCacheSpec, ModelSpec, QuantizationSpec, TlsSpec
@@ -247,12 +247,12 @@ def test_old_and_new_overlap_as_far_as_memory_allows(
         for a in made.actions
         if isinstance(a, _ENDING) and (a.disruption is Disruption.DRAIN or (isinstance(a, StopModel) and a.first))
     ]
-    coming = sum(a.spec.weights_bytes for a in made.actions if isinstance(a, StartModel | ReplaceModel))
-    held = sum(m.weights_bytes for m in before)
-    overlap = held + coming - sum(m.weights_bytes for m in ended_first)
+    coming = sum(footprint(a.spec) for a in made.actions if isinstance(a, StartModel | ReplaceModel))
+    held = sum(footprint(m) for m in before)
+    overlap = held + coming - sum(footprint(m) for m in ended_first)
     assert overlap <= limit * GIB or len(ended_first) == len(leaving), "no more is held than may be, where it can be"
     for spared in ended_first:
-        assert overlap + spared.weights_bytes > limit * GIB, "nothing ends first that need not"
+        assert overlap + footprint(spared) > limit * GIB, "nothing ends first that need not"
     assert made.memory.peak == max(held, overlap)
 
 
@@ -324,6 +324,7 @@ def test_memory_is_that_of_the_estimate_where_there_is_one() -> None:
     estimate = ModelMemory(weights=2 * GIB, adapters=GIB, first=GIB, kv_row=GIB, rows=4, prefix_cache=GIB)
     idle, limited = model("a", memory=estimate), model("b", memory=estimate, memory_limit_bytes=6 * GIB)
     made = plan(desired(idle, limited, limit=20 * GIB), observed())
-    assert made.memory == Forecast(before=0, after=8 * GIB, peak=8 * GIB, most=14 * GIB, limit=20 * GIB)
+    both = 8 * GIB + 2 * ENGINE_BYTES
+    assert made.memory == Forecast(before=0, after=both, peak=both, most=both + 6 * GIB, limit=20 * GIB)
     (one, other) = (a.memory_delta for a in made.actions)
-    assert one == other == 4 * GIB
+    assert one == other == 4 * GIB + ENGINE_BYTES

@@ -24,6 +24,7 @@ import openai
 import pytest
 
 from tests.control.scene import FAKE_ENGINE, Scene
+from tests.stories.caller import build_caller
 from tests.stories.demo import LONG
 from tests.stories.harness import Bench, until
 from tests.stories.test_clients import EXTRACT, PARAMETERS, PERSON, SUNNY, TOOL, WEATHER
@@ -247,37 +248,78 @@ def test_javascript(served: Bench, tmp_path: Path) -> None:
     until(lambda: served.metric("mlx_run_engine_rows") == 0)  # three streams were left
 
 
-@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
-def test_claude_code(tmp_path: Path) -> None:
-    """Its own command, over a stand-in for a model: the demo model's context has no room for its first prompt."""
-    (tmp_path / "package.json").write_text('{"name": "clients"}')
+@pytest.fixture(scope="module")
+def claude(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Claude Code's own command, of the npm package, in a folder and a home of its own: `claude(bench, *arguments)`."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs node and npm")
+    home = tmp_path_factory.mktemp("claude")
+    (home / "package.json").write_text('{"name": "clients"}')
     npm = [str(shutil.which("npm")), "install", "--no-audit", "--no-fund", "@anthropic-ai/claude-code"]
-    subprocess.run(npm, cwd=tmp_path, check=True, capture_output=True, timeout=110)
-    bench = Bench(tmp_path / "bench")
-    scene = Scene(bench.folder)
-    scene.model("large", geometry={"max_position_embeddings": 200_000}, tokens=4)
-    bench.environment["MLX_RUN_ENGINE_COMMAND"] = shlex.join([sys.executable, str(FAKE_ENGINE)])
-    server = f"{{port: {bench.port}, apis: [anthropic]}}"
-    bench.save(f"name: dev\nservers: {{lm: {server}}}\nmodels: {{chat: {{source: ./models/large}}}}\n")
-    environment = {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "ANTHROPIC_BASE_URL": bench.url,
-        "ANTHROPIC_AUTH_TOKEN": "none",
-        "ANTHROPIC_MODEL": "chat",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    }
-    with bench.serving():
-        command = [tmp_path / "node_modules/.bin/claude", "-p", "Say hi"]
-        done = subprocess.run(
-            command,
+    subprocess.run(npm, cwd=home, check=True, capture_output=True, timeout=110)
+
+    def run(bench: Bench, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "ANTHROPIC_BASE_URL": bench.url,
+            "ANTHROPIC_AUTH_TOKEN": "none",
+            "ANTHROPIC_MODEL": "chat",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        }
+        return subprocess.run(
+            [home / "node_modules/.bin/claude", *arguments],
             cwd=bench.folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=600,
             check=False,
         )
+
+    return run
+
+
+def test_claude_code(claude: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    """Over a stand-in for a model."""
+    bench = Bench(tmp_path)
+    scene = Scene(bench.folder)
+    scene.model("large", geometry={"max_position_embeddings": 200_000}, tokens=4)
+    bench.environment["MLX_RUN_ENGINE_COMMAND"] = shlex.join([sys.executable, str(FAKE_ENGINE)])
+    server = f"{{port: {bench.port}, apis: [anthropic]}}"
+    bench.save(f"name: dev\nservers: {{lm: {server}}}\nmodels: {{chat: {{source: ./models/large}}}}\n")
+    with bench.serving():
+        done = claude(bench, "-p", "Say hi")
     bench.close()
     assert (done.returncode, done.stdout.strip()) == (0, "base base base base"), done.stdout + done.stderr
+
+
+@pytest.mark.timeout(900)
+def test_claude_code_has_a_tool_do_something(
+    claude: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Over an engine and a model that calls a tool and says a word once that has answered: its whole first prompt, the
+    call as a stream, the tool's result, and the answer."""
+    bench = Bench(tmp_path)
+    made = bench.folder / "made.txt"
+    call = {"name": "Write", "arguments": {"file_path": str(made), "content": "forty-two"}}
+    build_caller(bench.folder / "model", call, "All done.")
+    server = f"{{port: {bench.port}, apis: [anthropic, openai]}}"
+    model = "{source: ./model, kv_cache: {prefix_cache: 1GiB}}"
+    bench.save(f"name: dev\nservers: {{lm: {server}}}\nmodels: {{chat: {model}}}\n")
+    with bench.serving():
+        done = claude(
+            bench, "-p", "Write forty-two into made.txt", "--allowedTools", "Write", "--output-format", "json"
+        )
+        read = bench.metric("mlx_run_prompt_tokens_total")
+        cached = bench.metric("mlx_run_cached_prompt_tokens_total")
+        failed = bench.metric("mlx_run_engine_failed_total")
+    bench.close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert (told["result"], told["is_error"]) == ("All done.", False), told
+    assert made.read_text() == "forty-two"
+    assert read > 20_000, "its instructions and tools"
+    assert cached > read / 3, "the second prompt begins with the first"
+    assert failed == 0

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from runner.engine.answer.conventions import ToolConvention
 from runner.engine.answer.repair import repaired
+from runner.engine.characters import whole_characters
 
 Kind = Literal["content", "reasoning", "call"]
-
-_HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +82,6 @@ def _call(entry: Any) -> Call | None:
     except (ValueError, RecursionError):  # NaN is Python's alone: a client's JSON has none
         return None
     own = entry.get("id")
-    return Call(_sound(name), _sound(written), _sound(own) if isinstance(own, str) else "")
-
-
-def _sound(text: str) -> str:
-    """Without halves of characters, which a model may escape (`\\ud83d`) and no message can carry."""
-    return text if text.isascii() else _HALF.sub("\ufffd", text)
+    return Call(
+        whole_characters(name), whole_characters(written), whole_characters(own) if isinstance(own, str) else ""
+    )

@@ -118,11 +118,14 @@ class Straight:
         if self._launch is None or seen is None:
             return None
         (window,) = seen
+        if self._window is not None and not (window and window <= self._window):
+            return None  # a ring does not hold what such a mask may show
         positions = self._positions
-        if not applies(queries, keys, values, min(positions.reach, window or positions.reach)):
+        new, reach = (keys, values), min(positions.reach, window or positions.reach)
+        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):
             return None
         starts = positions.once("row starts", lambda: _row_starts(positions))
-        return self._planes.attend(self._launch, queries, (keys, values), starts, scale, window, self._ring)
+        return self._planes.attend(self._launch, queries, new, starts, scale, window, self._ring)
 
     def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
         """A mask that a model gets, of which is remembered during the call what it means."""
@@ -285,4 +288,5 @@ def _row_starts(positions: Positions) -> mx.array:
     """[rows] int32, of which a launch needs all."""
     if positions.same is not None:
         return mx.array([positions.same] * positions.rows, dtype=mx.int32)
-    return positions.starts.astype(mx.int32)
+    starts = positions.starts
+    return starts if starts.dtype == mx.int32 else starts.astype(mx.int32)

@@ -54,6 +54,10 @@ class Planes:
             start(self._launched)
             self._launched = None
 
+    def take_as_they_are(self, new: Sequence[mx.array]) -> bool:
+        """Whether `new` arrays are of the types that are held: MLX's writes convert, a launch does not."""
+        return all(array.dtype == part.dtype for array, part in zip(self._arrays, new, strict=True))
+
     def attend(
         self,
         launch: Launch,

@@ -49,10 +49,10 @@ class Messages:
         """Answers a conversation."""
         exchange = exchange_of(request)
         exchange.route = PATH
+        response.set_header("request-id", exchange.request_id)  # of refusals, too
         fields = await read_json(request, messages_decoder, MESSAGES_NAMES)
         route = self._route(fields)
         requests = [generating(fields, route)]
-        response.set_header("request-id", exchange.request_id)
         if route.adapter:
             response.set_header("x-mlx-run-adapter", route.adapter)
         head = Head(fields.model or route.model)
@@ -69,6 +69,7 @@ class Messages:
         """Counts the tokens of a prompt, as the model's own template and tokenizer make it."""
         exchange = exchange_of(request)
         exchange.route = f"{PATH}/count_tokens"
+        response.set_header("request-id", exchange.request_id)
         fields = await read_json(request, count_decoder, COUNT_NAMES)
         route = self._route(fields)
         async with aclosing(route.deployment.generate(counting(fields, route))) as deltas:

@@ -184,19 +184,15 @@ class Models:
         wanted = repository(name)
         card = self._found(name) or (self._of_source(wanted) if wanted is not None else None)
         if card is not None or wanted is None:
-            self._already_here(request, response, card or self._card(name), stream=fields.stream)
+            self._already_here(request, response, card or self._card(name), stream=fields.stream is not False)
             return
         if self._control is None:
             raise falcon.HTTPForbidden(description=_NO_PULL.format(name=name, repo=wanted.repo))
         coming = self._control.pull(wanted.repo, wanted.revision or "main")
         exchange.defer(coming.aclose)
         first = await anext(coming)  # what the hub refuses is told by the status
-        if fields.stream:
-            stream = pulled(wanted, first, coming, exchange)
-            exchange.defer(stream.aclose)
-            exchange.cut_event = _CUT_LINE
-            response.content_type = "application/x-ndjson"
-            response.stream = stream
+        if fields.stream is not False:
+            answer_with(pulled(wanted, first, coming, exchange), response, exchange, kind=LINES, cut=_CUT_LINE)
             return
         async for _ in coming:
             pass
@@ -214,7 +210,7 @@ class Models:
         if card is None or not same or any(getattr(fields, field) for field in CHANGES_A_MODEL):
             exchange_of(request).route = "/api/create"
             raise falcon.HTTPNotImplemented(description=_EDIT)
-        self._already_here(request, response, card, stream=fields.stream)
+        self._already_here(request, response, card, stream=fields.stream is not False)
 
     def _already_here(self, request: Request, response: Response, card: ModelCard, *, stream: bool) -> None:
         if not stream:

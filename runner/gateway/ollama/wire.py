@@ -163,7 +163,7 @@ class PullRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     model: str = ""
     name: str = ""
-    stream: bool = True
+    stream: bool | None = None
     insecure: Any = None
     username: Any = None
     password: Any = None
@@ -176,7 +176,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     model: str = ""
     name: str = ""
     from_: str | None = msgspec.field(name="from", default=None)
-    stream: bool = True
+    stream: bool | None = None
     files: Any = None
     adapters: Any = None
     template: Any = None

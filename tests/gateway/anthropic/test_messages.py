@@ -323,3 +323,15 @@ def test_every_field_is_honoured_harmless_or_unsupported() -> None:
     honoured |= {"max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k", "min_p", "seed"}
     known = honoured | wire.HARMLESS | set(wire.UNSUPPORTED)
     assert set(wire.MessagesRequest.__struct_fields__) == known
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(("model", "status"), [("chat", 200), ("nowhere", 404), (3, 400)])
+async def test_every_answer_has_the_id_that_the_sdk_reads(
+    client: Client, deployment: FakeDeployment, path: str, model: Any, status: int
+) -> None:
+    deployment.scripts = [[[Delta(0, "", 0, "stop", Usage(7, 0))]]]
+    fields = {"max_tokens": ...} if path.endswith("count_tokens") else {}
+    answer = await ask(client, path, model=model, **fields)
+    assert answer.status_code == status
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]

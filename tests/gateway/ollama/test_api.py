@@ -88,6 +88,8 @@ async def test_seed_minus_one_is_any_seed(client: Client, directory: FakeDirecto
 async def test_null_is_not_given(client: Client) -> None:
     assert len(lines_of(await chat(client, stream=None))) > 1
     assert (await chat(client, messages=None)).json["done_reason"] == "load"
+    for path in ("/api/pull", "/api/create"):
+        assert len(lines_of(await client.post(path, {"model": "chat", "stream": None}))) == 2
 
 
 async def test_the_manifest_has_the_defaults(client: Client, directory: FakeDirectory) -> None:

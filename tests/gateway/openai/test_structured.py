@@ -69,7 +69,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"json": None}}, "structured_outputs", "exactly one of"),
     ({"structured_outputs": {"regex": "x", "choice": ["x"]}}, "structured_outputs", "exactly one of"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "length >= 1"),
-    ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]", "got `int`"),
+    ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]", "got `integer`"),
     ({"structured_outputs": {"regexp": "x"}}, "structured_outputs.regexp", "did you mean `regex`?"),
     (
         {"structured_outputs": {"regex": "x"}, "response_format": {"type": "json_object"}},

@@ -1,0 +1,75 @@
+"""What is handled between two steps, and what is not read at all."""
+
+from __future__ import annotations
+
+import random
+from queue import SimpleQueue
+
+import pytest
+
+from runner.engine.arrivals import AT_ONCE, Arrivals
+from runner.engine.transport import Connected, Disconnected, Event
+from runner.protocol import Cancel, DropAdapter, Generate
+from tests.engine.drive import generate
+
+
+def arrivals(*events: Event) -> Arrivals:
+    inbox: SimpleQueue[Event] = SimpleQueue()
+    for event in events:
+        inbox.put(event)
+    return Arrivals(inbox)
+
+
+def taken(of: Arrivals, *, busy: bool = True) -> list[Event]:
+    return list(of.take(busy=busy, patience=lambda: 0.0))
+
+
+def long(number: int) -> Generate:
+    return generate(number, prompt="x" * (AT_ONCE // 2 + 1))
+
+
+def test_short_requests_are_read_together() -> None:
+    events = [generate(i, messages=[{"role": "user", "content": "hello"}]) for i in range(1000)]
+    assert taken(arrivals(*events)) == events
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_step_comes_between_long_ones(busy: bool) -> None:
+    """In order, and what is left is not waited for: it is there."""
+    events = [Connected(1), *map(long, range(5)), DropAdapter("a"), generate(5, prompt=[1, 2])]
+    of = arrivals(*events)
+    for part in (events[:3], events[3:5], events[5:]):
+        assert taken(of, busy=busy) == part
+        assert of.waiting == (part != events[5:])
+    assert taken(of) == []
+
+
+def test_what_was_cancelled_meanwhile_is_not_read() -> None:
+    of = arrivals(long(1), long(2), long(3), Cancel(2), long(4), Cancel(1))
+    assert taken(of) == [long(3), Cancel(2), long(4)]
+    assert taken(of) == [Cancel(1)]
+    assert of.dropped == 2
+    assert taken(arrivals(Cancel(3), long(3))) == [Cancel(3), long(3)], "another's, from before"
+
+
+def test_requests_of_a_runner_that_is_gone_are_not_read() -> None:
+    of = arrivals(long(1), Disconnected(1), Connected(2), long(1), Cancel(7))
+    assert taken(of) == [Disconnected(1), Connected(2), long(1), Cancel(7)]
+    assert of.dropped == 1
+
+
+def test_nothing_else_is_lost_or_changes_places() -> None:
+    chance = random.Random(3)
+    made: list[Event] = []
+    for i in range(500):
+        pick = chance.random()
+        made.append(long(i) if pick < 0.5 else DropAdapter(str(i)) if pick < 0.8 else Cancel(chance.randrange(i + 1)))
+    of = arrivals(*made)
+    got: list[Event] = []
+    while some := taken(of):
+        got += some
+    left = [event for event in made if event in got]
+    assert got == left
+    lost = [event for event in made if event not in got]
+    assert len(lost) == of.dropped
+    assert all(isinstance(event, Generate) and Cancel(event.id) in made for event in lost)
