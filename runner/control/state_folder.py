@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from runner.errors import AlreadyRunning, RunnerError
 
 _SOCKET_PATH_LIMIT: Final = 100
 """Bytes. macOS allows 103 characters in a unix socket's path, Linux 107."""
+
+_SHORT: Final = Path("/tmp")  # noqa: S108 - each runner has a folder of its own there, which is looked at
 
 
 class StateFolder:
@@ -111,14 +114,18 @@ class StateFolder:
             return path
         # Imported here: a sixth of the time that `mlx-run status` takes, and hardly ever needed.
         import hashlib  # noqa: PLC0415
-        import tempfile  # noqa: PLC0415
 
-        # Both sides compute the same short place from the long one, so there is nothing to look up.
+        # Both sides compute the same short place from the long one, so there is nothing to look up: whatever TMPDIR is,
+        # which a service and a shell need not have in common.
         digest = hashlib.blake2b(os.fsencode(self.folder), digest_size=6).hexdigest()
-        short = Path(tempfile.gettempdir()) / f"mlx-run-{os.getuid()}-{digest}"
+        short = _SHORT / f"mlx-run-{os.getuid()}-{digest}"
         short.mkdir(mode=0o700, exist_ok=True)
-        if short.stat().st_uid != os.getuid():
-            raise PermissionError(f"{short} belongs to somebody else")
+        found = short.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+            raise RunnerError(
+                f"{short} is not a folder of yours alone",
+                hint="It is for sockets. Remove it, or choose a shorter place with MLX_RUN_STATE_DIR.",
+            )
         return short / relative.replace("/", "-")
 
     def lock(self) -> RunnerLock:

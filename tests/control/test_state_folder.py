@@ -1,11 +1,12 @@
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from runner.control import client
+from runner.control import client, state_folder
 from runner.control.state_folder import StateFolder
 from runner.errors import AlreadyRunning, RunnerError
 
@@ -22,6 +23,31 @@ def test_a_long_path_gets_a_short_socket_that_both_sides_compute(tmp_path: Path)
     assert len(str(one.control_socket)) <= 100
     assert one.control_socket == other.control_socket
     assert one.control_socket != one.engine_socket("ab12")
+
+
+def test_the_short_place_is_the_same_for_a_service_and_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StateFolder(tmp_path / ("x" * 120), "dev")
+    before = folder.control_socket
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert folder.control_socket == before
+
+
+@pytest.mark.parametrize("left", ["a link", "open to all"])
+def test_a_short_place_that_others_may_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    folder = StateFolder(tmp_path / ("x" * 120), "dev")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(state_folder, "_SHORT", tmp_path / "tmp")
+    place = folder.control_socket.parent
+    if left == "a link":
+        place.rmdir()
+        place.symlink_to(tmp_path)
+    else:
+        place.chmod(0o777)
+    with pytest.raises(RunnerError, match="not a folder of yours alone"):
+        _ = folder.control_socket
 
 
 def test_one_runner_a_name(tmp_path: Path) -> None:
