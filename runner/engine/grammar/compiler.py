@@ -82,7 +82,8 @@ def _source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark(grammar.source)
         case "choice":
             choices: list[str] = json.loads(grammar.source)
-            return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+            # One token of the grammar, however many there are: llguidance's parser follows 2,000 alternatives at most.
+            return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
 def _json_source(text: str) -> str:

@@ -35,7 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     low_vram: Any = None
     main_gpu: Any = None
     num_batch: Any = None
-    num_ctx: Any = None
+    num_ctx: Annotated[int, Meta(ge=0)] | None = None
     num_gpu: Any = None
     num_keep: Any = None
     num_thread: Any = None
@@ -107,6 +107,9 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
 Think = bool | Literal["low", "medium", "high", "max"]
 
+KeepAlive = float | Annotated[str, Meta(pattern=r"^[-+]?(0|([0-9]+(\.[0-9]*)?(ns|us|µs|ms|s|m|h))+)$")]
+"""Seconds, or a duration such as "5m" or "1h30m"; negative is for ever."""
+
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Streamed unless `stream` is false. `keep_alive` is accepted and without effect: the manifest says which models
@@ -117,7 +120,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     options: Options | None = None
     think: Think | None = None
     format: Any = None
-    keep_alive: Any = None
+    keep_alive: KeepAlive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     adapter_name: Name | None = None

@@ -44,6 +44,8 @@ MATCHES: list[tuple[Grammar, list[str], list[str]]] = [
     (of("regex", "^(yes|no)$"), ["yes", "no"], ["maybe", "yesno"]),
     (of("lark", 'start: "(" start ")" | "x"'), ["x", "((x))"], ["(x", "y"]),
     (of("choice", ["yes", 'q"uo\\te', "größe\n2"]), ["yes", 'q"uo\\te', "größe\n2"], ["no", "größe"]),
+    (of("choice", ["a", "ab"]), ["a", "ab"], ["b", "aab"]),
+    (of("choice", [f"entry {i}" for i in range(20_000)]), ["entry 0", "entry 17", "entry 19999"], ["entry", "entry x"]),
     (of("json", {"oneOf": [{"type": "integer"}, {"type": "null"}]}), ["3", "null"], ['"x"']),
 ]
 

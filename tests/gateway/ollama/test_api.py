@@ -135,7 +135,7 @@ async def test_without_thinking_it_is_left_out(client: Client, deployment: FakeD
     assert written["message"] == {"role": "assistant", "content": "a"}
 
 
-@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), (0, "unload"), ("5m", "load")])
+@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), (0, "unload"), ("5m", "load"), ("1h30m", "load"), (-1, "load")])
 async def test_nothing_to_say_makes_sure_of_the_model(
     client: Client, deployment: FakeDeployment, keep_alive: Any, reason: str
 ) -> None:
@@ -216,6 +216,8 @@ async def test_what_is_not_here_says_so(client: Client, name: str) -> None:
         ({"options": {"mirostat": 2}}, "mirostat"),
         ({"model": "llama3"}, "llama3"),
         ({"stream": "yes"}, "stream"),
+        ({"keep_alive": "xyz"}, "keep_alive"),
+        ({"options": {"num_ctx": -1}}, "num_ctx"),
     ],
 )
 async def test_what_is_wrong_is_named(client: Client, fields: dict[str, Any], told: str) -> None:
