@@ -80,20 +80,20 @@ class Decoding:
         """
         if not self._batch.rows:
             before, self._in_flight = self._in_flight, None
-            self._send(self._read(before, None))
+            self._tell(self._read(before, None))
             return
         proposals = self._proposals(most)
         before, self._in_flight = self._in_flight, None
         self._batch.forward(proposals)
         if not self._batch.constrained:
             self._in_flight = self._batch.sample(None)
-            self._send(self._read(before, proposals))
+            self._tell(self._read(before, proposals))
             return
         deltas = self._read(before, proposals)
         try:
             self._in_flight = self._batch.sample(self._mask(deltas))
         finally:
-            self._send(deltas)
+            self._tell(deltas)
 
     def _proposals(self, most: int) -> int:
         """How many tokens the draft proposes in the next step; it has caught up with the rows then."""
@@ -112,7 +112,7 @@ class Decoding:
         before = self._in_flight
         if before is not None and before.proposed:
             self._in_flight = None
-            self._send(self._read(before, None))
+            self._tell(self._read(before, None))
 
     def _mask(self, deltas: list[Delta]) -> Mask | None:
         """What grammars allow next. Rows whose grammar has ended do as well, and their last delta is added."""
@@ -153,6 +153,11 @@ class Decoding:
         if self._speculation is not None:
             self._speculation.ended(len(result.rows), result.proposed, following)
         return deltas
+
+    def _tell(self, deltas: list[Delta]) -> None:
+        """Send them; a grammar that cannot be followed is a failure of its row alone."""
+        self.counters.failed += sum([delta.finish_reason == "error" for delta in deltas])
+        self._send(deltas)
 
     def _learn(self, row: Row, kept: int, proposed: int) -> None:
         assert self._speculation is not None

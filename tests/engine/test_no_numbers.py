@@ -46,6 +46,7 @@ def test_a_row_whose_logits_are_no_numbers_ends_alone(
     assert "is not numbers" in answers[1].error
     assert answers[1].text == ""
     assert (answers[0].text, answers[3].text, answers[2].text) == (alone.text, alone.text, held.text)
+    assert driver.engine.stats().failed_total == 1
 
 
 def test_a_token_that_no_number_belongs_to_is_no_matter_where_it_is_not_allowed(
