@@ -135,7 +135,9 @@ async def test_without_thinking_it_is_left_out(client: Client, deployment: FakeD
     assert written["message"] == {"role": "assistant", "content": "a"}
 
 
-@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), (0, "unload"), ("5m", "load"), ("1h30m", "load"), (-1, "load")])
+@pytest.mark.parametrize(
+    ("keep_alive", "reason"), [(None, "load"), (0, "unload"), ("5m", "load"), ("1h30m", "load"), (-1, "load")]
+)
 async def test_nothing_to_say_makes_sure_of_the_model(
     client: Client, deployment: FakeDeployment, keep_alive: Any, reason: str
 ) -> None:
