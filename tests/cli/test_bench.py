@@ -1,6 +1,7 @@
 """`mlx-run bench` as it is run, on a real engine with a real model."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_figures_are_those_of_the_server(serving: Bench) -> None:
     before = serving.metric("mlx_run_completion_tokens_total")
     result = serving.run(
         "bench", serving.url, "--clients", "1,4", "--requests", "4", "--warm-up", "0", "--json",
-        "--adapters", "none,pirate", *SMALL,
+        "--adapters", "none,pirate", *SMALL, "--max-tokens", "32",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
@@ -122,5 +123,7 @@ def test_a_level_that_takes_too_long_ends_with_what_there_is(serving: Bench) -> 
     arguments = ["-c", "1,2", "--requests", "3", "--warm-up", "0", "--limit", "0.001s", *SMALL]
     result = serving.run("bench", serving.url, *arguments)
     assert result.returncode == 1, result.stderr
-    assert "1 client: 3 not finished when the level's time was over" in result.stdout
-    assert "2 clients: 3 not finished when the level's time was over" in result.stdout
+    late = re.findall(r"^(.*): [1-3] not finished when the level's time was over", result.stdout, re.MULTILINE)
+    assert len(late) == 2, result.stdout  # a machine that is busy enough lets one end between two looks at the time
+    assert late[0].endswith("1 client")
+    assert late[1].endswith("2 clients")
