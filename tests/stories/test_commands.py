@@ -59,7 +59,7 @@ def test_a_pipeline_that_only_looks(bench: Bench) -> None:
     assert [a["action"] for a in json.loads(planned.stdout)["actions"]] == ["open", "start"]
     assert bench.run("schema", "--output", "s.json").returncode == 0
     assert "models" in json.loads((bench.folder / "s.json").read_text())["properties"]
-    assert bench.run("wait", "--for", "ready").returncode == 1
+    assert bench.run("wait", "--for", "ready", "--timeout", "0.1s").returncode == 1
     assert "mlx-run apply MANIFEST" in bench.run("events").stderr
 
 
