@@ -1,10 +1,12 @@
 """Tokens a second of the engine's loop alone, beside upstream's BatchGenerator on the same model.
 
     python tests/bench/engine_throughput.py [MODEL_FOLDER] [--rows 1 4 16] [--tokens 128] [--repeat 5]
+        [--adapters 2 | --adapter-folders FOLDER…] [--ways upstream greedy top_p adapters]
 
-Without a folder, a llama of 4 million random weights is built. Prints medians over interleaved runs. Upstream decodes
-no text, and its rows share one greedy sampler, which is its fastest way; the engine's figures include text, stop
-detection and frames. Prompts are prefilled within the time of both.
+Without a folder, a llama of 4 million random weights is built. Adapters are drawn, of rank 8 on every linear layer, or
+given; rows take them and the base model in turn, and the last column is their rate beside the base model's. Prints
+medians over interleaved runs. Upstream decodes no text, and its rows share one greedy sampler, its fastest way;
+the engine's figures include text, stop detection and frames. Prompts are prefilled within the time of both.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +48,7 @@ BENCH_MODEL = {
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+WAYS = ["upstream", "greedy", "top_p", "adapters"]
 
 
 def prompt(row: int, length: int) -> list[int]:
@@ -108,6 +112,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--adapters", type=int, default=2)
+    parser.add_argument("--adapter-folders", type=Path, nargs="+", default=[])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or build_model(Path(scratch, "model"), config=BENCH_MODEL)
@@ -118,19 +125,21 @@ def measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> None:
     """One line a batch size."""
     loaded = load_endless(folder)
     shapes = linear_shapes(loaded, LINEAR)
-    adapters = [
+    adapters = [AdapterSource(folder.name, str(folder)) for folder in arguments.adapter_folders] or [
         AdapterSource(name, str(write_mlx(scratch / name, draw(shapes, 8, seed), keys=None, scale=0.1)))
-        for seed, name in enumerate(("one", "two"))
+        for seed, name in enumerate(f"a{number}" for number in range(arguments.adapters))
     ]
-    print(f"an adapter of rank 8 on {len(shapes)} layers: {pause(loaded, adapters, arguments.repeat):.1f} ms to load")
+    print(f"one of {len(adapters)} adapters: {pause(loaded, adapters, arguments.repeat):.1f} ms to load")
     print(f"{folder.name} on {mx.default_device()}: {loaded.weights_bytes / 1e6:.1f} MB, {loaded.dtype}")
     print(f"prompts of {arguments.prompt} tokens, {arguments.tokens} generated; tokens/s, median of {arguments.repeat}")
-    print(f"{'rows':>4} {'upstream':>9} {'greedy':>9} {'ratio':>6} {'top_p':>9} {'adapters':>9}")
+    print(f"{'rows':>4} {'upstream':>9} {'greedy':>9} {'ratio':>6} {'top_p':>9} {'adapters':>9} {'ratio':>6}")
     for rows in arguments.rows:
-        median = rates(folder, rows, adapters, arguments)
+        median = dict.fromkeys(WAYS, nan) | rates(folder, rows, adapters, arguments)
         print(
-            f"{rows:>4} {median['upstream']:>9.0f} {median['greedy']:>9.0f} "
-            f"{median['greedy'] / median['upstream']:>6.2f} {median['top_p']:>9.0f} {median['adapters']:>9.0f}"
+            f"{rows:>4} {median['upstream']:>9.1f} {median['greedy']:>9.1f} "
+            f"{median['greedy'] / median['upstream']:>6.2f} {median['top_p']:>9.1f} {median['adapters']:>9.1f} "
+            f"{median['adapters'] / median['greedy']:>6.2f}",
+            flush=True,
         )
 
 
@@ -162,10 +171,10 @@ def rates(folder: Path, rows: int, adapters: list[AdapterSource], arguments: arg
         "top_p": lambda: plain.rate(*size, adapters=[], sampling=SAMPLED),
         "adapters": lambda: adapted.rate(*size, adapters=keys if rows == 1 else ["", *keys], sampling={}),
     }
-    measured: dict[str, list[float]] = {name: [] for name in ways}
+    measured: dict[str, list[float]] = {name: [] for name in arguments.ways}
     for _ in range(arguments.repeat):
-        for name, way in ways.items():
-            measured[name].append(way())
+        for name, rates_of_way in measured.items():
+            rates_of_way.append(ways[name]())
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
