@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runner.cli.giving_up import GivingUp
+from runner.cli.giving_up import GivingUp, held_back
 from runner.cli.result import JsonView
 from runner.cli.view import View
 from runner.control import client
@@ -168,21 +168,18 @@ def _show(view: View | JsonView, event: dict[str, Any]) -> None:
 
 def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
     """Start a runner that outlives this terminal, and wait until it has settled."""
-    with folder.start_log.open("wb") as log:
-        process = subprocess.Popen(
-            python_module("runner.cli.main", "apply", *wish.command_line()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        _until_up(folder, process)
-    except KeyboardInterrupt:
-        process.terminate()  # it has not answered yet: nobody else knows of it
-        raise
+    process: subprocess.Popen[bytes] | None = None
     says = "Stopping the runner again. Ctrl-C once more leaves that to itself."
-    with GivingUp(folder.control_socket, "down", says, drain=0):
+    with contextlib.ExitStack() as asked:
+        try:
+            with held_back():  # or it could be there, and nobody know of it
+                process = _spawn(folder, wish)
+            _until_up(folder, process)
+            asked.enter_context(GivingUp(folder.control_socket, "down", says, drain=0))
+        except KeyboardInterrupt:
+            if process is not None:
+                process.terminate()  # it has not answered yet
+            raise
         try:
             return _follow(folder, "follow", wish, view)
         except NotRunning:  # it failed, maybe before it could say so here; its last words are in the log
@@ -190,6 +187,17 @@ def _detach(folder: StateFolder, wish: Wish, view: View | JsonView) -> int:
                 if process.wait(timeout=_LAST_WORDS) and (reason := _last_words(folder)):
                     raise NotRunning(reason) from None
             raise
+
+
+def _spawn(folder: StateFolder, wish: Wish) -> subprocess.Popen[bytes]:
+    with folder.start_log.open("wb") as log:
+        return subprocess.Popen(
+            python_module("runner.cli.main", "apply", *wish.command_line()),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def _until_up(folder: StateFolder, process: subprocess.Popen[bytes] | None = None) -> None:

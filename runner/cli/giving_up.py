@@ -5,12 +5,30 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from runner.control import client
 from runner.errors import Interrupted, MlxRunError
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt at the end, and not within."""
+    if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 class GivingUp:
