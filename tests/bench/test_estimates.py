@@ -45,7 +45,7 @@ def test_the_table_of_real_sizes_is_right() -> None:
 
 
 @pytest.mark.mlx
-@pytest.mark.parametrize("compute", [False, True])
+@pytest.mark.parametrize("compute", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_small_geometry_is_measured_again(compute: bool) -> None:
     tiny = GEOMETRIES["tiny"]
     found = [row for bits in (16, 4) for row in measured_geometry(tiny, bits, rows=3, context=300, compute=compute)]
