@@ -1,6 +1,4 @@
-import asyncio
 import os
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,12 +14,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     made.adapter("pirate")
     made.adapter("shout", version=2)
     yield made
-    if made.runner is not None and made.running is not None:
-        made.runner._stop.set()
-        async with asyncio.timeout(20):
-            await made.running
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().remove_signal_handler(number)
+    await made.end()
     assert not _engines(tmp_path), "no engine is left"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import socket
 import struct
 import sys
@@ -104,6 +105,15 @@ class Scene:
         self.runner = Runner(compiler.compile([self.manifest]), made, compiler, self._record, watch=watch)
         self.running = asyncio.create_task(self.runner.run())
         return self.running
+
+    async def end(self) -> None:
+        """Stop the runner, if there is one; its handlers of signals go with it. Raises TimeoutError."""
+        if self.runner is not None and self.running is not None:
+            self.runner._stop.set()
+            async with asyncio.timeout(20):
+                await self.running
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().remove_signal_handler(number)
 
     def _record(self, event: dict[str, Any]) -> None:
         self.events.append(event)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import signal
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,11 +38,7 @@ async def scene(hub: FakeHub, tmp_path: Path) -> AsyncIterator[Scene]:
     await scene.event("applied")
     yield scene
     assert scene.runner is not None
-    assert scene.running is not None
-    scene.runner._stop.set()
-    await scene.running
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().remove_signal_handler(number)
+    await scene.end()
 
 
 async def get(scene: Scene, path: str) -> httpx.Response:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -99,11 +97,7 @@ async def scene(hub: FakeHub, tmp_path: Path) -> AsyncIterator[Scene]:
     scene = Scene(tmp_path)
     yield scene
     assert scene.runner is not None
-    assert scene.running is not None
-    scene.runner._stop.set()
-    await scene.running
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().remove_signal_handler(number)
+    await scene.end()
 
 
 @pytest.mark.mlx
