@@ -1,0 +1,107 @@
+"""What an operation costs the host on a GPU: chains of one kind, built and started, in microseconds an operation.
+
+    python tests/bench/launch_cost.py [--count 200] [--repeat 15] [--kinds add norm …]
+
+`build` is Python and the array's graph, `start` what `async_eval` takes, `all` the time until the result is there.
+Medians. A variable such as MLX_USE_CUDA_GRAPHS or MLX_MAX_OPS_PER_BUFFER that the caller has set is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from runner.engine import environment
+
+if __name__ == "__main__":
+    environment.restart_if_needed(time.monotonic())
+
+import mlx.core as mx
+
+from runner.engine.arrays import start
+
+WIDTH = 2048
+_SOURCE = "const int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < x_shape[0] * x_shape[1]) out[i] = x[i];"
+
+
+def kernel(name: str, padding: int) -> Callable[[mx.array], mx.array]:
+    """A copy by a kernel whose source has so many characters more."""
+    made = mx.fast.cuda_kernel(
+        name=name, input_names=["x"], output_names=["out"], source=_SOURCE + "\n//" + "-" * padding
+    )
+
+    def call(x: mx.array) -> mx.array:
+        (out,) = made(
+            inputs=[x],
+            template=[("T", x.dtype)],
+            grid=(x.size, 1, 1),
+            threadgroup=(256, 1, 1),
+            output_shapes=[x.shape],
+            output_dtypes=[x.dtype],
+        )
+        return out
+
+    return call
+
+
+def kinds() -> dict[str, tuple[mx.array, Callable[[mx.array], mx.array]]]:
+    """An input and an operation that returns one of its kind."""
+    one, eight, many = (mx.random.normal((rows, WIDTH)).astype(mx.bfloat16) for rows in (1, 8, 32))
+    weight = (mx.random.normal((WIDTH, WIDTH)) * WIDTH**-0.5).astype(mx.bfloat16)
+    gain = mx.ones((WIDTH,), dtype=mx.bfloat16)
+    table = mx.zeros((8, 4, 512, 64), dtype=mx.bfloat16)
+    mx.eval(one, eight, many, weight, gain, table)
+    made = {
+        "add": (eight, lambda x: x + gain),
+        "norm": (eight, lambda x: mx.fast.rms_norm(x, gain, 1e-5)),
+        "product, 1 row": (one, lambda x: x @ weight.T),
+        "product, 8 rows": (eight, lambda x: x @ weight.T),
+        "product, 32 rows": (many, lambda x: x @ weight.T),
+    }
+    if mx.cuda.is_available():
+        made["kernel of 200 characters"] = (eight, kernel("copy_short", 0))
+        made["kernel of 8,000 characters"] = (eight, kernel("copy_long", 8000))
+    return made
+
+
+def measure(x: mx.array, call: Callable[[mx.array], mx.array], count: int, repeat: int) -> list[float]:
+    """Median microseconds an operation: build, start, all."""
+    times: list[tuple[float, ...]] = []
+    for _ in range(repeat + 3):
+        began = time.perf_counter()
+        y = x
+        for _ in range(count):
+            y = call(y)
+        built = time.perf_counter()
+        start(y)
+        started = time.perf_counter()
+        mx.eval(y)
+        times.append((built - began, started - built, time.perf_counter() - began))
+    return [statistics.median(column) / count * 1e6 for column in zip(*times[3:], strict=True)]
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--kinds", nargs="+")
+    arguments = parser.parse_args()
+    shown = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MLX_"))
+    print(f"{mx.default_device()}, {arguments.count} operations, median of {arguments.repeat}; {shown}")
+    print(f"{'':28} {'build':>7} {'start':>7} {'all':>7}")
+    for name, (x, call) in kinds().items():
+        if not arguments.kinds or any(name.startswith(kind) for kind in arguments.kinds):
+            figures = measure(x, call, arguments.count, arguments.repeat)
+            print(f"{name:28} " + " ".join(f"{figure:>7.2f}" for figure in figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Where the time of a decode step goes: building its graph, starting it, waiting for the one before, the rest.
+
+    python tests/bench/step_time.py [--geometry llama-1b] [--rows 1 8 32 128] [--steps 64] [--prompt 256] [--greedy]
+        [--adapters 9]
+
+The engine's own loop on a model of random weights, all rows in the batch, prompts of different lengths; at temperature
+0.7 with top_p 0.9 unless greedy. With adapters, of rank 8 on all linear layers, rows take them and the base model in
+turn. Milliseconds a step, means over the steps; tokens a second are those of the steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from runner.engine import environment  # noqa: E402
+
+if __name__ == "__main__":
+    environment.restart_if_needed(time.monotonic())
+
+import mlx.core as mx  # noqa: E402
+
+from runner.engine import batch  # noqa: E402
+from runner.engine.kv import caches  # noqa: E402
+from runner.engine.limits import Limits  # noqa: E402
+from runner.engine.loop import Engine  # noqa: E402
+from runner.protocol import AdapterSource, FromEngine, Generate, Sampling, encode_frame  # noqa: E402
+from tests.bench.engine_throughput import LINEAR, prompt  # noqa: E402
+from tests.bench.geometry import GEOMETRIES, usual  # noqa: E402
+from tests.bench.in_memory import draw  # noqa: E402
+from tests.engine.adapters.folders import draw as draw_adapter  # noqa: E402
+from tests.engine.adapters.folders import linear_shapes, write_mlx  # noqa: E402
+
+SAMPLED = {"temperature": 0.7, "top_p": 0.9}
+
+
+class Watch:
+    """How long a function takes, all its calls together."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.seconds = 0.0
+        self._function = getattr(module, name)
+        setattr(module, name, self)
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else partial(self, instance)
+
+    def __call__(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._function(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def emit(frame: FromEngine) -> None:
+    """What the engine's socket would cost."""
+    encode_frame(frame)
+
+
+def measure(engine: Engine, rows: int, keys: list[str], arguments: argparse.Namespace) -> str:
+    """One line: milliseconds of all, building, starting, waiting, and tokens a second."""
+    sampling = Sampling(**({} if arguments.greedy else SAMPLED))
+    # Enough tokens that none ends before the last has joined and all steps are made.
+    tokens = arguments.steps + 40 + rows
+    for row in range(rows):
+        words = prompt(row, arguments.prompt - 7 * row % 50)
+        adapter = keys[row % len(keys)]
+        engine.submit(Generate(id=row, prompt=words, max_tokens=tokens, adapter=adapter, sampling=sampling))
+    while engine.stats().rows < rows:
+        engine.step()
+    for _ in range(16):
+        engine.step()
+    starting.seconds = reading.seconds = building.seconds = 0.0
+    began = time.perf_counter()
+    for _ in range(arguments.steps):
+        engine.step()
+    seconds = time.perf_counter() - began
+    engine.cancel_all()
+    while engine.busy:
+        engine.step()
+    parts = [seconds, building.seconds, starting.seconds, reading.seconds]
+    milliseconds = " ".join(f"{part / arguments.steps * 1000:>8.3f}" for part in parts)
+    return f"{rows:>5} {milliseconds} {rows * arguments.steps / seconds:>9.0f}"
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default=usual())
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--greedy", action="store_true")
+    arguments = parser.parse_args()
+    shown = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MLX_"))
+    print(f"{arguments.geometry} on {mx.default_device()}; {shown}")
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = draw(Path(scratch), arguments.geometry)
+        shapes = linear_shapes(loaded, LINEAR) if arguments.adapters else {}
+        adapters = [
+            AdapterSource(name, str(write_mlx(Path(scratch, name), draw_adapter(shapes, 8, 1), keys=None, scale=0.1)))
+            for name in (f"a{number}" for number in range(arguments.adapters))
+        ]
+        print(f"{'rows':>5} {'all':>8} {'build':>8} {'start':>8} {'wait':>8} {'tokens/s':>9}", flush=True)
+        engine = Engine(loaded, Limits(max_rows=max(arguments.rows), prefix_cache_bytes=0), emit)
+        for source in adapters:
+            engine.load_adapter(source)
+        keys = ["", *(source.key for source in adapters)]
+        for rows in arguments.rows:
+            measure(engine, rows, keys, arguments)  # kernels are compiled, and loaded
+            print(measure(engine, rows, keys, arguments), flush=True)
+
+
+starting, reading = Watch(batch, "start"), Watch(batch, "to_list")
+building = Watch(caches.Caches, "call")
+
+if __name__ == "__main__":
+    main()
