@@ -12,7 +12,8 @@ rows have one length and the host knows it, a call needs no arrays at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import mlx.core as mx
@@ -102,6 +103,18 @@ class Positions:
             self._offsets = self._offsets + (self.count if self.lengths is None else mx.array(added, dtype=mx.int32))
         self.count, self.lengths = 0, None
         self._changed()
+
+    @contextmanager
+    def traced(self, starts: mx.array) -> Iterator[None]:
+        """The call under way is built with `starts` [rows] int32 for what the rows have, and with nothing else."""
+        same, offsets = self.same, self._offsets
+        self.same, self._offsets = None, starts
+        self._made.clear()
+        try:
+            yield
+        finally:
+            self.same, self._offsets = same, offsets
+            self._made.clear()
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, made for the first layer that asks in a call, and shared by the others."""
