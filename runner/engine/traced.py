@@ -19,7 +19,7 @@ import mlx.core as mx
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import compiled
-from runner.engine.kv.caches import Caches, Held
+from runner.engine.kv.caches import Caches, Held, Traced
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _MOST: Final = 64
 
 _MOST_COUNTED: Final = 1024
 
-_Kept = Callable[[mx.array, mx.array, list[mx.array], Held], tuple[mx.array, Held]]
+_Kept = Callable[[mx.array, mx.array, list[mx.array], Held], Traced]
 
 
 class TracedCalls:
@@ -91,7 +91,7 @@ class TracedCalls:
             self._graphs.popitem(last=False)
         return graph
 
-    def _trace(self, tokens: mx.array, starts: mx.array, slots: list[mx.array], held: Held) -> tuple[mx.array, Held]:
+    def _trace(self, tokens: mx.array, starts: mx.array, slots: list[mx.array], held: Held) -> Traced:
         """The call itself; runs when a graph is built, with arrays that stand for those of later calls."""
         assert self._caches is not None
         self._apply(RowSlots(slots[0], self._only) if slots else None)

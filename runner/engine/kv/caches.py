@@ -15,7 +15,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from runner.engine.kv.attention_kernel import LONGEST, Launch
 from runner.engine.kv.kept import Beginning, Piece, State
-from runner.engine.kv.layers import Layer, Straight, Window, row_starts
+from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.recurrent import Recurrent
@@ -23,9 +23,11 @@ from runner.engine.kv.recurrent import Recurrent
 Held = list[list[mx.array]]
 """What each layer holds."""
 
-Graph = Callable[[mx.array, mx.array, Held], tuple[mx.array, Held]]
-"""Tokens [rows, count], [rows] int32 tokens before them, and what layers hold; returns the answer, and what they hold
-after it."""
+Traced = tuple[mx.array, Held, mx.array]
+"""The answer, what layers hold after the call, and [rows] int32: tokens before the next call."""
+
+Graph = Callable[[mx.array, mx.array, Held], Traced]
+"""Of a call with tokens [rows, count], [rows] int32 tokens before them, and what layers hold."""
 
 
 class NotTraceableError(Exception):
@@ -172,17 +174,17 @@ class Caches:
         positions = self._positions
         held = [leaf.arrays for leaf in self._leaves]
         try:
-            answer, after = graph(tokens, row_starts(positions), held)
+            answer, after, starts = graph(tokens, positions.row_starts, held)
         except BaseException:
             after = held
             raise
         finally:
             for leaf, arrays in zip(self._leaves, after, strict=True):
                 leaf.hold(arrays)
-        positions.end()
+        positions.end(starts)
         return answer
 
-    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> tuple[mx.array, Held]:
+    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced:
         """What a graph of a call consists of, for such arguments as `call_graph` has for it.
 
         Raises NotTraceableError if a layer has not written and attended by its launch alone.
@@ -197,7 +199,7 @@ class Caches:
             if not all(leaf.traced for leaf in self._leaves):
                 raise NotTraceableError
         after = [leaf.arrays for leaf in self._leaves]
-        return answer, after
+        return answer, after, starts + tokens.shape[1]
 
     def join(self, other: Caches) -> None:
         """Rows of `other` come after these. `other` is not used any more."""

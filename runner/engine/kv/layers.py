@@ -145,7 +145,7 @@ class Straight:
         new, reach = (keys, values), min(positions.reach, window or positions.reach)
         if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):
             return None
-        starts = positions.once("row starts", lambda: row_starts(positions))
+        starts = positions.once("row starts", lambda: positions.row_starts)
         self._attended = True
         return self._planes.attend(self._launch, queries, new, starts, scale, window, self._ring)
 
@@ -324,11 +324,3 @@ def _given_masks(positions: Positions) -> list[tuple[mx.array, int | None]]:
     """Masks that caches have made in this call, with their windows."""
     given: list[tuple[mx.array, int | None]] = positions.once("given masks", list)
     return given
-
-
-def row_starts(positions: Positions) -> mx.array:
-    """[rows] int32, of which a launch needs all: tokens before the call."""
-    if positions.same is not None:
-        return mx.array([positions.same] * positions.rows, dtype=mx.int32)
-    starts = positions.starts
-    return starts if starts.dtype == mx.int32 else starts.astype(mx.int32)
