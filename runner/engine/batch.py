@@ -185,6 +185,11 @@ class DecodeBatch:
         return any(row.grammar is not None for row in self.rows)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+        return 0 if self._caches is None else self._caches.capacity
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
         return 0 if self._caches is None else self._caches.nbytes

@@ -116,9 +116,11 @@ class Engine:
         """Rows that are done leave; what they have computed is kept for prompts that begin the same."""
         for row in (*self._prefiller.remove_ended(), *self._grammars.remove_ended()):
             self._release(row)
-        for row in self._decoding.ended():
-            if row.reusable and self._prefixes.enabled:
-                self._prefixes.store(row.adapter_key, *self._decoding.computed(row))
+        ended = self._decoding.ended()
+        if self._prefixes.enabled:
+            kept = [row for row in ended if row.reusable]
+            self._prefixes.store_each((row.adapter_key, *self._decoding.computed(row)) for row in kept)
+        for row in ended:
             self._release(row)
         self._decoding.remove_ended()
 
@@ -138,7 +140,7 @@ class Engine:
         free = (self.limits.max_rows if self._loaded.batches else 1) - decoding
         if free > 0 and self._prefiller.due(free, chunk, decoding):
             self._decoding.disturbed()
-            for rows, caches in self._prefiller.step(free, chunk):
+            for rows, caches in self._prefiller.step(free, chunk, self._batch.capacity):
                 self._decoding.join(rows, caches)
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)

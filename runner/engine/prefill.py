@@ -55,6 +55,7 @@ class Prefiller:
         self._has_room = has_room
         self._sharing = sharing
         self._held = 0
+        self._room = 0
         self._long: _LongPrompt | None = None
         self._others_turn = False
 
@@ -70,7 +71,7 @@ class Prefiller:
             self.waiting = deque(row for row in self.waiting if not row.done)
             self.active = [row for row in self.active if not row.done]
             if self._long is not None and self._long.row.done:
-                self._store(self._long.row, self._long.caches, 0)
+                self._store([self._long.row], self._long.caches)
                 self._long = None
         return ended
 
@@ -98,12 +99,13 @@ class Prefiller:
         longest = max(len(row.prompt) - 1 for row in islice(self.waiting, ready))
         return longest > chunk or longest * (ready + 1) > self._sharing.tokens(chunk)
 
-    def step(self, free_rows: int, chunk: int) -> Iterator[Ready]:
+    def step(self, free_rows: int, chunk: int, room: int = 0) -> Iterator[Ready]:
         """Start one model call without waiting for it; yields the rows that it makes ready.
 
         It has at most `chunk` tokens of a long prompt, or as many of several short ones as may share it. The consumer
-        lets rows join the batch before it asks for more.
+        lets rows join the batch, whose rows have `room` tokens each, before it asks for more.
         """
+        self._room = room
         for ready in self._advance(free_rows, chunk):
             yield ready
             self.active = [row for row in self.active if row not in ready[0]]
@@ -152,6 +154,8 @@ class Prefiller:
             yield [row for row, _ in rest], self._call_together(rest)
 
     def _begin(self, group: list[_Known], reserve: int = 0) -> Caches:
+        longest = max(len(row.prompt) for row, _ in group)
+        reserve = max(reserve, self._sharing.room(longest, self._room))
         return self._layout.restore([beginning for _, beginning in group], reserve)
 
     def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
@@ -159,12 +163,13 @@ class Prefiller:
         long.call(self._model, chunk)
         if not long.todo:
             self._long = None
-            self._store(long.row, long.caches, 0)
+            self._store([long.row], long.caches)
             yield [long.row], long.caches
 
-    def _store(self, row: Row, caches: Caches, index: int) -> None:
-        if row.reusable and self._prefixes.enabled:
-            self._prefixes.store(row.adapter_key, row.prompt[:-1], caches, index)
+    def _store(self, rows: list[Row], caches: Caches) -> None:
+        if self._prefixes.enabled:
+            kept = [(index, row) for index, row in enumerate(rows) if row.reusable]
+            self._prefixes.store_each((row.adapter_key, row.prompt[:-1], caches, index) for index, row in kept)
 
     def _look_up(self, row: Row) -> Beginning | None:
         hit = self._prefixes.look_up(row.adapter_key, row.prompt)
@@ -184,8 +189,7 @@ class Prefiller:
         start(caches.arrays)
         # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
         if len(group) == 1 or not self._layout.cuttable:
-            for index, (row, _) in enumerate(group):
-                self._store(row, caches, index)
+            self._store([row for row, _ in group], caches)
         return caches
 
 

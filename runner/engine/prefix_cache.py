@@ -15,8 +15,10 @@ shrink from their ends, and beginnings that many share stay.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
+
+import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches
@@ -79,6 +81,17 @@ class PrefixCache:
 
     def store(self, adapter: str, tokens: Sequence[int], caches: Caches, row: int) -> None:
         """Keep what `caches` have of a row that begins with `tokens`; of what follows on them nothing is known."""
+        self.store_each([(adapter, tokens, caches, row)])
+
+    def store_each(self, rows: Iterable[tuple[str, Sequence[int], Caches, int]]) -> None:
+        """`store` with each of these: copies of all are started together, since each start costs the host."""
+        copied: list[mx.array] = []
+        for adapter, tokens, caches, row in rows:
+            self._store(adapter, tokens, caches, row, copied)
+        # Not evaluated, they would hold on to the whole batch.
+        start(copied)
+
+    def _store(self, adapter: str, tokens: Sequence[int], caches: Caches, row: int, copied: list[mx.array]) -> None:
         tokens = tokens[: caches.length(row)]
         if not self.enabled or not tokens:
             return
@@ -90,14 +103,13 @@ class PrefixCache:
         nbytes = sum(piece.nbytes for piece in pieces) + (0 if state is None else state.nbytes)
         if nbytes + len(packed) > self._limit:
             return
-        node = self._end(tree, path, apart=bool(pieces) or state is not None)
+        node = self._end(tree, path, copied, apart=bool(pieces) or state is not None)
         for piece in pieces:
-            node = self._append(node, packed, piece)
+            node = self._append(node, packed, piece, copied)
         if state is not None and node.state is None:
             node.state = state
             self.nbytes += state.nbytes
-            # Not evaluated, it would hold on to the whole batch.
-            start(state.arrays)
+            copied += state.arrays
         self._rank(node)
         self._shrink()
 
@@ -116,8 +128,8 @@ class PrefixCache:
 
     # ------------------------------------------------------------- growing
 
-    def _end(self, tree: Node, path: list[tuple[Node, int]], *, apart: bool) -> Node:
-        """The node at the end of `path`; `apart` if one has to end just there."""
+    def _end(self, tree: Node, path: list[tuple[Node, int]], copied: list[mx.array], *, apart: bool) -> Node:
+        """The node at the end of `path`; `apart` if one has to end just there, by copies that are to be started."""
         if not path:
             return tree
         node, matching = path[-1]
@@ -125,14 +137,14 @@ class PrefixCache:
             return node
         before = node.nbytes
         upper = node.split(matching)
-        start(upper.piece.arrays, node.piece.arrays)
+        copied += upper.piece.arrays + node.piece.arrays
         self.nbytes += upper.nbytes + node.nbytes - before
         self._nodes += 1
         self._rank(upper)
         self._rank(node)
         return upper
 
-    def _append(self, node: Node, packed: bytes, piece: Piece) -> Node:
+    def _append(self, node: Node, packed: bytes, piece: Piece, copied: list[mx.array]) -> Node:
         """The node of a piece that follows on `node`, which grows if it is a short end."""
         tokens = packed[4 * piece.start : 4 * piece.stop]
         ends = node.parent is not None and not node.children and node.state is None
@@ -144,7 +156,7 @@ class PrefixCache:
             node = Node(node, tokens, piece)
             self.nbytes += node.nbytes
             self._nodes += 1
-        start(node.piece.arrays)
+        copied += node.piece.arrays
         self._rank(node)
         return node
 

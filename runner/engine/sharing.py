@@ -15,6 +15,9 @@ from typing import Final
 
 import mlx.core as mx
 
+_LEAST: Final = 256
+"""Tokens that caches have room for at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
@@ -22,13 +25,15 @@ class Sharing:
 
     A call of several short ones may have `times` the tokens of a chunk of a long prompt, up to `most`. While rows
     decode, prompts wait until there is one for every `rows` of these, for `steps` steps at most. With 0 rows nobody
-    waits.
+    waits. Prompts get as much room as the batch they will join, where that is at most `roomier` times what they need:
+    nothing has to be cleared behind them then.
     """
 
     times: int = 1
     most: int = 0
     rows: int = 0
     steps: int = 0
+    roomier: int = 0
 
     def tokens(self, chunk: int) -> int:
         """How many a call of several prompts may have, padding included, where one of a long prompt has `chunk`."""
@@ -41,6 +46,10 @@ class Sharing:
         """
         return self.rows > 0 and ready * self.rows < decoding and held < self.steps
 
+    def room(self, needed: int, batch: int) -> int:
+        """Tokens to have room for, for prompts that need `needed` and join a batch with `batch`; 0 for no matter."""
+        return batch if needed <= batch <= self.roomier * max(_LEAST, needed) else 0
+
 
 AT_ONCE: Final = Sharing()
 """Where a prompt costs what its tokens cost."""
@@ -48,7 +57,7 @@ AT_ONCE: Final = Sharing()
 # tests/bench/sharing.py reckons what they bring from what was measured. With prompts and answers of 256 and 128 tokens,
 # give or take a half, 128 clients get 14,800 tokens/s in place of 10,500 (11,800 with wider calls alone), the first
 # token after 34 ms in place of 41; 32 clients 7,000 in place of 6,300, and the first after 18 ms in place of 14.
-TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=4)
+TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=4, roomier=4)
 """Where a call costs what its launches cost."""
 
 

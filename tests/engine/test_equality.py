@@ -220,7 +220,7 @@ def test_other_architectures(pair: Callable[..., Pair], model_type: str, schedul
 @settings(bounded, max_examples=8)
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])
 def test_prompts_that_wait_for_each_other(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
-    pair(model_type, sharing=Sharing(times=4, most=2048, rows=1, steps=3)).check(schedule)
+    pair(model_type, sharing=Sharing(times=4, most=2048, rows=1, steps=3, roomier=4)).check(schedule)
 
 
 @pytest.mark.parametrize("prefixes", [0, 1 << 20], ids=["cold", "with prefixes"])

@@ -13,7 +13,7 @@ from tests.engine.drive import Driver, generate
 from tests.engine.tiny import encode
 
 PROMPT = encode("the quick brown fox jumps over the lazy dog")
-PATIENT = Sharing(times=4, most=128, rows=2, steps=3)
+PATIENT = Sharing(times=4, most=128, rows=2, steps=3, roomier=4)
 
 
 def test_where_a_prompt_costs_what_its_tokens_cost_nobody_waits() -> None:
@@ -30,6 +30,12 @@ def test_calls_that_are_shared_are_wider_within_bounds(chunk: int, tokens: int) 
 def test_large_batches_wait_for_more_prompts_but_not_long(decoding: int, needed: int) -> None:
     assert [TOGETHER.holds(decoding, ready, 0) for ready in range(1, 10)] == [ready < needed for ready in range(1, 10)]
     assert not any(TOGETHER.holds(decoding, 1, held) for held in range(TOGETHER.steps, 10))
+
+
+@pytest.mark.parametrize(("needed", "batch", "room"), [(255, 512, 512), (9, 1024, 1024), (9, 1280, 0), (600, 512, 0)])
+def test_prompts_get_the_room_of_the_batch_within_bounds(needed: int, batch: int, room: int) -> None:
+    assert TOGETHER.room(needed, batch) == room
+    assert AT_ONCE.room(needed, batch) == 0
 
 
 def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,18 @@ leave in any order. A row's cost to join or leave is its own keys and values, no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import LONGEST, Launch
 from runner.engine.kv.kept import Beginning, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
+from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.recurrent import Recurrent
@@ -131,6 +134,11 @@ class Caches:
         """Bytes, room for tokens to come included."""
         return sum(array.nbytes for array in self.arrays)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+        return self._positions.capacity
+
     def reserve(self, tokens: int) -> None:
         """Have room for `tokens` tokens a row from the next call on, where it is known that they will come."""
         self._positions.reserve(tokens)
@@ -217,10 +225,16 @@ class Caches:
         order = list(range(left))
         for hole, row in zip(holes, last, strict=True):
             order[hole] = row
+        lifted: list[list[mx.array]] = [[] for _ in self._leaves]
+        if holes:
+            lifted = [leaf.lift(_slots(last)) for leaf in self._leaves]
+            # At once: what still reads an array keeps it from being written in place, and each start costs the host.
+            start(lifted)
         self._positions.take(order)
         self._positions.fit()
-        for leaf in self._leaves:
-            leaf.take(order, (last, holes))
+        into = _slots(holes)
+        for leaf, moved in zip(self._leaves, lifted, strict=True):
+            leaf.take(order, into, moved)
         return order
 
     def trim(self, counts: mx.array) -> None:
@@ -257,20 +271,20 @@ class Caches:
         lengths = [0 if begun is None else begun.length for begun in beginnings]
         self._positions.restart(lengths, [0 if begun is None else begun.written for begun in beginnings])
         self._positions.reserve(max(reserve, *self._positions.written))
-        for row, begun in enumerate(beginnings):
-            if begun is not None:
-                self._put(row, begun)
+        for row, rows, begun in _runs(beginnings):
+            self._put(row, rows, begun)
 
-    def _put(self, row: int, begun: Beginning) -> None:
+    def _put(self, row: int, rows: int, begun: Beginning) -> None:
         for piece in begun.pieces:
             used = min(piece.stop, begun.length) - piece.start
             for leaf, arrays in zip(self._leaves, piece.layers, strict=True):
                 if arrays is not None:
-                    leaf.put_piece(row, piece.start, [array[:, :, :used] for array in arrays])
+                    leaf.put_piece(row, rows, piece.start, [array[:, :, :used] for array in arrays])
         if begun.state is not None:
             for leaf, arrays in zip(self._leaves, begun.state.layers, strict=True):
                 if arrays is not None:
-                    leaf.put_state(row, arrays)
+                    for one in range(row, row + rows):
+                        leaf.put_state(one, arrays)
 
 
 class Foreign(Caches):
@@ -302,6 +316,24 @@ class Foreign(Caches):
             assert begun.state is not None
             self._positions.restart([begun.length], [begun.length])
             self.layers = copy.deepcopy(begun.state.foreign or [])
+
+
+def _slots(rows: list[int]) -> Slots:
+    return rows[0] if len(rows) == 1 else mx.array(rows, dtype=mx.int32)
+
+
+def _runs(beginnings: Sequence[Beginning | None]) -> Iterator[tuple[int, int, Beginning]]:
+    """Rows side by side that begin with the very same: the first of them, how many, and what they begin with."""
+    row = 0
+    for _, run in groupby(beginnings, _what_is_kept):
+        first, *others = run
+        if first is not None:
+            yield row, 1 + len(others), first
+        row += 1 + len(others)
+
+
+def _what_is_kept(begun: Beginning | None) -> tuple[int, ...]:
+    return () if begun is None else (begun.length, id(begun.state), *map(id, begun.pieces))
 
 
 def _known(leaf: Any) -> bool:

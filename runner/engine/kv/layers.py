@@ -15,7 +15,7 @@ from runner.engine.arrays import start
 from runner.engine.kv import masks
 from runner.engine.kv.attention_kernel import Launch, applies
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.planes import Planes
+from runner.engine.kv.planes import Planes, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.unwritten import Unwritten
 
@@ -60,8 +60,12 @@ class Layer(Protocol):
         """Rows of `other` come after the `first` ones here. `other` is not used any more."""
         ...
 
-    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
-        """Rows `order` stay, as it lists them: slots `moves[0]` are copied to `moves[1]`."""
+    def lift(self, slots: Slots) -> list[mx.array]:
+        """Copies of slots, not computed yet, for `take` to put into others."""
+        ...
+
+    def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
+        """Rows `order` stay, as it lists them: what was `lifted` goes to the slots `holes`, nothing if it is empty."""
         ...
 
     def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
@@ -72,8 +76,8 @@ class Layer(Protocol):
         """A copy of what a row has that had up to `written` tokens; None if pieces say as much."""
         ...
 
-    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
-        """Have what `piece` returned from position `start` on, in a row that nothing was written to yet."""
+    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
+        """Have what `piece` returned from position `start` on, in `rows` rows that nothing was written to yet."""
         ...
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
@@ -207,9 +211,12 @@ class Straight:
     def _room(self) -> int:
         return self._positions.capacity
 
-    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
-        if moves[0] and not self._planes.empty:
-            self._planes.move(*moves)
+    def lift(self, slots: Slots) -> list[mx.array]:
+        return self._planes.lift(slots)
+
+    def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
+        if lifted:
+            self._planes.put(holes, lifted)
         self._planes.shrink(self._positions.slots, self._room())
 
     def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
@@ -221,9 +228,9 @@ class Straight:
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None
 
-    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
         self._planes.reserve(self._positions.slots, self._room(), arrays)
-        self._planes.paste(row, 1, arrays, start)
+        self._planes.paste(row, rows, arrays, start)
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
         raise AssertionError("its pieces say all")
@@ -300,13 +307,13 @@ class Window(Straight):
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None if written <= self._size else self._apart(self._cut(row, slice(0, self._size)))
 
-    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
         # What goes on beyond the ring is of a row that has a state, which says more.
         if start + arrays[0].shape[2] <= self._size:
-            super().put_piece(row, start, self._apart(arrays))
+            super().put_piece(row, rows, start, self._apart(arrays))
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
-        super().put_piece(row, 0, self._apart(arrays))
+        super().put_piece(row, 1, 0, self._apart(arrays))
 
     def _apart(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Copies that share no memory with the ring, which a launch writes to without MLX knowing.

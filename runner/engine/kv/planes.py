@@ -15,6 +15,9 @@ from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.positions import Positions
 
+Slots = int | mx.array
+"""One slot, or several: [N]."""
+
 
 class Planes:
     """Keys and values of the rows of one layer, or what they are encoded as."""
@@ -137,25 +140,26 @@ class Planes:
             return self.arrays
         return [array[:rows, :, :tokens] for array in self.arrays]
 
-    def move(self, source: list[int], target: list[int]) -> None:
-        """Copy whole slots."""
-        # Computed ahead of the writes: what still reads an array keeps it from being written in place.
-        if len(source) == 1:
-            (a,) = source
-            rows = [mx.contiguous(array[a : a + 1]) for array in self.arrays]
-        else:
-            taken = mx.array(source)
-            rows = [array[taken] for array in self.arrays]
-        start(rows)
-        for array, moved in zip(self.arrays, rows, strict=True):
-            if len(target) == 1:
-                (b,) = target
-                array[b : b + 1] = moved
+    def lift(self, slots: Slots) -> list[mx.array]:
+        """Copies of whole slots, not computed yet."""
+        if isinstance(slots, int):
+            return [mx.contiguous(array[slots : slots + 1]) for array in self.arrays]
+        return [array[slots] for array in self.arrays]
+
+    def put(self, slots: Slots, lifted: Sequence[mx.array]) -> None:
+        """Write whole slots. What was lifted has to be started before: until then it keeps these from being written in
+        place."""
+        for array, part in zip(self.arrays, lifted, strict=True):
+            if isinstance(slots, int):
+                array[slots : slots + 1] = part
             else:
-                array[mx.array(target)] = moved
+                array[slots] = part
 
     def paste(self, first: int, rows: int, other: Sequence[mx.array], start: int = 0) -> None:
-        """Put arrays [≥ rows, heads, tokens, width] into `rows` slots from `first` on, at places from `start` on."""
+        """Put arrays [≥ rows, heads, tokens, width] into `rows` slots from `first` on, at places from `start` on.
+
+        Those of one row are put into every slot.
+        """
         for array, part in zip(self.arrays, other, strict=True):
             array[first : first + rows, :, start : start + part.shape[2]] = part[:rows]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
 
@@ -48,7 +49,10 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def extend(self, first: int, other: Recurrent) -> None:
         self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
 
-    def take(self, order: list[int], moves: tuple[list[int], list[int]]) -> None:
+    def lift(self, slots: Slots) -> list[mx.array]:
+        return []
+
+    def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         self.filter(mx.array(order, dtype=mx.int32))
 
     def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
@@ -57,7 +61,7 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return [mx.zeros((0,)) if a is None else mx.contiguous(a[row : row + 1]) for a in self.cache]
 
-    def put_piece(self, row: int, start: int, arrays: Sequence[mx.array]) -> None:
+    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
         raise AssertionError("it has no pieces")
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from runner.engine.arrays import to_list
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
+from runner.engine.kv.planes import Planes
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import active_memory
@@ -215,6 +217,34 @@ def test_leaving_copies_one_row_and_not_the_batch(loaded: dict[str, LoadedModel]
     assert cost(lambda: orders.append(caches.remove([3])), caches) <= 1.1 * row
     assert orders == [[0, 1, 2, 15, *range(4, 15)]]
     assert cost(lambda: orders.append(caches.remove([1, 14, 5])), caches) <= 2.2 * row
+
+
+def test_rows_leave_and_are_restored_together(loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are, what moves is started once; rows that begin the same are written at once."""
+    model = loaded["llama"]
+    caches = filled(model, [40 + i for i in range(6)])
+    starts: list[object] = []
+    started = lambda *trees: (starts.append(trees), mx.async_eval(*trees))  # noqa: E731
+    monkeypatch.setattr("runner.engine.kv.caches.start", started)
+    piece = caches.piece(0, 0, 30)
+    assert sorted(caches.remove([0, 2])) == [1, 3, 4, 5]
+    assert len(starts) == 1
+    writes: list[int] = []
+    paste = Planes.paste
+
+    def counted(planes: Planes, first: int, rows: int, *more: Any) -> None:
+        writes.append(rows)
+        paste(planes, first, rows, *more)
+
+    monkeypatch.setattr(Planes, "paste", counted)
+    same = [Beginning(30, (piece,)), Beginning(30, (piece,)), None, Beginning(20, (piece,))]
+    restored = model.layout.restore(same)
+    assert writes == [2] * len(restored.layers) + [1] * len(restored.layers)
+    for layer in restored.layers:
+        keys = layer.keys
+        assert mx.array_equal(keys[0, :, :30], keys[1, :, :30]).item()
+        assert mx.array_equal(keys[0, :, :20], keys[3, :, :20]).item()
+        assert not keys[2].any().item()
 
 
 def test_joining_copies_the_row_once_there_is_room(loaded: dict[str, LoadedModel]) -> None:
