@@ -22,6 +22,7 @@ from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
+from runner.engine.products import install as install_products
 from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
 from runner.errors import EngineLoadError
@@ -85,6 +86,7 @@ def load(
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
         install(model)
+        install_products(model)
         layout, vocabulary, together = _try(model, slack, attention_kernel.launch())
         if quantisation is not None:
             quantised = Layout(model, slack, quantisation, launch=layout.launch)

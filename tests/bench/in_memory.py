@@ -18,6 +18,7 @@ from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel
 from runner.engine.narrow import narrow_tokenizer
+from runner.engine.products import install as install_products
 from runner.engine.tokenizer import Tokenizer
 from tests.bench.geometry import GEOMETRIES, draw_model
 from tests.bench.llama_1b import TEMPLATE, build_tokenizer
@@ -56,6 +57,7 @@ def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
     join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
     mx.eval(model.parameters())
     install(model)
+    install_products(model)
     return LoadedModel(
         model=model,
         tokenizer=words,
