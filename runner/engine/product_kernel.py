@@ -73,8 +73,9 @@ def fits(outputs: int, inputs: int, dtype: mx.Dtype) -> bool:
 Choose = Callable[[int, int, int, str], Way]
 
 Multiply = Callable[..., mx.array]
-"""From tokens [..., inputs], of at most MOST_ROWS in all, and the weight [outputs, inputs] (after it, for "add",
-[..., outputs] of the tokens' type) to [..., outputs]. For "swiglu" the weight is [2 · outputs, inputs]."""
+"""From tokens [..., inputs], of at most MOST_ROWS in all, and the weight [outputs, inputs] to [..., outputs]. A third
+array, [..., outputs] of the tokens' type, is added to the rounded product. For "swiglu" the weight is [2 · outputs,
+inputs], and there is no third."""
 
 
 def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Multiply:
@@ -82,11 +83,14 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
     prepared = [_prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue) for tiles in TILES]
     by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
     dtypes = [dtype]
+    # One kernel is both with and without a sum, since each takes a second to compile: a single axis is none.
+    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
+    mx.eval(rest)
 
-    def call(x: mx.array, *arrays: mx.array) -> mx.array:
+    def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         kernel, grid, threads = by_rows[x.size // inputs]
         result: mx.array = kernel(
-            inputs=[x, *arrays],
+            inputs=[x, weight, *rest] if added is None else [x, weight, added],
             grid=grid,
             threadgroup=threads,
             output_shapes=[(*x.shape[:-1], outputs)],
@@ -126,7 +130,7 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
 
 def inputs_of(epilogue: str) -> list[str]:
     """What the source calls a call's arrays."""
-    return ["x", "w", "added"] if epilogue == "add" else ["x", "w"]
+    return ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
 
 
 def _prepare(

@@ -162,8 +162,7 @@ BODY: Final = """
 """
 
 STORES: Final = {
-    "plain": "out[to] = T(total[m]);",
-    "add": "out[to] = T(float(added[to]) + float(T(total[m])));",
+    "plain": "out[to] = added_ndim == 1 ? T(total[m]) : T(float(added[to]) + float(T(total[m])));",
     "swiglu": "out[to] = swiglu(T(total[m]), T(total[m + 1]));",
 }
 """What becomes of the sums."""

@@ -2,8 +2,12 @@
 
 Upstream's layers stay the objects that they are, and are of a class that derives from theirs: whoever asks what they
 are, wraps them, counts their weights or walks through the model sees no difference. A layer with more than MOST_ROWS
-tokens in a call, or tokens of another type, computes as before. Each shape of weight is tried on the layer's own
-weight first, which also compiles its kernels before the engine says that it is ready.
+tokens in a call, or tokens of another type, computes as before. MLPs and blocks that compute, to the bit, what
+upstream's usual ones do are made of fewer launches: a gate, an input and what follows are one, and a residual sum is
+part of the product before it. Where an adapter changes a layer for the rows of a call, that part is as before.
+
+Each shape of weight is tried on the layer's own weight first, which also compiles its kernels before the engine says
+that it is ready.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
+from inspect import signature
 from typing import Any, Final
 
 import mlx.core as mx
@@ -30,23 +35,31 @@ _TOLERANCE: Final = 0.02
 _TRIED_ROWS: Final = tuple(8 * (tiles - 1) + 1 for tiles in product_kernel.TILES)
 """Of each kernel."""
 
+_BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+
 Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products are made: `product_kernel.multiply`."""
 
 
 class _FewRows:
-    """What a layer knows of its products with few tokens: `most` values in a call, of type `dtype`."""
+    """What a layer knows of its products with few tokens: `most` values in a call, of type `dtype`. `added` is what the
+    layer's next product is to be added to, and is taken by it if it can."""
 
-    __slots__ = ("dtype", "most", "multiply")
+    __slots__ = ("added", "dtype", "most", "multiply")
 
     def __init__(self, multiply: Multiply, inputs: int, dtype: mx.Dtype) -> None:
         self.multiply, self.most, self.dtype = multiply, MOST_ROWS * inputs, dtype
+        self.added: mx.array | None = None
 
 
 def _product(few: _FewRows, x: mx.array, weight: mx.array) -> mx.array:
-    if 0 < x.size <= few.most and x.dtype == few.dtype:
+    if not (0 < x.size <= few.most and x.dtype == few.dtype):
+        return x @ weight.T
+    added = few.added
+    if added is None:
         return few.multiply(x, weight)
-    return x @ weight.T
+    few.added = None
+    return few.multiply(x, weight, added)
 
 
 class FewRowsLinear(nn.Linear):  # type: ignore[misc]
@@ -87,6 +100,33 @@ class _FewRowsGated(nn.Module):  # type: ignore[misc]
         return y
 
 
+class _FewRowsBlock(nn.Module):  # type: ignore[misc]
+    """A block whose two residual sums are part of the products before them."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """x is [rows, tokens, width]."""
+        attention, mlp = self["self_attn"], self["mlp"]
+        norm = self["input_layernorm"]
+        h = _sum(x, attention["o_proj"], lambda: attention(norm(x), mask, cache))
+        after = self["post_attention_layernorm"]
+        return _sum(h, mlp["down_proj"], lambda: mlp(after(h)))
+
+
+def _sum(x: mx.array, layer: Any, branch: Callable[[], mx.array]) -> mx.array:
+    """x + branch(), of which `layer` is the end."""
+    if isinstance(layer, AdaptedLinear):
+        layer = layer.unchanged
+    few = None if layer is None else layer.few_rows
+    if few is None or x.dtype != few.dtype:
+        return x + branch()
+    few.added = x
+    try:
+        y = branch()
+    finally:
+        left, few.added = few.added, None
+    return y if left is None else x + y
+
+
 def install(model: Any, make: Make | None = None) -> int:
     """Let the model's products of few tokens be those that `make` makes: the kernel's, where there is a device for it.
 
@@ -112,6 +152,10 @@ def install(model: Any, make: Make | None = None) -> int:
             layer.__class__ = kind
             count += 1
     _install_gated(model, make)
+    for module in list(model.modules()):
+        if _ends_in_such_products(module) and _is_usual_block(module):
+            whole: Any = type(module)
+            module.__class__ = _derived(_FewRowsBlock, whole)
     return count
 
 
@@ -139,7 +183,7 @@ def _install_gated(model: Any, make: Make) -> None:
         if (multiply := made[key]) is not None:
             module.few_rows, module.gate_and_input = _FewRows(multiply, key[1], key[2]), group
             kind: Any = type(module)
-            module.__class__ = _gated(kind)
+            module.__class__ = _derived(_FewRowsGated, kind)
 
 
 def _gate_and_input(module: Any) -> JoinedLayers | None:
@@ -168,10 +212,30 @@ def _is_swiglu(module: Any) -> bool:
         module.gate_proj.place[0].forget()
 
 
+def _ends_in_such_products(module: Any) -> bool:
+    """Whether it has the parts of upstream's usual block, and attention and MLP end in a product with few rows."""
+    if not module.keys() >= _BLOCK or [*signature(type(module).__call__).parameters] != ["self", "x", "mask", "cache"]:
+        return False
+    ends = module["self_attn"].get("o_proj"), module["mlp"].get("down_proj")
+    return all(type(end) is FewRowsLinear for end in ends)
+
+
+def _is_usual_block(module: Any) -> bool:
+    """Whether it computes what upstream's usual block does, to the bit."""
+    width = module.mlp.down_proj.weight.shape[0]
+    x = mx.random.normal((1, 2, width), key=mx.random.key(0)).astype(module.mlp.down_proj.weight.dtype)
+    try:
+        h = x + module.self_attn(module.input_layernorm(x), None, None)
+        usual = h + module.mlp(module.post_attention_layernorm(h))
+        return bool(mx.array_equal(module(x, None, None), usual, equal_nan=True).item())
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return False
+
+
 @cache
-def _gated(kind: Any) -> type[Any]:
+def _derived(first: Any, kind: Any) -> type[Any]:
     # Its module is upstream's, since that is where others look for what it calls.
-    return type(f"FewRows{kind.__name__}", (_FewRowsGated, kind), {"__module__": kind.__module__})
+    return type(f"FewRows{kind.__name__}", (first, kind), {"__module__": kind.__module__})
 
 
 def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:

@@ -66,8 +66,10 @@ class OnHost:
     def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
         parts = 2 if epilogue == "swiglu" else 1
 
-        def call(*arrays: mx.array) -> mx.array:
-            x = arrays[0]
+        def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+            arrays = [x, weight]
+            if epilogue != "swiglu":
+                arrays.append(mx.zeros((1,), dtype) if added is None else added)
             rows = x.size // inputs
             tiles = next(tiles for tiles in TILES if rows <= tiles * 8)
             way = choose(outputs, inputs, tiles, epilogue)
@@ -77,7 +79,12 @@ class OnHost:
             passed: list[Any] = [_pointer(view) for view in (*views, out, shape, w_shape)]
             blocks = outputs * parts // (16 * way.mtiles)
             run = self._run(way, tiles, dtype, epilogue)
-            run(ctypes.c_int(blocks), ctypes.c_int(way.warps * 32), *passed, ctypes.c_int(x.ndim))
+            run(
+                ctypes.c_int(blocks),
+                ctypes.c_int(way.warps * 32),
+                *passed,
+                *(ctypes.c_int(array.ndim) for array in (x, arrays[-1])),
+            )
             return mx.array(out).view(dtype)
 
         return call
@@ -90,7 +97,7 @@ class OnHost:
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             names = [*product_kernel.inputs_of(epilogue), "out"]
             arguments = dict.fromkeys(names, f"{kind}*")
-            arguments |= {"x_shape": "const int*", "w_shape": "const int*", "x_ndim": "int"}
+            arguments |= {"x_shape": "const int*", "w_shape": "const int*", "x_ndim": "int", "added_ndim": "int"}
             constants = product_kernel.constants(way, tiles, dtype, epilogue)
             # The types' names come first, then what they and the constants are used in.
             before, after = _DEVICE.split("struct Operands", 1)

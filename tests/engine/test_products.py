@@ -34,11 +34,13 @@ class Spelled:
         self.calls: Counter[str] = Counter()
 
     def __call__(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Multiply:
-        def call(x: mx.array, weight: mx.array) -> mx.array:
+        def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
             assert x.dtype == weight.dtype == dtype
             assert weight.shape == (outputs * (2 if epilogue == "swiglu" else 1), inputs)
-            self.calls[epilogue] += 1
+            self.calls[epilogue if added is None else "sum"] += 1
             y = x @ weight.T
+            if added is not None:
+                return added + y
             return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
 
         return call
@@ -54,23 +56,23 @@ def joined(folder: Path, dtype: mx.Dtype = mx.bfloat16, **config: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "plain", "gated"),
-    # Of each block: projections, attention's output, the MLP's output; and its gate and input at once.
-    [("llama", 9, 3), ("qwen3", 6, 2), ("gemma3_text", 16, 0)],
+    ("model_type", "plain", "gated", "sums"),
+    # Of each usual block: projections; an MLP's gate and input at once; attention's and the MLP's output with sums.
+    [("llama", 3, 3, 6), ("qwen3", 2, 2, 4), ("gemma3_text", 16, 0, 0)],
 )
 def test_a_call_of_few_tokens_is_made_of_such_products(
-    model_folder: ModelFolder, model_type: str, plain: int, gated: int
+    model_folder: ModelFolder, model_type: str, plain: int, gated: int, sums: int
 ) -> None:
     model = joined(model_folder(model_type))
     expected, paths = model(PROMPT), [path for path, _ in model.named_modules()]
     weights = [path for path, _ in tree_flatten(model.parameters())]
     spelled = Spelled()
 
-    assert products.install(model, spelled) == plain + gated
+    assert products.install(model, spelled) == plain + gated + sums
     spelled.calls.clear()
 
     assert mx.array_equal(model(PROMPT), expected)
-    assert spelled.calls == Counter(plain=plain, swiglu=gated)
+    assert spelled.calls == Counter({k: n for k, n in (("plain", plain), ("swiglu", gated), ("sum", sums)) if n})
     assert [path for path, _ in model.named_modules()] == paths
     assert [path for path, _ in tree_flatten(model.parameters())] == weights
     assert isinstance(model.layers[0].self_attn.o_proj, nn.Linear)
@@ -148,7 +150,7 @@ def test_adapters_change_what_they_did(
             said.append(model(PROMPT))
             if make is not None:
                 fused = 0 if rows is not None and adapted == MLP else 3
-                assert spelled.calls == Counter(plain=12 - fused, swiglu=fused)
+                assert spelled.calls == Counter(plain=9 - 2 * fused, swiglu=fused, sum=3 + fused)
     assert mx.array_equal(said[2], said[0])
     assert mx.array_equal(said[3], said[1])
     assert not mx.allclose(said[1], said[0])
