@@ -59,9 +59,11 @@ def way(outputs: int, inputs: int, tiles: int, epilogue: str) -> Way:
     blocks = outputs // _TILE
     if epilogue == "swiglu":
         return Way(8, 1 if tiles == 4 else 2, 2)
+    if blocks <= _PROCESSORS and inputs >= 16 * _CHUNK:
+        # Fewer blocks than there are processors, so each has to have much on its way.
+        return Way(16, 2, 1)
     if blocks <= 3 * _PROCESSORS or outputs % (2 * _TILE):
-        # Few blocks, so each has to have much on its way.
-        return Way(16 if inputs >= 16 * _CHUNK else 8, 2, 1)
+        return Way(8, 2, 1)
     return Way(8, 1 if tiles == 4 else 2, 2)
 
 
@@ -107,9 +109,8 @@ def usable() -> bool:
 
 
 def source(epilogue: str) -> str:
-    """The kernel's text, without what only readers need: MLX copies and hashes it in each call."""
-    lines = (line.strip() for line in BODY.replace("STORE", STORES[epilogue]).splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    """The kernel's text."""
+    return cuda_kernels.terse(BODY.replace("STORE", STORES[epilogue]))
 
 
 def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:

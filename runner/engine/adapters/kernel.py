@@ -149,7 +149,7 @@ def _kernel() -> Any:
         name="low_rank_changes",
         input_names=["x", "y", "a", "b", "spans", "slots"],
         output_names=["out"],
-        source=_SOURCE,
+        source=cuda_kernels.terse(_SOURCE),
         header=(
             f"constexpr int THREADS = {_THREADS};\nconstexpr int TILE = {_TILE};\n"
             f"constexpr int MOST_RANK = {_MOST_RANK};\n"

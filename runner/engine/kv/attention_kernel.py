@@ -46,7 +46,9 @@ from runner.engine.kv.masks import FEW
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-_THREADS: Final = 256
+_THREADS: Final = 128
+"""Of a block. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
+
 _WARP: Final = 32
 _VECTOR: Final = 16
 """Bytes of a load."""
@@ -61,7 +63,7 @@ _BLOCKS: Final = 256
 """Blocks that are wanted at least: two for each multiprocessor of a large GPU. Where rows, heads and tokens make fewer,
 several share a row's keys."""
 
-_SHARE: Final = 512
+_SHARE: Final = 128
 """Places that are worth a block."""
 
 _MOST_SPLITS: Final = 32
@@ -209,7 +211,7 @@ def _kernel(scale: float) -> Any:
         name="attend_and_write",
         input_names=list(INPUTS),
         output_names=["out", "partial"],
-        source=SOURCE,
+        source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,

@@ -24,7 +24,7 @@ _MINE: Final = 16
 """Values of a key that a lane has."""
 
 _HEADS: Final = 4
-_THREADS: Final = 256
+_THREADS: Final = 128
 
 _PARTS: Final = ("keys", "key_scales", "key_biases", "values", "value_scales", "value_biases")
 INPUTS: Final = ("queries", *_PARTS, *(f"held_{name}" for name in _PARTS), "starts", "after", "counters")
@@ -119,7 +119,7 @@ def _kernel(scale: float) -> Any:
         name="attend_and_write_packed",
         input_names=list(INPUTS),
         output_names=["out", "partial"],
-        source=SOURCE,
+        source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         ensure_row_contiguous=False,
     )
