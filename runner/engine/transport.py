@@ -1,4 +1,8 @@
-"""The engine's socket: one thread reads, one writes, and the main thread sees two queues.
+"""The engine's socket: one thread reads into a queue, and the main thread writes what the socket takes at once; another
+thread writes what it does not.
+
+The main thread writes because a thread beside it would have to wait for the interpreter's lock: a frame left when the
+next step's graph was built, 1.5 ms after it was there (tests/bench/transport_cost.py).
 
 One runner is connected at a time; a newer connection replaces an older. What the main thread sends belongs to the
 connection whose `Connected` event it took last, so nothing of a replaced runner's requests reaches the new one.
@@ -93,7 +97,7 @@ class Transport:
         self._answering = connection
 
     def send(self, message: FromEngine) -> None:
-        """Queue one frame for the runner that is being answered."""
+        """Write one frame to the runner that is being answered, or queue what its socket does not take now."""
         self._enqueue(self._answering, encode_frame(message))
 
     def greet(self, *greeting: FromEngine) -> None:
@@ -189,6 +193,10 @@ class Transport:
 
     def _enqueue(self, connection: int, frame: bytes) -> None:
         with self._lock:
+            if not self._unsent:
+                frame = self._write_now(connection, frame)
+                if not frame:
+                    return
             self._unsent += len(frame)
             self._outbox.put((connection, frame))
             if self._unsent > MAX_UNSENT and self._peer is not None:
@@ -196,12 +204,27 @@ class Transport:
                 with contextlib.suppress(OSError):
                     self._peer.shutdown(socket.SHUT_RDWR)
 
+    def _write_now(self, connection: int, frame: bytes) -> bytes:
+        """What the socket has not taken; nothing of a frame for a runner that is gone.
+
+        Called when nothing is queued, and with the lock, which keeps the socket open.
+        """
+        if self._peer is None or connection != self._connection:
+            return b""
+        try:
+            return frame[self._peer.send(frame, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return frame
+        except OSError:  # the reader sees the end of the connection and reports it
+            return b""
+
     def _write_loop(self) -> None:
         while (item := self._outbox.get()) is not None:
             connection, frame = item
             with self._lock:
                 peer = self._peer if connection == self._connection else None
-                self._unsent -= len(frame)
             if peer is not None:
                 with contextlib.suppress(OSError):  # the reader sees the end of the connection and reports it
                     peer.sendall(frame)
+            with self._lock:  # not before it is written: the main thread would overtake it
+                self._unsent -= len(frame)
