@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -28,3 +29,9 @@ def read_safetensors(path: str) -> dict[str, mx.array]:
     """A safetensors file's tensors, not read yet. Raises what MLX raises: RuntimeError, ValueError."""
     tensors: Any = mx.load(path, format="safetensors")
     return dict(tensors)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays (and lists and tuples of them) whose graph is built by its first call for each shape."""
+    made: Callable[..., Any] = mx.compile(function)
+    return made

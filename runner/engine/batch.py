@@ -17,6 +17,7 @@ from runner.engine.row import Row
 from runner.engine.sampling import Logprobs, Sampler
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.verify import Proposal, verify
+from runner.engine.traced import TracedCalls
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class DecodeBatch:
     def __init__(self, model: Any, bank: AdapterBank, vocabulary: int, proposer: Proposer | None = None) -> None:
         """`vocabulary` is the width of the model's logits."""
         self.rows: list[Row] = []
-        self._model = model
+        self._call = TracedCalls(model, bank)
         self._bank = bank
         self._vocabulary = vocabulary
         self._caches: Caches | None = None
@@ -116,14 +117,13 @@ class DecodeBatch:
         if self._slots_version != self._bank.version:
             self._slots = self._bank.slots([row.adapter for row in self.rows])
             self._slots_version = self._bank.version
-        self._bank.apply(self._slots)
         self._fed, self._proposal = self._tokens, None
         if proposals:
             assert self._proposer is not None
             assert self._previous is not None
             self._proposal = self._proposer.propose(self._previous, self._tokens, proposals, self._sampler)
             self._fed = mx.concatenate([self._tokens, self._proposal.tokens], axis=1)
-        self._logits = self._caches.call(self._model, self._fed)
+        self._logits = self._call(self._caches, self._fed, self._slots)
         if self.constrained:
             start(self._fed, self._logits)
         for row in self.rows:
@@ -150,6 +150,9 @@ class DecodeBatch:
         sampler.state = choice.after(kept)
         logprobs = sampler.logprobs(choice.logits, tokens)
         start(tokens, *(() if kept is None else (kept,)), *(logprobs.arrays() if logprobs is not None else ()))
+        self.caches.dispatched()
+        if kept is not None and self._proposer is not None:
+            self._proposer.dispatched()
         return StepResult(list(self.rows), tokens, logprobs, tokens.shape[1] - 1, kept)
 
     def _keep(self, fed: mx.array, tokens: mx.array, kept: mx.array) -> None:

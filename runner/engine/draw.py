@@ -67,11 +67,9 @@ class Draw:
         with noise that nothing else uses.
         """
         logits = choice.logits
-        stream: mx.array | int = 0
-        if proposing and self.unbound is not None:
-            stream = mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
+        stream = self.stream(proposing=proposing)
         if draw_kernel.applies(logits):
-            return draw_kernel.draw_tokens(logits, self.settings, self.keys_at(position, logits.shape[1], stream))
+            return draw_kernel.draw_tokens(logits, self.settings, self.keys_of(stream), position)
         bits = self._random(position, logits.shape[1], stream)
         few = candidates(logits, self._filters, self._greedy)
         if few is not None:
@@ -81,6 +79,12 @@ class Draw:
             assert choice.weights is not None
             drawn = mx.argmax(_fused(_perturbed)(choice.weights, bits), axis=-1)
         return drawn if self._greedy is None else mx.where(self._greedy, choice.tokens, drawn)
+
+    def stream(self, *, proposing: bool) -> mx.array | int:
+        """Of the rows' noise: 0, but for rows [B, 1] that are not bound to their seed while they are `proposing`."""
+        if not proposing or self.unbound is None:
+            return 0
+        return mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
 
     def _scaled(self, logits: mx.array, kept: Kept) -> mx.array:
         if kept.least is None:
@@ -108,12 +112,15 @@ class Draw:
         """[B, count, 2]. Streams of one row and position have nothing in common."""
         if count > 1:
             position = position + mx.arange(count, dtype=mx.uint32)
-        keys = self._keys
-        if not isinstance(stream, int) or stream != 0:
-            first = mx.array(stream, dtype=mx.uint32)
-            first = first[..., None] if first.ndim else first
-            keys = keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
-        return keys + position[..., None] * mx.array([0, 1], dtype=mx.uint32)
+        return self.keys_of(stream) + position[..., None] * mx.array([0, 1], dtype=mx.uint32)
+
+    def keys_of(self, stream: mx.array | int) -> mx.array:
+        """[B, 1, 2]: of position 0 in a stream, which is a number or [B, 1]."""
+        if isinstance(stream, int) and stream == 0:
+            return self._keys
+        first = mx.array(stream, dtype=mx.uint32)
+        first = first[..., None] if first.ndim else first
+        return self._keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
 
 
 def key_of(seed: int) -> tuple[int, int]:

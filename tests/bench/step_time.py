@@ -29,8 +29,7 @@ if __name__ == "__main__":
 
 import mlx.core as mx  # noqa: E402
 
-from runner.engine import batch  # noqa: E402
-from runner.engine.kv import caches  # noqa: E402
+from runner.engine import batch, traced  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
 from runner.protocol import AdapterSource, FromEngine, Generate, Sampling, encode_frame  # noqa: E402
@@ -123,7 +122,7 @@ def main() -> None:
 
 
 starting, reading = Watch(batch, "start"), Watch(batch, "to_list")
-building = Watch(caches.Caches, "call")
+building = Watch(traced.TracedCalls, "__call__")
 
 if __name__ == "__main__":
     main()

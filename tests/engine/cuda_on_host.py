@@ -37,6 +37,7 @@ template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
     __syncthreads();
     return other;
 }
+static unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct bfloat16 {

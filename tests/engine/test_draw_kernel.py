@@ -41,13 +41,13 @@ def cases(vocabulary: int, dtype: mx.Dtype) -> Iterator[tuple[list[SamplingRow],
         yield rows, logits.astype(dtype)
 
 
-def separately(draw: Draw, logits: mx.array, position: mx.array) -> mx.array:
+def separately(draw: Draw, logits: mx.array, position: mx.array, *, proposing: bool = False) -> mx.array:
     """The tokens as separate operations choose them."""
     choice = Choice(mx.argmax(logits, axis=-1), logits, State(position, None), None, draw)
-    return draw(choice, position, proposing=False)
+    return draw(choice, position, proposing=proposing)
 
 
-Launch = Callable[[mx.array, mx.array, mx.array], mx.array]
+Launch = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
 
 
 def check(launch: Launch, vocabulary: int, dtype: mx.Dtype) -> None:
@@ -55,8 +55,10 @@ def check(launch: Launch, vocabulary: int, dtype: mx.Dtype) -> None:
         draw = Draw(rows, vocabulary)
         for step in range(4):
             position = mx.full((len(rows), 1), step * 2, dtype=mx.uint32)
-            found = launch(logits, draw.settings, draw.keys_at(position, 2, 0))
-            assert found.tolist() == separately(draw, logits, position).tolist()
+            proposing = step == 1
+            keys = draw.keys_of(draw.stream(proposing=proposing))
+            found = launch(logits, draw.settings, keys, position)
+            assert found.tolist() == separately(draw, logits, position, proposing=proposing).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +79,18 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[mx.Dtype, int
                     "logits_shape": "const int*",
                     "settings": "const float*",
                     "keys": "const uint32_t*",
+                    "positions": "const uint32_t*",
                     "out": "uint32_t*",
                 },
                 f"using T = {kind}; constexpr int LEAST_SHIFT = {16 if kind == 'bfloat16' else 0};",
             )
 
-        def launch(logits: mx.array, settings: mx.array, keys: mx.array) -> mx.array:
+        def launch(logits: mx.array, settings: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
             raw = logits.view(mx.uint16) if dtype == mx.bfloat16 else logits
-            values = [np.ascontiguousarray(np.array(array)) for array in (raw, settings, keys)]
+            values = [np.ascontiguousarray(np.array(array)) for array in (raw, settings, keys, positions)]
             shape = np.array(logits.shape, dtype=np.int32)
             out = np.zeros(logits.shape[:2], dtype=np.uint32)
-            arrays = [values[0], shape, values[1], values[2], out]
+            arrays = [values[0], shape, *values[1:], out]
             pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
             built[key](ctypes.c_int(out.size), ctypes.c_int(threads), *pointers)
             return mx.array(out)
@@ -111,7 +114,7 @@ def test_on_the_host_with_two_warps(on_host: Callable[[mx.Dtype, int], Launch]) 
     draw = Draw(rows, 100)
     logits = mx.round(mx.random.normal((2, 1, 100), key=mx.random.key(0)) * 2)
     position = mx.zeros((2, 1), dtype=mx.uint32)
-    found = on_host(mx.float32, 64)(logits, draw.settings, draw.keys_at(position, 1, 0))
+    found = on_host(mx.float32, 64)(logits, draw.settings, draw.keys_of(0), position)
     assert found.tolist() == separately(draw, logits, position).tolist()
 
 

@@ -50,6 +50,8 @@ class AdapterBank:
         """`dtype` is what the model's activations are; adapters are kept in it."""
         self._current = CurrentSlots()
         self.version = 0
+        self.generation = 0
+        """Changes whenever a layer's stack does."""
         self._model = model
         self._dtype = dtype
         self._modules: AdaptableModules = adaptable_modules(model)
@@ -133,6 +135,7 @@ class AdapterBank:
                 self._wrapped[site] = self._wrap(site)
             self._wrapped[site].stack = stack
         self._residents.append(resident)
+        self.generation += 1
         return resident
 
     def _stack_with(self, site: Site, change: Change | None) -> Stack | None:
@@ -176,6 +179,7 @@ class AdapterBank:
             other.slot -= other.slot > resident.slot
         mx.eval([layer.stack.arrays for layer in self._wrapped.values() if layer.stack is not None])
         self.version += 1
+        self.generation += 1
 
 
 def read_adapter(folder: Path, scale: float | None) -> Adapter:

@@ -23,9 +23,9 @@ MOST_TOKENS: Final = 8
 """Tokens of a row in one call up to which the kernel is used: longer calls are worth real products."""
 
 _MOST_RANK: Final = 512
-_THREADS: Final = 256
+_THREADS: Final = 512
 _VECTOR: Final = 8
-_TILE: Final = _THREADS * _VECTOR
+_TILE: Final = 2048
 
 _SOURCE: Final = """
     const int K = a_shape[2], R = a_shape[1], O = b_shape[2], P = spans_shape[1];
@@ -35,7 +35,7 @@ _SOURCE: Final = """
     const int slot = slots[n / TOKENS];
     const size_t at = size_t(n) * O + o;
     if (slot == 0) {
-        if (o < O) *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
+        if (threadIdx.x < TILE / 8 && o < O) *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
         return;
     }
     // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.
@@ -47,14 +47,18 @@ _SOURCE: Final = """
     while (span[p * 3] <= last) ++p;
     const int high = span[p * 3 + 2];
 
-    __shared__ float inner[MOST_RANK];
-    const int lane = threadIdx.x & 31;
-    for (int r = low + (threadIdx.x >> 5); r < high; r += THREADS / 32) {
+    // A warp takes a rank, or, where there are more warps than ranks, an equal part of its product.
+    constexpr int WARPS = THREADS / 32;
+    __shared__ float inner[MOST_RANK], partial[WARPS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, ranks = high - low;
+    const int splits = ranks > 0 && ranks < WARPS ? WARPS / ranks : 1;
+    for (int item = warp; item < ranks * splits; item += WARPS) {
+        const int r = low + item / splits, split = item % splits;
         const T* row = a + (size_t(slot) * R + r) * K;
         const T* token = x + size_t(n) * K;
         float sum = 0.0f;
         #pragma unroll 4
-        for (int k = lane * 8; k < K; k += 256) {
+        for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
             const uint4 left = *reinterpret_cast<const uint4*>(token + k);
             const uint4 right = *reinterpret_cast<const uint4*>(row + k);
             const T* l = reinterpret_cast<const T*>(&left);
@@ -64,10 +68,20 @@ _SOURCE: Final = """
         }
         #pragma unroll
         for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
-        if (lane == 0) inner[r] = sum;
+        if (lane == 0) {
+            if (splits == 1) inner[r] = sum; else partial[item] = sum;
+        }
     }
     __syncthreads();
-    if (o >= O) return;
+    if (splits > 1) {
+        if (threadIdx.x < ranks) {
+            float sum = 0.0f;
+            for (int split = 0; split < splits; ++split) sum += partial[threadIdx.x * splits + split];
+            inner[low + threadIdx.x] = sum;
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x >= TILE / 8 || o >= O) return;
 
     p = 0;
     while (span[p * 3] <= o) ++p;

@@ -34,7 +34,6 @@ switch says otherwise.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -42,12 +41,12 @@ from typing import Any, Final
 
 import mlx.core as mx
 
+from runner.engine import cuda_kernels
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
-"""Environment variable that turns the kernel on, with 1. Off until a device has passed its tests and shown that it
-pays."""
+"""Environment variable that turns the kernel off, with 0."""
 
 _THREADS: Final = 256
 _WARP: Final = 32
@@ -60,7 +59,7 @@ _REGISTERS: Final = 64
 _SHARED: Final = 48_000
 """Bytes of shared memory that a kernel has without asking for more."""
 
-_LONGEST: Final = 4096
+LONGEST: Final = 4096
 _BLOCKS: Final = 256
 """Keys that are left to one block where there are fewer blocks than so many. Beyond, separate operations spread them
 over the whole device. Reckoned (a block reads about 100 GB/s), not measured."""
@@ -110,7 +109,7 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array, reach: int) -> 
         and heads % groups == 0
         and width * queries.dtype.size % _VECTOR == 0
         and shape(width, queries.dtype.size, heads // groups) is not None
-        and (reach <= _LONGEST or rows * groups * tokens >= _BLOCKS)
+        and (reach <= LONGEST or rows * groups * tokens >= _BLOCKS)
     )
 
 
@@ -139,9 +138,8 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
 
 
 def launch() -> Launch | None:
-    """The kernel, if there is a device for it and the switch is on."""
-    on = os.environ.get(SWITCH) == "1" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
-    return attend_and_write if on else None
+    """The kernel, if there is a device for it and the switch is not off."""
+    return attend_and_write if cuda_kernels.usable(SWITCH) else None
 
 
 def attend_and_write(call: Call) -> tuple[mx.array, Planes]:

@@ -7,18 +7,31 @@ leave in any order. A row's cost to join or leave is its own keys and values, no
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from runner.engine.kv.attention_kernel import Launch
+from runner.engine.kv.attention_kernel import LONGEST, Launch
 from runner.engine.kv.kept import Beginning, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.recurrent import Recurrent
+
+Held = list[list[mx.array]]
+"""What each layer holds."""
+
+Traced = tuple[mx.array, Held, mx.array]
+"""The answer, what layers hold after the call, and [rows] int32: tokens before the next call."""
+
+Graph = Callable[[mx.array, mx.array, Held], Traced]
+"""Of a call with tokens [rows, count], [rows] int32 tokens before them, and what layers hold."""
+
+
+class NotTraceableError(Exception):
+    """A layer's call depends on more than arrays."""
 
 
 class Layout:
@@ -135,6 +148,58 @@ class Caches:
             leaf.end()
         self._positions.end()
         return answer
+
+    def dispatched(self) -> None:
+        """Whoever started an array that depends on all that was built here says so."""
+        for leaf in self._leaves:
+            leaf.dispatched()
+
+    def shape(self, count: int) -> Hashable | None:
+        """What decides how a call of `count` tokens for each row is computed; None if more does than such a thing.
+
+        Calls of one shape differ by the values of arrays alone: see `call_graph`.
+        """
+        positions = self._positions
+        positions.begin(count, None)
+        if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
+            return None
+        long = positions.reach > LONGEST
+        return positions.rows, count, positions.slots, positions.capacity, long
+
+    def call_graph(self, graph: Graph, tokens: mx.array) -> mx.array:
+        """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
+
+        Only after `shape` has returned one. When `graph` raises, nothing has changed.
+        """
+        positions = self._positions
+        held = [leaf.arrays for leaf in self._leaves]
+        try:
+            answer, after, starts = graph(tokens, positions.row_starts, held)
+        except BaseException:
+            after = held
+            raise
+        finally:
+            for leaf, arrays in zip(self._leaves, after, strict=True):
+                leaf.hold(arrays)
+        positions.end(starts)
+        return answer
+
+    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced:
+        """What a graph of a call consists of, for such arguments as `call_graph` has for it.
+
+        Raises NotTraceableError if a layer has not written and attended by its launch alone.
+        """
+        with self._positions.traced(starts):
+            for leaf, arrays in zip(self._leaves, held, strict=True):
+                leaf.hold(arrays)
+                leaf.begin()
+            answer: mx.array = model(tokens, cache=self.layers)
+            for leaf in self._leaves:
+                leaf.end()
+            if not all(leaf.traced for leaf in self._leaves):
+                raise NotTraceableError
+        after = [leaf.arrays for leaf in self._leaves]
+        return answer, after, starts + tokens.shape[1]
 
     def join(self, other: Caches) -> None:
         """Rows of `other` come after these. `other` is not used any more."""

@@ -36,6 +36,26 @@ class Layer(Protocol):
         """The call is built; the positions do not know yet."""
         ...
 
+    def dispatched(self) -> None:
+        """All that was built has been dispatched."""
+        ...
+
+    def traceable(self) -> bool:
+        """Whether the call that has begun can be a graph that is used again: room is made for it here.
+
+        Such a graph takes and returns `arrays`.
+        """
+        ...
+
+    @property
+    def traced(self) -> bool:
+        """Whether what was built of the call would do for another one, with other arrays."""
+        ...
+
+    def hold(self, arrays: Sequence[mx.array]) -> None:
+        """Have what a graph takes or returns."""
+        ...
+
     def extend(self, first: int, other: Any) -> None:
         """Rows of `other` come after the `first` ones here. `other` is not used any more."""
         ...
@@ -75,6 +95,7 @@ class Straight:
         self._planes = Planes()
         self._launch = launch
         self._unwritten: Unwritten | None = None
+        self._attended = False
 
     @property
     def offset(self) -> int | mx.array:
@@ -124,7 +145,8 @@ class Straight:
         new, reach = (keys, values), min(positions.reach, window or positions.reach)
         if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):
             return None
-        starts = positions.once("row starts", lambda: _row_starts(positions))
+        starts = positions.once("row starts", lambda: positions.row_starts)
+        self._attended = True
         return self._planes.attend(self._launch, queries, new, starts, scale, window, self._ring)
 
     def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
@@ -151,6 +173,23 @@ class Straight:
 
     def begin(self) -> None:
         self._unwritten = None
+        self._attended = False
+
+    def dispatched(self) -> None:
+        self._planes.dispatched()
+
+    def traceable(self) -> bool:
+        if self._launch is None or self._planes.empty or self._positions.count > FEW:
+            return False
+        self._planes.reserve(self._positions.slots, self._room(), ())
+        return True
+
+    @property
+    def traced(self) -> bool:
+        return self._attended
+
+    def hold(self, arrays: Sequence[mx.array]) -> None:
+        self._planes.hold(arrays)
 
     def end(self) -> None:
         if self._unwritten is not None:
@@ -219,6 +258,9 @@ class Window(Straight):
             return self._wide(keys, values)
         return super().update_and_fetch(keys, values)
 
+    def traceable(self) -> bool:
+        return self._positions.count <= self._slack + 1 and super().traceable()
+
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         positions = self._positions
         keys, values = self._planes.view(positions.rows, min(positions.reach, self._size))
@@ -282,11 +324,3 @@ def _given_masks(positions: Positions) -> list[tuple[mx.array, int | None]]:
     """Masks that caches have made in this call, with their windows."""
     given: list[tuple[mx.array, int | None]] = positions.once("given masks", list)
     return given
-
-
-def _row_starts(positions: Positions) -> mx.array:
-    """[rows] int32, of which a launch needs all."""
-    if positions.same is not None:
-        return mx.array([positions.same] * positions.rows, dtype=mx.int32)
-    starts = positions.starts
-    return starts if starts.dtype == mx.int32 else starts.astype(mx.int32)

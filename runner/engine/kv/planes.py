@@ -54,6 +54,16 @@ class Planes:
             start(self._launched)
             self._launched = None
 
+    def dispatched(self) -> None:
+        """The last launch has been dispatched, by whoever started what depends on it."""
+        self._launched = None
+
+    def hold(self, arrays: Sequence[mx.array]) -> None:
+        """Be what the `results` of a graph are that writes by launches alone."""
+        keys, values, *launched = arrays
+        self._arrays = [keys, values]
+        self._launched = launched[0] if launched else None
+
     def take_as_they_are(self, new: Sequence[mx.array]) -> bool:
         """Whether `new` arrays are of the types that are held: MLX's writes convert, a launch does not."""
         return all(array.dtype == part.dtype for array, part in zip(self._arrays, new, strict=True))

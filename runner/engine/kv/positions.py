@@ -12,7 +12,8 @@ rows have one length and the host knows it, a call needs no arrays at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ class Positions:
         self._outstanding = 0
         self._offsets: mx.array | None = None
         self._made: dict[Any, Any] = {}
+        self._next: mx.array | None = None
         self.same: int | None = 0
         """The length that all rows have, if the host knows it."""
 
@@ -81,8 +83,17 @@ class Positions:
         """[rows] int32: tokens of each row before this call."""
         if self._offsets is None:
             assert self.exact
-            self._offsets = mx.array(self._most, dtype=mx.int32)
+            self._offsets = mx.array(self._most, dtype=mx.int32) if self._next is None else self._next
         return self._offsets
+
+    @property
+    def row_starts(self) -> mx.array:
+        """`starts`, without looking at what rows have in common: what a launch needs."""
+        if self._next is not None:
+            return self._next
+        if self.same is not None:
+            return mx.array([self.same] * self.rows, dtype=mx.int32)
+        return self.starts if self.starts.dtype == mx.int32 else self.starts.astype(mx.int32)
 
     # ------------------------------------------------------------- calls
 
@@ -93,15 +104,30 @@ class Positions:
         self._made.clear()
         self.reserve(self.reach)
 
-    def end(self) -> None:
-        """The call is built: rows are as much longer."""
+    def end(self, starts: mx.array | None = None) -> None:
+        """The call is built: rows are as much longer. `starts` [rows] int32 of the next call, if it has made them."""
         added = self.lengths or [self.count] * self.rows
         self._most = [length + more for length, more in zip(self._most, added, strict=True)]
         self._written = list(map(max, self._most, self._written))
-        if self._offsets is not None:
+        if starts is not None:
+            self._offsets = starts
+        elif self._offsets is not None:
             self._offsets = self._offsets + (self.count if self.lengths is None else mx.array(added, dtype=mx.int32))
         self.count, self.lengths = 0, None
         self._changed()
+        self._next = starts
+
+    @contextmanager
+    def traced(self, starts: mx.array) -> Iterator[None]:
+        """The call under way is built with `starts` [rows] int32 for what the rows have, and with nothing else."""
+        same, offsets = self.same, self._offsets
+        self.same, self._offsets = None, starts
+        self._made.clear()
+        try:
+            yield
+        finally:
+            self.same, self._offsets = same, offsets
+            self._made.clear()
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, made for the first layer that asks in a call, and shared by the others."""
@@ -167,6 +193,7 @@ class Positions:
 
     def _changed(self) -> None:
         self._made.clear()
+        self._next = None
         first = self._most[0] if self._most else 0
         self.same = first if self.exact and all(length == first for length in self._most) else None
         if self.same is not None:

@@ -34,6 +34,17 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def end(self) -> None:
         pass
 
+    traced = True
+
+    def dispatched(self) -> None:
+        pass
+
+    def traceable(self) -> bool:
+        return all(array is not None for array in self.cache)
+
+    def hold(self, arrays: Sequence[mx.array]) -> None:
+        self.cache = list(arrays)
+
     def extend(self, first: int, other: Recurrent) -> None:
         self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
 

@@ -18,6 +18,7 @@ from runner.engine.kv.caches import Caches, Layout
 from runner.engine.row import Row
 from runner.engine.sampling import Sampler
 from runner.engine.speculative.verify import Proposal
+from runner.engine.traced import TracedCalls
 
 _READS: Final = 1024
 """Tokens of a row that the draft reads at most, before it proposes the first."""
@@ -35,6 +36,7 @@ class Proposer:
     def __init__(self, model: Any, layout: Layout, own: int, vocabulary: int) -> None:
         """`own` is the width of the draft's logits, `vocabulary` that of the target's."""
         self._model = model
+        self._call = TracedCalls(model)
         self._layout = layout
         self._own = own
         self._vocabulary = vocabulary
@@ -83,7 +85,7 @@ class Proposer:
         feeding, new, state = mx.concatenate([previous, fed], axis=1), fed, sampler.state
         tokens, weights = [], []
         for _ in range(count):
-            logits = self._caches.call(self._model, self._readable(feeding))[:, -1:]
+            logits = self._call(self._caches, self._readable(feeding))[:, -1:]
             choice = sampler.choose(self._fitted(logits), new, state, proposing=True)
             state = choice.after()
             feeding = new = choice.tokens
@@ -91,6 +93,11 @@ class Proposer:
             if choice.weights is not None:
                 weights.append(choice.weights)
         return Proposal(mx.concatenate(tokens, axis=1), mx.concatenate(weights, axis=1) if weights else None)
+
+    def dispatched(self) -> None:
+        """What was proposed has been started, by whoever started what depends on it."""
+        if self._caches is not None:
+            self._caches.dispatched()
 
     def trim(self, refused: mx.array) -> None:
         """Forget the last `refused` [B] tokens of the rows; `settle` follows."""

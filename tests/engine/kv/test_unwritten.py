@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, masks, planes
 from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
@@ -67,12 +68,13 @@ def test_a_launch_that_fails_or_is_wrong_is_not_taken(
         assert loaded.batches
 
 
-def test_it_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_on_where_there_is_a_device_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert attention_kernel.launch() is None
-    monkeypatch.setenv(attention_kernel.SWITCH, "1")
+    monkeypatch.setattr(cuda_kernels, "usable", cuda_kernels.usable.__wrapped__)
     assert attention_kernel.launch() is attention_kernel.attend_and_write
+    monkeypatch.setenv(attention_kernel.SWITCH, "0")
+    assert attention_kernel.launch() is None
 
 
 def answers(loaded: LoadedModel, draft: Path) -> list[str]:

@@ -1,0 +1,173 @@
+"""Steps whose graphs are kept say what steps say that are built each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from runner.engine import traced
+from runner.engine.kv import attention_kernel
+from runner.engine.loader import LoadedModel, load
+from runner.protocol import AdapterSource
+from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+from tests.engine.kv.launches import separately
+from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
+from tests.engine.tiny import encode
+
+TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
+
+
+class Graphs:
+    """What `mx.compile` was asked for, and how often a model was called to build a graph."""
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self.calls = 0
+        self.traced = 0
+        self.failing = False
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """As `mx.compile`, or failing as it may."""
+        self.kept += 1
+
+        def tracing(*arguments: Any) -> Any:
+            self.traced += 1
+            result = function(*arguments)
+            if self.failing:
+                raise ValueError("not allowed inside a graph transformation")
+            return result
+
+        compiled = mx.compile(tracing)
+
+        def call(*arguments: Any) -> Any:
+            self.calls += 1
+            return compiled(*arguments)
+
+        return call
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """Launches by MLX's own operations, as if there were a device."""
+    found = Graphs()
+    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
+    monkeypatch.setattr(traced, "compiled", found.compile)
+    return found
+
+
+@pytest.fixture
+def keeping() -> Iterator[None]:
+    """Graphs are really kept, which the tests' environment turns off."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
+
+
+def answers(loaded: LoadedModel, draft: Path | None, adapters: list[AdapterSource], tokens: int = 20) -> list[str]:
+    """What rows say that come and go, with and without adapters, plain or in rounds of speculation."""
+    speculation = None if draft is None else speculating(loaded, draft, erratic())
+    driver = Driver(loaded, speculation=speculation, max_rows=4, prefix_cache_bytes=1 << 24, num_draft_tokens=3)
+    keys = ["", *(driver.engine.load_adapter(source).key for source in adapters)]
+    samplings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 7}]
+    for first in (0, 10):
+        driver.run(
+            [
+                generate(
+                    first + i,
+                    prompt=TEXT[: 9 + 11 * i],
+                    max_tokens=tokens + 7 * i,
+                    adapter=keys[i % len(keys)],
+                    **samplings[i % 2],
+                )
+                for i in range(4)
+            ]
+        )
+        for source in adapters[:1]:
+            driver.engine.drop_adapter(source.key)
+            keys = [key for key in keys if key != source.key]
+    return [answer.text for _, answer in sorted(driver.answers.items())]
+
+
+def sources(loaded: LoadedModel, scratch: Path) -> list[AdapterSource]:
+    """Two adapters."""
+    shapes = linear_shapes(loaded, ("q_proj", "v_proj", "down_proj"))
+    return [
+        AdapterSource(name, str(write_mlx(scratch / name, draw(shapes, 4, seed), keys=None, scale=2.0)))
+        for seed, name in enumerate(("a", "b"))
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "lfm2"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_rows_say_the_same(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    model_type: str,
+    drafted: bool,
+) -> None:
+    if drafted and model_type == "lfm2":
+        pytest.skip("recurrent states take nothing back")
+    folder = model_folder(model_type)
+    draft = draft_folder(folder, tmp_path / "draft", "perturbed") if drafted else None
+    adapters = sources(load(folder), tmp_path)
+    found = answers(load(folder, slack=SLACK), draft, adapters)
+    assert graphs.calls > 20
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    graphs.calls = 0
+    assert found == answers(load(folder, slack=SLACK), draft, adapters)
+    assert not graphs.calls
+
+
+@pytest.mark.usefixtures("keeping")
+def test_a_graph_is_built_once_and_used_again(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, graphs: Graphs, tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    adapters = sources(load(folder), tmp_path)
+    found = answers(load(folder), None, adapters, tokens=60)
+    assert graphs.kept == graphs.traced
+    assert graphs.calls > 5 * graphs.traced
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    assert found == answers(load(folder), None, adapters, tokens=60)
+
+
+def test_what_cannot_be_kept_is_built_each_time(
+    model_folder: ModelFolder, graphs: Graphs, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With nothing written twice, nor lost."""
+    expected = answers(load(model_folder("llama")), None, [])
+    graphs.failing, graphs.calls, graphs.kept = True, 0, 0
+    assert answers(load(model_folder("llama")), None, []) == expected
+    assert 0 < graphs.calls == graphs.kept
+    assert "a step's graph is built each time" in caplog.text
+
+
+def test_a_layer_that_attends_otherwise_is_no_graph(model_folder: ModelFolder, graphs: Graphs) -> None:
+    loaded = load(model_folder("llama"))
+    expected = answers(loaded, None, [])
+
+    # Long contexts of few rows are not left to a launch.
+    assert loaded.layout.launch is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runner.engine.kv.layers.applies", lambda *_: False)
+        graphs.calls = graphs.kept = 0
+        assert answers(loaded, None, []) == expected
+    assert 0 < graphs.calls == graphs.kept
+
+
+def test_few_graphs_are_kept(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, graphs: Graphs) -> None:
+    expected = answers(load(model_folder("llama")), None, [])
+    many = graphs.kept
+    monkeypatch.setattr(traced, "_MOST", 1)
+    monkeypatch.setattr(traced, "_MOST_COUNTED", 2)
+    graphs.kept = 0
+    assert answers(load(model_folder("llama")), None, []) == expected
+    assert many > 2
