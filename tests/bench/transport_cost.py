@@ -1,10 +1,11 @@
 """What a step's frame costs the engine's thread, and when the runner has it: encoding, writing, and the way between.
 
-    python tests/bench/transport_cost.py [--rows 128] [--steps 400] [--python-ms 1.5] [--device-ms 3] [--slow-ms 0]
+    python tests/bench/transport_cost.py [--rows 128] [--steps 400] [--python-ms 1.5] [--device-ms 3] [--awaited]
 
 The engine's transport is the real one. After each frame its thread does what an engine does in a step: Python, with the
-interpreter's lock held, and then a wait without it. A process of its own reads the frames, `--slow-ms` after each: what
-the engine's thread notices of a runner that does not keep up.
+interpreter's lock held, and then a wait without it. With `--awaited` an answer ends in every frame, which has the
+engine write it at once. A process of its own reads the frames, and takes `--slow-ms` after each: what the engine's
+thread notices of a runner that does not keep up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from runner.engine.transport import Connected, Transport  # noqa: E402
-from runner.protocol import Delta, Step, encode_frame  # noqa: E402
+from runner.protocol import Delta, Step, Usage, encode_frame  # noqa: E402
 
 READER = """
 import socket, struct, sys, time
@@ -53,7 +54,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     event = transport.inbox.get()
     assert isinstance(event, Connected), event
     transport.answer(event.connection)
-    step = Step([Delta(row, " token", 1) for row in range(options.rows)])
+    usage = Usage(1, 1) if options.awaited else None
+    step = Step([Delta(row, " token", 1, usage=None if row else usage) for row in range(options.rows)])
     encoding, sending, began = [], [], []
     for _ in range(options.steps):
         at = time.perf_counter()
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--python-ms", type=float, default=1.5, help="of a step, with the interpreter's lock")
     parser.add_argument("--device-ms", type=float, default=3.0, help="of a step, without it")
     parser.add_argument("--slow-ms", type=float, default=0.0, help="what the reader does after each frame")
+    parser.add_argument("--awaited", action="store_true", help="an answer ends in every frame")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(options, Path(folder))
