@@ -35,7 +35,8 @@ _SOURCE: Final = """
     const int slot = slots[n / TOKENS];
     const size_t at = size_t(n) * O + o;
     if (slot == 0) {
-        if (threadIdx.x < TILE / 8 && o < O) *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
+        if (threadIdx.x >= TILE / 8 || o >= O) return;
+        *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
         return;
     }
     // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.

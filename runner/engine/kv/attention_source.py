@@ -2,8 +2,10 @@
 
 A block takes token `t` of a row and HEADS of the query heads that share key head `g`. LANES threads share a key, so
 that each loads 16 bytes of it at a time, and KEYS keys are seen at once. Each lane sums up in float32, with a running
-maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. T, D (a head's
-width), LANES, HEADS, THREADS, WINDOW and RING (0 for none) are constants, and so is SCALE, of powers of two.
+maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. SPLITS blocks may
+share the keys (as in Flash-Decoding, Dao et al. 2023): they leave what they have in `partial`, and the last of them, by
+`counters`, merges that. T, D (a head's width), LANES, HEADS, THREADS, SPLITS, WINDOW and RING (0 for none) are
+constants, and so is SCALE, of powers of two.
 """
 
 from __future__ import annotations
@@ -14,7 +16,88 @@ HEADER: Final = """
 template <typename A> __device__ inline A highest(A a, A b) { return a > b ? a : b; }
 """
 
-SOURCE: Final = """
+MERGE: Final = """
+    __shared__ float sums[WARPS][HEADS][D], tops[WARPS][HEADS], totals[WARPS][HEADS];
+    const int warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        #pragma unroll
+        for (int w = LANES; w < 32 && w < THREADS; w <<= 1) {
+            const float best = highest(top[h], __shfl_xor_sync(0xffffffffu, top[h], w));
+            const float kept = exp2f(top[h] - best);
+            top[h] = best;
+            total[h] *= kept;
+            total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                sum[h][i] *= kept;
+                sum[h][i] += __shfl_xor_sync(0xffffffffu, sum[h][i], w);
+            }
+        }
+        if (threadIdx.x % 32 < LANES) {
+            tops[warp][h] = top[h];
+            totals[warp][h] = total[h];
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) sums[warp][h][column_of(i)] = sum[h][i];
+        }
+    }
+    __syncthreads();
+    T* result = out + ((long(row) * tokens + t) * queries_shape[1] + head) * D;
+    // What a split has: for each head its sums, its highest score, and its total.
+    float* parts = partial + long(base_block) * SPLITS * HEADS * (D + 2);
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D, column = i % D;
+        float best = tops[0][h];
+        for (int w = 1; w < WARPS; ++w) best = highest(best, tops[w][h]);
+        float over = 0.0f, under = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            const float kept = exp2f(tops[w][h] - best);
+            over += kept * sums[w][h][column];
+            under += kept * totals[w][h];
+        }
+        if (SPLITS == 1) {
+            result[i] = T(over / under);
+        } else {
+            float* mine_of = parts + (split * HEADS + h) * (D + 2);
+            mine_of[column] = over;
+            if (column == 0) {
+                mine_of[D] = best;
+                mine_of[D + 1] = under;
+            }
+        }
+    }
+    if (SPLITS == 1) return;
+
+    // The block that comes last puts the splits together, always in one order, and leaves the counter as it was.
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int* counter = const_cast<int*>(counters) + base_block;
+        last = atomicAdd(counter, 1) == SPLITS - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D, column = i % D;
+        const float* of = parts + h * (D + 2);
+        float best = NONE;
+        for (int s = 0; s < SPLITS; ++s) best = highest(best, __ldcg(of + s * HEADS * (D + 2) + D));
+        float over = 0.0f, under = 0.0f;
+        for (int s = 0; s < SPLITS; ++s) {
+            const float* its = of + s * HEADS * (D + 2);
+            const float kept = exp2f(__ldcg(its + D) - best);
+            over += kept * __ldcg(its + column);
+            under += kept * __ldcg(its + D + 1);
+        }
+        result[i] = T(over / under);
+    }
+"""
+"""The end of a kernel: what lanes, warps and splits of a row's keys have is put together."""
+
+BODY: Final = """
     constexpr int EACH = 16 / sizeof(T);
     constexpr int VECTORS = D / EACH / LANES;
     constexpr int MINE = VECTORS * EACH;
@@ -25,6 +108,9 @@ SOURCE: Final = """
 
     const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
     int block = blockIdx.x;
+    const int split = block % SPLITS;
+    block /= SPLITS;
+    const int base_block = block;
     const int t = block % tokens;
     block /= tokens;
     const int part = block % (shared / HEADS);
@@ -34,6 +120,9 @@ SOURCE: Final = """
     const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
     const int start = starts[row], at = start + t;
     const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
+    // A split's keys: `first` to `stop`.
+    const int span = (at - low + SPLITS) / SPLITS, first = low + split * span;
+    const int stop = first + span - 1 < at ? first + span - 1 : at;
 
     const T* new_key = keys + row * keys_strides[0] + g * keys_strides[1];
     const T* new_value = values + row * values_strides[0] + g * values_strides[1];
@@ -41,7 +130,7 @@ SOURCE: Final = """
     const T* old_value = held_values + row * held_values_strides[0] + g * held_values_strides[1];
     auto place = [&](int position) { return long(RING > 0 ? position % RING : position); };
 
-    if (part == 0) {
+    if (part == 0 && split == 0) {
         T* k = const_cast<T*>(old_key) + place(at) * held_keys_strides[2];
         T* v = const_cast<T*>(old_value) + place(at) * held_values_strides[2];
         for (int i = threadIdx.x; i < D; i += THREADS) {
@@ -89,7 +178,7 @@ SOURCE: Final = """
     }
 
     // All lanes of a warp go round equally often: they exchange values.
-    for (int base = low; base <= at; base += KEYS * DEPTH) {
+    for (int base = first; base <= stop; base += KEYS * DEPTH) {
         float score[DEPTH][HEADS], value[DEPTH][MINE];
         #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
@@ -97,10 +186,10 @@ SOURCE: Final = """
             float key[MINE];
             #pragma unroll
             for (int i = 0; i < MINE; ++i) key[i] = value[j][i] = 0.0f;
-            if (p <= at && p < start) {
+            if (p <= stop && p < start) {
                 load(old_key + place(p) * held_keys_strides[2], held_keys_strides[3], old_keys_whole, key);
                 load(old_value + place(p) * held_values_strides[2], held_values_strides[3], old_values_whole, value[j]);
-            } else if (p <= at) {
+            } else if (p <= stop) {
                 load(new_key + (p - start) * keys_strides[2], keys_strides[3], new_keys_whole, key);
                 load(new_value + (p - start) * values_strides[2], values_strides[3], new_values_whole, value[j]);
             }
@@ -118,7 +207,7 @@ SOURCE: Final = """
             for (int j = 0; j < DEPTH; ++j) {
                 #pragma unroll
                 for (int w = LANES / 2; w > 0; w >>= 1) score[j][h] += __shfl_xor_sync(0xffffffffu, score[j][h], w);
-                if (base + j * KEYS + mine <= at) best = highest(best, score[j][h]);
+                if (base + j * KEYS + mine <= stop) best = highest(best, score[j][h]);
             }
             const float kept = exp2f(top[h] - best);
             top[h] = best;
@@ -127,7 +216,7 @@ SOURCE: Final = """
             for (int i = 0; i < MINE; ++i) sum[h][i] *= kept;
             #pragma unroll
             for (int j = 0; j < DEPTH; ++j) {
-                const float weight = base + j * KEYS + mine <= at ? exp2f(score[j][h] - best) : 0.0f;
+                const float weight = base + j * KEYS + mine <= stop ? exp2f(score[j][h] - best) : 0.0f;
                 total[h] += weight;
                 #pragma unroll
                 for (int i = 0; i < MINE; ++i) sum[h][i] += weight * value[j][i];
@@ -135,41 +224,7 @@ SOURCE: Final = """
         }
     }
 
-    __shared__ float sums[WARPS][HEADS][D], tops[WARPS][HEADS], totals[WARPS][HEADS];
-    const int warp = threadIdx.x / 32;
-    #pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-        #pragma unroll
-        for (int w = LANES; w < 32 && w < THREADS; w <<= 1) {
-            const float best = highest(top[h], __shfl_xor_sync(0xffffffffu, top[h], w));
-            const float kept = exp2f(top[h] - best);
-            top[h] = best;
-            total[h] *= kept;
-            total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
-            #pragma unroll
-            for (int i = 0; i < MINE; ++i) {
-                sum[h][i] *= kept;
-                sum[h][i] += __shfl_xor_sync(0xffffffffu, sum[h][i], w);
-            }
-        }
-        if (threadIdx.x % 32 < LANES) {
-            tops[warp][h] = top[h];
-            totals[warp][h] = total[h];
-            #pragma unroll
-            for (int i = 0; i < MINE; ++i) sums[warp][h][(i / EACH * LANES + lane) * EACH + i % EACH] = sum[h][i];
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
-        const int h = i / D, column = i % D;
-        float best = tops[0][h];
-        for (int w = 1; w < WARPS; ++w) best = highest(best, tops[w][h]);
-        float over = 0.0f, under = 0.0f;
-        for (int w = 0; w < WARPS; ++w) {
-            const float kept = exp2f(tops[w][h] - best);
-            over += kept * sums[w][h][column];
-            under += kept * totals[w][h];
-        }
-        out[((long(row) * tokens + t) * queries_shape[1] + head + h) * D + column] = T(over / under);
-    }
+    auto column_of = [&](int i) { return (i / EACH * LANES + lane) * EACH + i % EACH; };
 """
+
+SOURCE: Final = BODY + MERGE

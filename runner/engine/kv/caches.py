@@ -13,11 +13,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
-from runner.engine.kv.attention_kernel import LONGEST, Launch
+from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
+from runner.engine.kv.quantised_kernel import PackedLaunch
 from runner.engine.kv.recurrent import Recurrent
 
 Held = list[list[mx.array]]
@@ -44,14 +45,17 @@ class Layout:
         quantisation: Quantisation | None = None,
         understood: bool = True,
         launch: Launch | None = None,
+        packed_launch: PackedLaunch | None = None,
     ) -> None:
         """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
 
         With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
-        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them.
+        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them,
+        `packed_launch` for those that are quantised.
         """
         self.quantisation = quantisation
         self.launch = launch
+        self.packed_launch = packed_launch
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
@@ -105,7 +109,7 @@ class Layout:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
             return Straight(positions, self.launch)
-        return Quantised(positions, self.quantisation)
+        return Quantised(positions, self.quantisation, self.packed_launch)
 
 
 class Caches:
@@ -163,8 +167,7 @@ class Caches:
         positions.begin(count, None)
         if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
             return None
-        long = positions.reach > LONGEST
-        return positions.rows, count, positions.slots, positions.capacity, long
+        return positions.rows, count, positions.slots, positions.capacity
 
     def call_graph(self, graph: Graph, tokens: mx.array) -> mx.array:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.

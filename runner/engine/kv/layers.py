@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.kv import masks
-from runner.engine.kv.attention_kernel import Launch, applies
+from runner.engine.kv.attention_kernel import Call, Launch, applies
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes
 from runner.engine.kv.positions import Positions
@@ -118,7 +118,7 @@ class Straight:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self._planes.reserve(self._positions.slots, self._room(), (keys, values))
-        if self._launch is not None and self._positions.count <= FEW:
+        if self._launches and self._positions.count <= FEW:
             self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
         self.write(keys, values)
@@ -142,12 +142,18 @@ class Straight:
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
-        new, reach = (keys, values), min(positions.reach, window or positions.reach)
-        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):
+        new = (keys, values)
+        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values)):
             return None
-        starts = positions.once("row starts", lambda: positions.row_starts)
         self._attended = True
-        return self._planes.attend(self._launch, queries, new, starts, scale, window, self._ring)
+        starts = positions.once("row starts", lambda: positions.row_starts)
+        launch, ring = self._launch, self._ring
+
+        def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
+            held = planes[0], planes[1]
+            return launch(Call(queries, keys, values, held, starts, scale, window, ring, after))
+
+        return self._planes.launch(run)
 
     def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
         """A mask that a model gets, of which is remembered during the call what it means."""
@@ -179,7 +185,7 @@ class Straight:
         self._planes.dispatched()
 
     def traceable(self) -> bool:
-        if self._launch is None or self._planes.empty or self._positions.count > FEW:
+        if not self._launches or self._planes.empty or self._positions.count > FEW:
             return False
         self._planes.reserve(self._positions.slots, self._room(), ())
         return True
@@ -203,6 +209,11 @@ class Straight:
             if new:
                 self._planes.paste(first, other._positions.rows, new)
             self._planes.clear(first, other._positions.rows, new[0].shape[2] if new else 0)
+
+    @property
+    def _launches(self) -> bool:
+        """Whether calls of a few tokens may be launches."""
+        return self._launch is not None
 
     def _room(self) -> int:
         return self._positions.capacity

@@ -8,15 +8,18 @@ which chunks a prompt is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from runner.engine.kv import masks, widened
+from runner.engine.kv import masks, quantised_kernel, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Values, scales and biases."""
@@ -49,9 +52,12 @@ class Quantisation:
 class Quantised(Straight):
     """All tokens' keys and values, packed. [slots, heads, capacity, …] three times each."""
 
-    def __init__(self, positions: Positions, quantisation: Quantisation) -> None:
+    def __init__(
+        self, positions: Positions, quantisation: Quantisation, launch: quantised_kernel.PackedLaunch | None = None
+    ) -> None:
         super().__init__(positions)
         self.quantisation = quantisation
+        self._packed_launch = launch
 
     @property
     def bits(self) -> int:
@@ -67,14 +73,43 @@ class Quantised(Straight):
         if self._positions.count > FEW:
             return super().make_mask(count, return_array, window_size)
         made = lambda: masks.roomy(self._positions, window_size)  # noqa: E731
-        return self._positions.once(("roomy", window_size), made)
+        return self._given(self._positions.once(("roomy", window_size), made), window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         positions = self._positions
-        new = (*self.quantisation.pack(keys), *self.quantisation.pack(values))
-        self._planes.reserve(positions.slots, positions.capacity, new)
-        self._planes.write(positions, new)
+        new = self.quantisation.pack(keys), self.quantisation.pack(values)
+        self._planes.reserve(positions.slots, positions.capacity, (*new[0], *new[1]))
+        if self._launches and positions.count <= FEW:
+            self._unwritten = Unwritten(self, *new)
+            return self._unwritten, self._unwritten
+        self.write(*new)
         return self.keys_and_values()
+
+    def write(self, keys: Any, values: Any) -> None:
+        """Put a call's packed keys and values after each row's tokens, for which there is room."""
+        self._planes.write(self._positions, (*keys, *values))
+
+    def attend(self, queries: mx.array, keys: Any, values: Any, scale: float, mask: masks.Mask) -> mx.array | None:
+        launch, positions, quantisation = self._packed_launch, self._positions, self.quantisation
+        seen = self._seen(mask)
+        new = (*keys, *values)
+        if launch is None or seen is None or not self._planes.take_as_they_are(new):
+            return None
+        (window,) = seen
+        bits, size = quantisation.bits, quantisation.group_size
+        if queries.dtype != new[1].dtype or not quantised_kernel.applies(queries, new[0].shape[1], bits, size):
+            return None
+        self._attended = True
+        starts = positions.once("row starts", lambda: positions.row_starts)
+
+        def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
+            return launch(PackedCall(queries, new, planes, starts, scale, window, bits, size, after))
+
+        return self._planes.launch(run)
+
+    @property
+    def _launches(self) -> bool:
+        return self._packed_launch is not None
 
     def keys_and_values(self) -> Any:
         """Keys and values, packed; of all of a slot's room where a call's width is small."""

@@ -72,6 +72,12 @@ def two_warps(scratch: Path) -> OnHost:
     return OnHost(scratch, threads=64)
 
 
+@pytest.mark.parametrize("splits", [2, 8])
+def test_several_blocks_share_keys_on_the_host(scratch: Path, splits: int) -> None:
+    """Also where a row has fewer keys than there are blocks."""
+    check(OnHost(scratch / str(splits), splits=splits), (4, 2, 64), mx.float32)
+
+
 @pytest.mark.parametrize(
     ("geometry", "dtype"),
     [(GEOMETRIES[0], mx.float32), (GEOMETRIES[1], mx.bfloat16), (GEOMETRIES[2], mx.float32)],
@@ -127,9 +133,9 @@ def test_compiles_for_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
     kind = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}[dtype]
     way = attention_kernel.shape(width, dtype.size, heads // groups)
     assert way is not None
-    arrays = dict.fromkeys(attention_kernel.INPUTS, kind) | {"starts": "int32_t"}
-    sizes = [("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)]
+    arrays = dict.fromkeys(attention_kernel.INPUTS, kind) | {"starts": "int32_t", "counters": "int32_t"}
+    sizes = [("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads), ("SPLITS", 4)]
     for window, ring in [(0, 0), (512, 512 + 16)]:
         template = [("T", kind), *sizes, ("WINDOW", window), ("RING", ring)]
         header = attention_kernel.header(width**-0.5)
-        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": kind}, template)
+        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": kind, "partial": "float"}, template)

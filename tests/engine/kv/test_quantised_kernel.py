@@ -1,0 +1,123 @@
+"""The kernel that writes and attends to packed keys and values: on the host, and on a GPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from runner.engine.kv import quantised_kernel
+from runner.engine.kv.quantised import Quantisation
+from runner.engine.kv.quantised_kernel import PackedCall, PackedLaunch
+from tests.engine.cuda_compiler import compile_kernel
+from tests.engine.kv.launches import PackedOnHost, only_with_arrays_on_the_host, packed_separately
+
+Geometry = tuple[int, int, int]
+"""Query heads, key heads, width."""
+
+
+def cases(
+    geometry: Geometry, how: Quantisation, dtype: mx.Dtype, rows: int, longest: int, places: int
+) -> Iterator[PackedCall]:
+    """One and several tokens a row; all that was before, or a window of it."""
+    heads, groups, width = geometry
+    draw = random.Random(0)
+    for tokens, window in [(1, None), (3, None), (2, 7)]:
+        lengths = [draw.randrange(longest + 1) for _ in range(rows)]
+        queries = mx.random.normal((rows, tokens, heads, width)).astype(dtype).swapaxes(1, 2)
+        new = [mx.random.normal((rows, groups, tokens, width)).astype(dtype) for _ in range(2)]
+        held = [mx.random.normal((rows + 2, groups, places, width)).astype(dtype) for _ in range(2)]
+        yield PackedCall(
+            queries,
+            [part for array in new for part in how.pack(array)],
+            [part for array in held for part in how.pack(array)],
+            *(mx.array(lengths, dtype=mx.int32), width**-0.5, window, how.bits, how.group_size, None),
+        )
+
+
+def check(
+    launch: PackedLaunch,
+    geometry: Geometry,
+    how: Quantisation,
+    dtype: mx.Dtype,
+    rows: int = 3,
+    longest: int = 40,
+    places: int = 48,
+) -> None:
+    exact = 2e-3 if mx.default_device() == mx.Device(mx.gpu) else 1e-4
+    close = {mx.float32: exact, mx.bfloat16: 3e-2, mx.float16: 4e-3}[dtype]
+    for call in cases(geometry, how, dtype, rows, longest, places):
+        expected, planes = packed_separately(call)
+        mx.eval(expected, planes)
+        attended, written = launch(call)
+        mx.eval(attended, written)
+        assert attended.shape == call.queries.shape
+        assert mx.allclose(attended, expected, rtol=close, atol=close).item()
+        for mine, other in zip(written, planes, strict=True):
+            assert mx.array_equal(mine, other).item(), "written in the right places, and nowhere else"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    only_with_arrays_on_the_host()
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_on_the_host(scratch: Path, bits: int) -> None:
+    check(PackedOnHost(scratch / str(bits)), (4, 2, 64), Quantisation(bits, 64), mx.float32)
+
+
+def test_several_blocks_share_keys_on_the_host(scratch: Path) -> None:
+    check(PackedOnHost(scratch / "splits", splits=8), (4, 2, 64), Quantisation(8, 64), mx.bfloat16)
+
+
+@pytest.mark.parametrize(("bits", "geometry"), [(8, (4, 2, 64)), (4, (4, 1, 128)), (8, (3, 3, 32))])
+def test_on_the_host_with_two_warps(scratch: Path, bits: int, geometry: Geometry) -> None:
+    """Lanes that share a key, keys that share a warp, and warps that share a token."""
+    check(PackedOnHost(scratch / f"{bits}-two", threads=64), geometry, Quantisation(bits, 32), mx.bfloat16, rows=1)
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize(("bits", "size"), [(8, 64), (4, 32)])
+@pytest.mark.parametrize("geometry", [(32, 8, 64), (32, 8, 128), (3, 3, 32)], ids=str)
+@pytest.mark.parametrize("longest", [40, 3000])
+def test_on_the_device(geometry: Geometry, bits: int, size: int, dtype: mx.Dtype, longest: int) -> None:
+    how = Quantisation(bits, size)
+    check(quantised_kernel.attend_and_write, geometry, how, dtype, rows=5, longest=longest, places=longest + 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "size", "possible"),
+    [(64, 8, 64, True), (128, 4, 32, True), (96, 8, 32, False), (80, 8, 16, False), (64, 6, 32, False)],
+)
+def test_what_it_takes(width: int, bits: int, size: int, possible: bool) -> None:
+    queries = mx.zeros((2, 4, 1, width))
+    assert quantised_kernel.applies(queries, 2, bits, size) == possible
+    assert not quantised_kernel.applies(mx.zeros((2, 4, 17, width)), 2, bits, size)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("geometry", [(32, 8, 64), (32, 8, 128), (8, 1, 256), (3, 3, 32)], ids=str)
+def test_compiles_for_the_device(geometry: Geometry, bits: int) -> None:
+    heads, groups, width = geometry
+    way = quantised_kernel.shape(width, heads // groups)
+    kinds = {name: "uint32_t" if name.rpartition("_")[2] in ("keys", "values") else "__nv_bfloat16" for name in INPUTS}
+    kinds |= {"starts": "int32_t", "counters": "int32_t"}
+    sizes = {"D": width, "BITS": bits, "GROUP": 32, "MINE": 16, "LANES": way.lanes, "HEADS": way.heads}
+    sizes |= {"THREADS": way.threads, "SPLITS": 4, "WINDOW": 0}
+    compile_kernel(
+        quantised_kernel.header(width**-0.5),
+        quantised_kernel.SOURCE,
+        kinds,
+        {"out": "__nv_bfloat16", "partial": "float"},
+        [("T", "__nv_bfloat16"), *sizes.items()],
+    )
+
+
+INPUTS = quantised_kernel.INPUTS
