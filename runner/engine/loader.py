@@ -16,7 +16,7 @@ from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
 from runner.engine.compatibility import batches, fuses, understood, why_not_quantised
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Layout
@@ -216,16 +216,25 @@ def _try(model: Any, slack: int, launch: Launch | None = None) -> tuple[Layout, 
     layout = Layout(model, slack)
     vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
     if launch is not None and not layout.unknown:
-        fused = Layout(model, slack, launch=launch)
-        layout = fused if fuses(model, fused, layout, vocabulary) else layout
+        layout = _launching(model, slack, launch, layout, vocabulary)
     if batches(model, layout, vocabulary):
         return layout, vocabulary, True
     return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
 
 
+def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary: int) -> Layout:
+    """The layout that leaves most to `launch`: the rotation of queries and keys as well, if the model lets it."""
+    rotary.install(model)
+    for rotates in (True, False):
+        fused = Layout(model, slack, launch=launch, rotates=rotates)
+        if fuses(model, fused, plain, vocabulary):
+            return fused
+    return plain
+
+
 def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
     """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
-    layout = Layout(model, slack, quantisation, launch=plain.launch)
+    layout = Layout(model, slack, quantisation, launch=plain.launch, rotates=plain.rotates)
     if plain.unknown:
         reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
     elif not layout.straight:
@@ -237,7 +246,7 @@ def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout
         hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
         raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
     if (launch := quantised_kernel.launch()) is not None:
-        fused = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch)
+        fused = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
         return fused if fuses(model, fused, layout, vocabulary) else layout
     return layout
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from runner.engine.chat import ChatTemplate, jinja_render
 from runner.engine.compatibility import fuses
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
@@ -45,12 +45,14 @@ def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = N
     launch, packed = attention_kernel.launch(), quantised_kernel.launch()
     if launch is None:
         return Layout(model, quantisation=quantisation)
-    if not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
+    rotary.install(model)
+    rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
+    if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
         launch = None
-    layout = Layout(model, quantisation=quantisation, launch=launch)
+    layout = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
     if quantisation is None:
         return layout
-    fused = Layout(model, quantisation=quantisation, launch=launch, packed_launch=packed)
+    fused = Layout(model, quantisation=quantisation, launch=launch, packed_launch=packed, rotates=rotates)
     return fused if fuses(model, fused, layout, vocabulary) else layout
 
 

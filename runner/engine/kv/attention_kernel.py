@@ -42,6 +42,7 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
+from runner.engine.kv.rotary import Rotation
 
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -69,7 +70,7 @@ _SHARE: Final = 128
 _MOST_SPLITS: Final = 32
 _AT_ONCE: Final = 64
 
-INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after", "counters")
+INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after", "counters", "frequencies")
 """What the source calls a call's arrays."""
 
 Planes = tuple[mx.array, mx.array]
@@ -83,7 +84,8 @@ class Call:
     `queries` [rows, heads, tokens, width]; `keys` and `values` [rows, groups, tokens, width] are those of the same
     tokens, `planes` those of the tokens before, `starts` [rows] int32 says of how many. The place of a position is
     itself, or itself modulo `ring`. A token sees itself and what is before it, `window` tokens in all. `after` is what
-    the layer's launch before has returned, while that may not be dispatched.
+    the layer's launch before has returned, while that may not be dispatched. Queries and keys are to be rotated first,
+    if there is a `rotation`.
     """
 
     queries: mx.array
@@ -95,6 +97,7 @@ class Call:
     window: int | None
     ring: int | None
     after: mx.array | None
+    rotation: Rotation | None = None
 
 
 Launch = Callable[[Call], tuple[mx.array, Planes]]
@@ -136,7 +139,7 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
     if not heads:
         return None
     warps = _THREADS // _WARP
-    while warps * heads * (width + 2) * 4 > _SHARED:
+    while warps * heads * (width + 2) * 4 + (heads + FEW) * width * itemsize > _SHARED:
         warps //= 2
     return Shape(lanes, heads, warps * _WARP)
 
@@ -153,6 +156,13 @@ def _counters(blocks: int) -> Iterator[mx.array]:
     arrays = [mx.zeros((blocks,), dtype=mx.int32) for _ in range(_AT_ONCE)]
     mx.eval(arrays)
     return cycle(arrays)
+
+
+@cache
+def _none() -> mx.array:
+    none = mx.zeros((1,))
+    mx.eval(none)
+    return none
 
 
 def counters(blocks: int) -> mx.array:
@@ -180,10 +190,13 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             call.starts,
             call.queries if call.after is None else call.after,
             counters(blocks),
+            _none() if call.rotation is None else call.rotation.frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("ROTATED", 0 if call.rotation is None else call.rotation.dims), ("TOKENS", tokens)),
+            ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
             *(("SPLITS", shares), ("WINDOW", call.window or 0), ("RING", call.ring or 0)),
         ],
         grid=(blocks * shares * way.threads, 1, 1),

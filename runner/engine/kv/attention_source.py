@@ -4,8 +4,9 @@ A block takes token `t` of a row and HEADS of the query heads that share key hea
 that each loads 16 bytes of it at a time, and KEYS keys are seen at once. Each lane sums up in float32, with a running
 maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. SPLITS blocks may
 share the keys (as in Flash-Decoding, Dao et al. 2023): they leave what they have in `partial`, and the last of them, by
-`counters`, merges that. T, D (a head's width), LANES, HEADS, THREADS, SPLITS, WINDOW and RING (0 for none) are
-constants, and so is SCALE, of powers of two.
+`counters`, merges that. Queries and new keys are rotated on their way in, if the model has not done so. T, D (a head's
+width), LANES, HEADS, THREADS, TOKENS, SPLITS, WINDOW and RING (0 for none), ROTATED (values of a line, 0 for none) and
+TRADITIONAL are constants, and so is SCALE, of powers of two.
 """
 
 from __future__ import annotations
@@ -130,11 +131,36 @@ BODY: Final = """
     const T* old_value = held_values + row * held_values_strides[0] + g * held_values_strides[1];
     auto place = [&](int position) { return long(RING > 0 ? position % RING : position); };
 
+    // Column `c` of a line at a position, rotated as MLX's rope does it, and rounded as there.
+    auto rotated = [&](const T* line, long step, int c, int position) {
+        const float x = float(line[c * step]);
+        if (ROTATED == 0 || c >= ROTATED) return x;
+        constexpr int HALF = ROTATED / 2;
+        const bool second = TRADITIONAL ? c & 1 : c >= HALF;
+        const int pair = TRADITIONAL ? c / 2 : second ? c - HALF : c;
+        const float y = float(line[(TRADITIONAL ? c ^ 1 : second ? c - HALF : c + HALF) * step]);
+        float sine, cosine;
+        sincosf(float(position) * frequencies[pair], &sine, &cosine);
+        return float(T(second ? y * sine + x * cosine : x * cosine - y * sine));
+    };
+    // The queries, and the call's own keys up to the token's.
+    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[TOKENS * D * sizeof(T) / 16];
+    T* asked = reinterpret_cast<T*>(asked_raw);
+    T* fresh = reinterpret_cast<T*>(fresh_raw);
+    const T* query_line = queries + row * queries_strides[0] + head * queries_strides[1] + t * queries_strides[2];
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        asked[i] = T(rotated(query_line + i / D * queries_strides[1], queries_strides[3], i % D, at));
+    }
+    for (int i = threadIdx.x; i < (t + 1) * D; i += THREADS) {
+        fresh[i] = T(rotated(new_key + i / D * keys_strides[2], keys_strides[3], i % D, start + i / D));
+    }
+    __syncthreads();
+
     if (part == 0 && split == 0) {
         T* k = const_cast<T*>(old_key) + place(at) * held_keys_strides[2];
         T* v = const_cast<T*>(old_value) + place(at) * held_values_strides[2];
         for (int i = threadIdx.x; i < D; i += THREADS) {
-            k[i * held_keys_strides[3]] = new_key[t * keys_strides[2] + i * keys_strides[3]];
+            k[i * held_keys_strides[3]] = fresh[t * D + i];
             v[i * held_values_strides[3]] = new_value[t * values_strides[2] + i * values_strides[3]];
         }
     }
@@ -158,7 +184,6 @@ BODY: Final = """
             }
         }
     };
-    const bool new_keys_whole = whole(new_key, keys_strides[2], keys_strides[3]);
     const bool new_values_whole = whole(new_value, values_strides[2], values_strides[3]);
     const bool old_keys_whole = whole(old_key, held_keys_strides[2], held_keys_strides[3]);
     const bool old_values_whole = whole(old_value, held_values_strides[2], held_values_strides[3]);
@@ -166,8 +191,7 @@ BODY: Final = """
     float query[HEADS][MINE], sum[HEADS][MINE], top[HEADS], total[HEADS];
     #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-        const T* line = queries + row * queries_strides[0] + (head + h) * queries_strides[1] + t * queries_strides[2];
-        load(line, queries_strides[3], false, query[h]);
+        load(asked + h * D, 1, true, query[h]);
         #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             query[h][i] *= SCALE;
@@ -190,7 +214,7 @@ BODY: Final = """
                 load(old_key + place(p) * held_keys_strides[2], held_keys_strides[3], old_keys_whole, key);
                 load(old_value + place(p) * held_values_strides[2], held_values_strides[3], old_values_whole, value[j]);
             } else if (p <= stop) {
-                load(new_key + (p - start) * keys_strides[2], keys_strides[3], new_keys_whole, key);
+                load(fresh + (p - start) * D, 1, true, key);
                 load(new_value + (p - start) * values_strides[2], values_strides[3], new_values_whole, value[j]);
             }
             #pragma unroll

@@ -46,16 +46,20 @@ class Layout:
         understood: bool = True,
         launch: Launch | None = None,
         packed_launch: PackedLaunch | None = None,
+        *,
+        rotates: bool = False,
     ) -> None:
         """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
 
         With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
         caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them,
-        `packed_launch` for those that are quantised.
+        `packed_launch` for those that are quantised. With `rotates`, `launch` also rotates queries and keys, for models
+        that let it (`rotary.install`).
         """
         self.quantisation = quantisation
         self.launch = launch
         self.packed_launch = packed_launch
+        self.rotates = rotates
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
@@ -104,11 +108,11 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(positions, template.max_size, self._slack, self.launch)
+            return Window(positions, template.max_size, self._slack, self.launch, rotates=self.rotates)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
-            return Straight(positions, self.launch)
+            return Straight(positions, self.launch, rotates=self.rotates)
         return Quantised(positions, self.quantisation, self.packed_launch)
 
 

@@ -17,6 +17,7 @@ from runner.engine.kv.attention_kernel import Call, Launch, applies
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.rotary import Deferred, Unrotated, rotated
 from runner.engine.kv.unwritten import Unwritten
 
 
@@ -90,7 +91,9 @@ class Straight:
     _window: int | None = None
     _ring: int | None = None
 
-    def __init__(self, positions: Positions, launch: Launch | None = None) -> None:
+    def __init__(self, positions: Positions, launch: Launch | None = None, *, rotates: bool = False) -> None:
+        """With `rotates`, launches also rotate what a model leaves to them."""
+        self._rotates = rotates
         self._positions = positions
         self._planes = Planes()
         self._launch = launch
@@ -98,8 +101,9 @@ class Straight:
         self._attended = False
 
     @property
-    def offset(self) -> int | mx.array:
-        return self._positions.offset
+    def offset(self) -> Any:
+        offset = self._positions.offset
+        return Deferred(offset) if self._rotates and self._positions.count <= FEW else offset
 
     @property
     def keys(self) -> mx.array:
@@ -116,21 +120,20 @@ class Straight:
         mask = self._positions.once(("straight", window_size, return_array), made)
         return self._given(mask, window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        self._planes.reserve(self._positions.slots, self._room(), (keys, values))
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
+        lines = keys.lines if isinstance(keys, Unrotated) else keys
+        self._planes.reserve(self._positions.slots, self._room(), (lines, values))
         if self._launches and self._positions.count <= FEW:
             self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
         self.write(keys, values)
         return self.keys_and_values()
 
-    def write(self, keys: mx.array, values: mx.array) -> None:
+    def write(self, keys: Any, values: mx.array) -> None:
         """Put a call's keys and values [rows, heads, count, width] after each row's tokens, for which there is room."""
-        self._planes.write(self._positions, (keys, values), self._ring)
+        self._planes.write(self._positions, (rotated(keys), values), self._ring)
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: masks.Mask
-    ) -> mx.array | None:
+    def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
         """`write`, and what `queries` [rows, heads, count, width] see, in one launch; None if that cannot be.
 
         Then nothing is done.
@@ -142,6 +145,10 @@ class Straight:
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
+        rotation = None
+        if isinstance(queries, Unrotated) and isinstance(keys, Unrotated) and queries.rotation is keys.rotation:
+            rotation, queries, keys = keys.rotation, queries.lines, keys.lines
+        queries, keys = rotated(queries), rotated(keys)
         new = (keys, values)
         if not (self._planes.take_as_they_are(new) and applies(queries, keys, values)):
             return None
@@ -151,7 +158,7 @@ class Straight:
 
         def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
             held = planes[0], planes[1]
-            return launch(Call(queries, keys, values, held, starts, scale, window, ring, after))
+            return launch(Call(queries, keys, values, held, starts, scale, window, ring, after, rotation))
 
         return self._planes.launch(run)
 
@@ -247,8 +254,10 @@ class Window(Straight):
     end, and slack + 1 can be written in one call before they are seen. Wider calls see the ring and what they bring.
     """
 
-    def __init__(self, positions: Positions, window: int, slack: int, launch: Launch | None = None) -> None:
-        super().__init__(positions, launch)
+    def __init__(
+        self, positions: Positions, window: int, slack: int, launch: Launch | None = None, *, rotates: bool = False
+    ) -> None:
+        super().__init__(positions, launch, rotates=rotates)
         self._window: int = window
         self._size = self._ring = window + slack
         self._slack = slack
@@ -263,10 +272,10 @@ class Window(Straight):
             made = lambda: masks.before_and_new(positions, self._planes.capacity, self._size, window)  # noqa: E731
         return self._given(positions.once(("window", self._size, window, return_array), made), window)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
         if positions.reach > self._size and positions.count > self._slack + 1:
-            return self._wide(keys, values)
+            return self._wide(rotated(keys), values)
         return super().update_and_fetch(keys, values)
 
     def traceable(self) -> bool:

@@ -18,7 +18,7 @@ from runner.engine.kv.masks import Mask
 class Writes(Protocol):
     """A layer's cache, to what it has handed out."""
 
-    def attend(self, queries: mx.array, keys: Any, values: Any, scale: float, mask: Mask) -> mx.array | None:
+    def attend(self, queries: Any, keys: Any, values: Any, scale: float, mask: Mask) -> mx.array | None:
         """Write and attend in one launch, [rows, heads, tokens, width]; None if that cannot be, and nothing is done."""
         ...
 
@@ -43,7 +43,7 @@ class Unwritten:
         self._values = values
         self._written = False
 
-    def attend(self, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array | None:
+    def attend(self, queries: Any, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array | None:
         """[rows, heads, tokens, width], and they are written; None if one launch cannot do it."""
         if self._written or sinks is not None:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ from tests.engine.cuda_on_host import Run, compiled
 def separately(call: Call) -> tuple[mx.array, Planes]:
     """What a launch should do, spelled out; the planes it is given stay as they are."""
     rows, heads, tokens, _ = call.queries.shape
+    if (how := call.rotation) is not None:
+        turn = lambda x: mx.fast.rope(  # noqa: E731
+            x,
+            how.dims,
+            traditional=how.traditional,
+            base=None,
+            scale=1.0,
+            offset=call.starts,
+            freqs=1 / how.frequencies,
+        )
+        call = replace(call, queries=turn(call.queries), keys=turn(call.keys), rotation=None)
     keys, values = (
         _written(plane, new, call.starts, call.ring)
         for plane, new in zip(call.planes, (call.keys, call.values), strict=True)
@@ -96,8 +108,11 @@ class OnHost:
         arrays = {"queries": call.queries, "keys": call.keys, "values": call.values}
         arrays |= dict(zip(("held_keys", "held_values"), call.planes, strict=True))
         numbers = {"WINDOW": call.window or 0, "RING": call.ring or 0}
+        arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
         blocks = rows * groups * (heads // groups // way.heads) * tokens
-        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes}
+        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "TOKENS": tokens}
+        constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
+        constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
         source = (attention_kernel.HEADER, attention_kernel.SOURCE)
         attended = self._compiled.run(call, source, arrays, ("queries", "keys"), constants, numbers, blocks)
         return attended, call.planes
