@@ -151,9 +151,9 @@ def splits(blocks: int, places: int) -> int:
 
 
 @cache
-def _counters(blocks: int) -> Iterator[mx.array]:
+def _counters(shares: int, blocks: int) -> Iterator[mx.array]:
     """Arrays of zeros, which every launch leaves as they were. Those that may run at once do not share one."""
-    arrays = [mx.zeros((blocks,), dtype=mx.int32) for _ in range(_AT_ONCE)]
+    arrays = [mx.zeros((shares, blocks), dtype=mx.int32) for _ in range(_AT_ONCE)]
     mx.eval(arrays)
     return cycle(arrays)
 
@@ -165,9 +165,12 @@ def _none() -> mx.array:
     return none
 
 
-def counters(blocks: int) -> mx.array:
-    """[at least `blocks`] int32 zeros for a launch in which several blocks share keys."""
-    return next(_counters(1 << (blocks - 1).bit_length()))
+def counters(shares: int, blocks: int) -> mx.array:
+    """[shares, at least `blocks`] int32 zeros, for a launch in which so many blocks share keys.
+
+    It is by the shape that the kernel knows: a constant would make a kernel of its own, to be compiled on the way.
+    """
+    return next(_counters(shares, 1 << (blocks - 1).bit_length() if shares > 1 else 1))
 
 
 def launch() -> Launch | None:
@@ -189,15 +192,15 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             *call.planes,
             call.starts,
             call.queries if call.after is None else call.after,
-            counters(blocks),
+            counters(shares, blocks),
             _none() if call.rotation is None else call.rotation.frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            *(("ROTATED", 0 if call.rotation is None else call.rotation.dims), ("TOKENS", tokens)),
+            *(("ROTATED", 0 if call.rotation is None else call.rotation.dims), ("FEW", FEW)),
             ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
-            *(("SPLITS", shares), ("WINDOW", call.window or 0), ("RING", call.ring or 0)),
+            *(("WINDOW", call.window or 0), ("RING", call.ring or 0)),
         ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),

@@ -2,11 +2,11 @@
 
 A block takes token `t` of a row and HEADS of the query heads that share key head `g`. LANES threads share a key, so
 that each loads 16 bytes of it at a time, and KEYS keys are seen at once. Each lane sums up in float32, with a running
-maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. SPLITS blocks may
-share the keys (as in Flash-Decoding, Dao et al. 2023): they leave what they have in `partial`, and the last of them, by
-`counters`, merges that. Queries and new keys are rotated on their way in, if the model has not done so. T, D (a head's
-width), LANES, HEADS, THREADS, TOKENS, SPLITS, WINDOW and RING (0 for none), ROTATED (values of a line, 0 for none) and
-TRADITIONAL are constants, and so is SCALE, of powers of two.
+maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. Several blocks
+may share the keys (as in Flash-Decoding, Dao et al. 2023): they leave what they have in `partial`, and the last of
+them, by `counters`, merges that. Queries and new keys are rotated on their way in, if the model has not done so. T, D
+(a head's width), LANES, HEADS, THREADS, FEW (tokens of a row at most), WINDOW and RING (0 for none), ROTATED (values
+of a line, 0 for none) and TRADITIONAL are constants, and so is SCALE, of powers of two.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MERGE: Final = """
     __syncthreads();
     T* result = out + ((long(row) * tokens + t) * queries_shape[1] + head) * D;
     // What a split has: for each head its sums, its highest score, and its total.
-    float* parts = partial + long(base_block) * SPLITS * HEADS * (D + 2);
+    float* parts = partial + long(base_block) * splits * HEADS * (D + 2);
     for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
         const int h = i / D, column = i % D;
         float best = tops[0][h];
@@ -56,7 +56,7 @@ MERGE: Final = """
             over += kept * sums[w][h][column];
             under += kept * totals[w][h];
         }
-        if (SPLITS == 1) {
+        if (splits == 1) {
             result[i] = T(over / under);
         } else {
             float* mine_of = parts + (split * HEADS + h) * (D + 2);
@@ -67,7 +67,7 @@ MERGE: Final = """
             }
         }
     }
-    if (SPLITS == 1) return;
+    if (splits == 1) return;
 
     // The block that comes last puts the splits together, always in one order, and leaves the counter as it was.
     __shared__ int last;
@@ -75,7 +75,7 @@ MERGE: Final = """
     __syncthreads();
     if (threadIdx.x == 0) {
         int* counter = const_cast<int*>(counters) + base_block;
-        last = atomicAdd(counter, 1) == SPLITS - 1;
+        last = atomicAdd(counter, 1) == splits - 1;
         if (last) *counter = 0;
     }
     __syncthreads();
@@ -85,9 +85,9 @@ MERGE: Final = """
         const int h = i / D, column = i % D;
         const float* of = parts + h * (D + 2);
         float best = NONE;
-        for (int s = 0; s < SPLITS; ++s) best = highest(best, __ldcg(of + s * HEADS * (D + 2) + D));
+        for (int s = 0; s < splits; ++s) best = highest(best, __ldcg(of + s * HEADS * (D + 2) + D));
         float over = 0.0f, under = 0.0f;
-        for (int s = 0; s < SPLITS; ++s) {
+        for (int s = 0; s < splits; ++s) {
             const float* its = of + s * HEADS * (D + 2);
             const float kept = exp2f(__ldcg(its + D) - best);
             over += kept * __ldcg(its + column);
@@ -108,9 +108,10 @@ BODY: Final = """
     constexpr float NONE = -1e30f;
 
     const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
+    const int splits = counters_shape[0];
     int block = blockIdx.x;
-    const int split = block % SPLITS;
-    block /= SPLITS;
+    const int split = block % splits;
+    block /= splits;
     const int base_block = block;
     const int t = block % tokens;
     block /= tokens;
@@ -122,7 +123,7 @@ BODY: Final = """
     const int start = starts[row], at = start + t;
     const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
     // A split's keys: `first` to `stop`.
-    const int span = (at - low + SPLITS) / SPLITS, first = low + split * span;
+    const int span = (at - low + splits) / splits, first = low + split * span;
     const int stop = first + span - 1 < at ? first + span - 1 : at;
 
     const T* new_key = keys + row * keys_strides[0] + g * keys_strides[1];
@@ -144,7 +145,7 @@ BODY: Final = """
         return float(T(second ? y * sine + x * cosine : x * cosine - y * sine));
     };
     // The queries, and the call's own keys up to the token's.
-    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[TOKENS * D * sizeof(T) / 16];
+    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[FEW * D * sizeof(T) / 16];
     T* asked = reinterpret_cast<T*>(asked_raw);
     T* fresh = reinterpret_cast<T*>(fresh_raw);
     const T* query_line = queries + row * queries_strides[0] + head * queries_strides[1] + t * queries_strides[2];

@@ -92,13 +92,13 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
         inputs=[
             *(call.queries, *call.new, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
-            counters(blocks),
+            counters(shares, blocks),
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("BITS", call.bits), ("GROUP", call.group_size), ("MINE", _MINE)),
             *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            *(("SPLITS", shares), ("WINDOW", call.window or 0)),
+            ("WINDOW", call.window or 0),
         ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),

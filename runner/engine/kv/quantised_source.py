@@ -3,7 +3,7 @@
 A block takes token `t` of a row and HEADS of the query heads that share key head `g`, LANES threads share a key, and
 KEYS keys are seen at once. Of a key, a lane has MINE values that share a scale and a bias, so that nothing is unpacked:
 with k = s·w + b, a query's product is s·Σ q·w + b·Σ q, and the sum of weighted values is Σ (p·s)·w + Σ p·b. T, D (a
-head's width), BITS, GROUP (values to a scale), MINE, LANES, HEADS, THREADS, SPLITS and WINDOW (0 for none) are
+head's width), BITS, GROUP (values to a scale), MINE, LANES, HEADS, THREADS and WINDOW (0 for none) are
 constants, and so is SCALE, of powers of two.
 """
 
@@ -29,9 +29,10 @@ BODY: Final = """
     constexpr uint32_t MASK = (1u << BITS) - 1u;
 
     const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
+    const int splits = counters_shape[0];
     int block = blockIdx.x;
-    const int split = block % SPLITS;
-    block /= SPLITS;
+    const int split = block % splits;
+    block /= splits;
     const int base_block = block;
     const int t = block % tokens;
     block /= tokens;
@@ -43,7 +44,7 @@ BODY: Final = """
     const int start = starts[row], at = start + t;
     const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
     // A split's keys: `first` to `stop`.
-    const int span = (at - low + SPLITS) / SPLITS, first = low + split * span;
+    const int span = (at - low + splits) / splits, first = low + split * span;
     const int stop = first + span - 1 < at ? first + span - 1 : at;
 
     // New keys and values are contiguous, [rows, groups, tokens, …]; lines of those that are held are.

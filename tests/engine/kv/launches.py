@@ -110,7 +110,7 @@ class OnHost:
         numbers = {"WINDOW": call.window or 0, "RING": call.ring or 0}
         arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
         blocks = rows * groups * (heads // groups // way.heads) * tokens
-        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "TOKENS": tokens}
+        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "FEW": 16}
         constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
         constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
         source = (attention_kernel.HEADER, attention_kernel.SOURCE)
@@ -174,7 +174,8 @@ class Compiled:
         starts = np.array(call.starts)
         out = np.zeros((rows, tokens, heads, width), dtype=views["queries"].dtype)
         partial = np.full((blocks, self._splits, constants["HEADS"], width + 2), np.nan, dtype=np.float32)
-        counters = np.zeros(blocks, dtype=np.int32)
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        counted = np.array(counters.shape, dtype=np.int32)
         arguments, passed = {}, []
         for name, view in views.items():
             kind = _KINDS[view.dtype.name]
@@ -184,15 +185,16 @@ class Compiled:
             arguments[f"{name}_shape"] = "const int*"
             passed.append(_pointer(shape))
         kind = _KINDS[out.dtype.name]
-        arguments |= {"starts": "const int*", "counters": "const int*", "out": f"{kind}*", "partial": "float*"}
-        passed += [_pointer(array) for array in (starts, counters, out, partial)]
+        arguments |= {"starts": "const int*", "counters": "const int*"}
+        arguments |= {"counters_shape": "const int*", "out": f"{kind}*", "partial": "float*"}
+        passed += [_pointer(array) for array in (starts, counters, counted, out, partial)]
         arguments |= dict.fromkeys(numbers, "int") | {"SCALE": "float"}
         passed += [*map(ctypes.c_int, numbers.values()), ctypes.c_float(call.scale * np.log2(np.e))]
         if self._threads == 1:
             constants["LANES"] = 1
             if "MINE" in constants:
                 constants["MINE"] = constants["GROUP"]
-        constants |= {"THREADS": self._threads, "SPLITS": self._splits}
+        constants |= {"THREADS": self._threads}
         self._of(kind, source, arguments, constants)(
             ctypes.c_int(blocks * self._splits), ctypes.c_int(self._threads), *passed
         )

@@ -159,8 +159,7 @@ def test_compiles_for_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
         ("LANES", way.lanes),
         ("HEADS", way.heads),
         ("THREADS", way.threads),
-        ("SPLITS", 4),
-        ("TOKENS", 16),
+        ("FEW", 16),
     ]
     for window, ring in [(0, 0), (512, 512 + 16)]:
         template = [("T", kind), *sizes, ("WINDOW", window), ("RING", ring), ("ROTATED", width), ("TRADITIONAL", 0)]

@@ -110,7 +110,7 @@ def test_compiles_for_the_device(geometry: Geometry, bits: int) -> None:
     kinds = {name: "uint32_t" if name.rpartition("_")[2] in ("keys", "values") else "__nv_bfloat16" for name in INPUTS}
     kinds |= {"starts": "int32_t", "counters": "int32_t"}
     sizes = {"D": width, "BITS": bits, "GROUP": 32, "MINE": 16, "LANES": way.lanes, "HEADS": way.heads}
-    sizes |= {"THREADS": way.threads, "SPLITS": 4, "WINDOW": 0}
+    sizes |= {"THREADS": way.threads, "WINDOW": 0}
     compile_kernel(
         quantised_kernel.header(width**-0.5),
         quantised_kernel.SOURCE,
