@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from typing import Any, Final
 
@@ -53,6 +54,14 @@ class _Event(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Event).decode
+_NOT_JSON: Final = (msgspec.MsgspecError, UnicodeDecodeError)
+
+_plain_text = re.compile(rb"[ !#-\[\]-~]+").fullmatch
+"""Of a JSON string what needs no decoding: printable ASCII without quotes and backslashes, and not nothing."""
+
+_PROBE: Final = "mlx-run"
+_TRIES: Final = 4
+"""How many of a stream's first events are looked at for what the others have in common."""
 
 
 class Answer:
@@ -60,9 +69,13 @@ class Answer:
 
     A read may bring several events; they all count as arrived when it did. `last` is when the latest with content did,
     0 for none.
+
+    Events of a stream differ in their text alone, most of them. So the first with text is decoded, and what stands
+    before and after its text is kept: of an event that has the same around plain text it is known what it says.
+    Everything else is decoded.
     """
 
-    __slots__ = ("_buffer", "_done", "_gaps", "_outcome", "_stream", "last")
+    __slots__ = ("_after", "_before", "_buffer", "_done", "_gaps", "_outcome", "_start", "_stream", "last")
 
     def __init__(self, outcome: Outcome, gaps: array[float]) -> None:
         self._outcome = outcome
@@ -71,6 +84,8 @@ class Answer:
         self.last = 0.0
         self._done = False
         self._stream = True
+        self._before = self._after = b""
+        self._start = 0
 
     def head(self, status: int, content_type: str) -> None:
         """The status line and the one header that matters here."""
@@ -83,6 +98,16 @@ class Answer:
         """A piece of the body that arrived at `now`."""
         if self._buffer:
             data = self._buffer + data
+        elif (
+            (start := self._start)
+            and data.startswith(self._before)
+            and data.endswith(self._after)
+            and _plain_text(data, start, len(data) - len(self._after))
+        ):
+            self._gaps.append(now - self.last)
+            self.last = now
+            self._outcome.chunks += 1
+            return
         if not self._stream:
             self._buffer = data
             return
@@ -90,6 +115,25 @@ class Answer:
         for line in lines:
             if line.startswith(_DATA):
                 self._event(line[len(_DATA) :].strip(), now)
+        if not self._start and 0 < self._outcome.chunks <= _TRIES:
+            self._learn(data)
+
+    def _learn(self, data: bytes) -> None:
+        """Keeps what is around the text of an event, if `data` is one event of nothing but text.
+
+        That it is the text which stands there is tried out: another in its place has to be found by the decoder.
+        """
+        line = data.removesuffix(b"\n\n").removeprefix(_DATA)
+        if len(data) - len(line) != len(_DATA) + 2 or b"\n" in line:
+            return
+        text = _only_text(line)
+        if not text:
+            return
+        before, quoted, after = data.partition(f'"{text}"'.encode())
+        before, after = before + b'"', b'"' + after
+        tried = (before + _PROBE.encode() + after).removesuffix(b"\n\n").removeprefix(_DATA)
+        if quoted and _only_text(tried) == _PROBE:
+            self._before, self._after, self._start = before, after, len(before)
 
     def _event(self, data: bytes, now: float) -> None:
         outcome = self._outcome
@@ -98,7 +142,7 @@ class Answer:
             return
         try:
             event = _decode(data)
-        except msgspec.MsgspecError:
+        except _NOT_JSON:
             self._fail("bad_event", data)
             return
         if event.error is not None:
@@ -131,7 +175,7 @@ class Answer:
     def _whole(self) -> None:
         try:
             event = _decode(self._buffer)
-        except msgspec.MsgspecError:
+        except _NOT_JSON:
             self._fail("bad_body", self._buffer)
             return
         if event.usage is not None:
@@ -153,11 +197,25 @@ class Answer:
             self._outcome.error, self._outcome.message = kind, _readable(message)
 
 
+def _only_text(data: bytes) -> str:
+    """The text of an event that has some, and nothing else that is looked at here; "" for any other."""
+    try:
+        event = _decode(data)
+    except _NOT_JSON:
+        return ""
+    if event.error is not None or event.usage is not None or len(event.choices) != 1:
+        return ""
+    (choice,) = event.choices
+    if choice.finish_reason:
+        return ""
+    return (choice.delta.content if choice.delta else choice.text) or ""
+
+
 def _readable(body: bytes) -> str:
     """The message in a server's error body, whichever shape it has."""
     try:
         value = msgspec.json.decode(body)
-    except msgspec.MsgspecError:
+    except _NOT_JSON:
         return body[:_MESSAGE_BYTES].decode(errors="replace").strip()
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and key in value:

@@ -102,10 +102,10 @@ class Connection(asyncio.Protocol):
                 data = self._head(data)
                 if not self._in_body:
                     return
-            if self._chunked:
-                self._chunks(data, now)
-            else:
+            if not self._chunked:
                 self._plain(data, now)
+            elif not self._one_chunk(data, now):
+                self._chunks(data, now)
         except ValueError as error:
             self._ended.set_exception(Closed("bad_http", str(error), begun=True))
             self.close()
@@ -149,6 +149,18 @@ class Connection(asyncio.Protocol):
             self._left -= len(data)
             if self._left <= 0:
                 self._finish()
+
+    def _one_chunk(self, data: bytes, now: float) -> bool:
+        """What a read brings of a stream, nearly always: one chunk, whole. False for anything else."""
+        if self._left >= 0 or self._buffer or self._trailer:
+            return False
+        end = data.find(b"\r\n")
+        size, length = data[:end], len(data) - end - 4
+        if length <= 0 or not size.isalnum() or int(size, 16) != length:
+            return False
+        assert self._answer is not None, "there is one while data is taken"
+        self._answer.feed(data[end + 2 : -2], now)
+        return True
 
     def _chunks(self, data: bytes, now: float) -> None:
         """A chunked body: size line, data, line end; the last has size 0 and may have trailers."""

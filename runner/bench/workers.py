@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from types import TracebackType
+from typing import Final
 
 import msgspec
 
@@ -13,14 +14,17 @@ from runner.bench.worker import read_frame, write_frame
 from runner.errors import RunnerError
 from runner.processes import python_module
 
-CLIENTS_PER_PROCESS = 128
-"""One process follows about 20,000 stream events a second; that many clients rarely get more."""
+CLIENTS_PER_PROCESS: Final = 32
+"""Where there are cores. One process follows 60,000 stream events a second and more (tests/bench/client_cost.py), but
+events that come together are timed one after the other: what the last of 128 waits is not the server's."""
+
+MOST_PROCESSES: Final = 4
 
 
 def processes_for(clients: int) -> int:
     """How many processes a level of `clients` takes: a quarter of the cores at most, the rest are the server's."""
     cores = os.cpu_count() or 1
-    return max(1, min(-(-clients // CLIENTS_PER_PROCESS), cores // 4))
+    return max(1, min(-(-clients // CLIENTS_PER_PROCESS), cores // 4, MOST_PROCESSES))
 
 
 class Workers:

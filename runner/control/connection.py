@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import cast
@@ -47,25 +46,13 @@ class _Row:
     __slots__ = ("error", "items", "waiter")
 
     def __init__(self) -> None:
-        self.items: deque[Delta] = deque()
+        self.items: list[Delta] = []
         self.error: RequestError | None = None
         self.waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
-
-    async def take(self, loop: asyncio.AbstractEventLoop) -> list[Delta]:
-        """Everything that is there, waiting for the first. Raises what the engine answered instead."""
-        if not self.items and self.error is None:
-            self.waiter = loop.create_future()
-            await self.waiter
-        if self.items:
-            taken = list(self.items)
-            self.items.clear()
-            return taken
-        assert self.error is not None, "woken with neither deltas nor an error"
-        raise self.error
 
 
 class EngineConnection(asyncio.Protocol):
@@ -147,11 +134,14 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._ask(msgspec.structs.replace(request, id=row_id))
             while not ended:
-                try:
-                    deltas = await row.take(loop)
-                except RequestError:
-                    ended = True
-                    raise
+                if not row.items:  # a coroutine of its own for this would cost each token one
+                    if row.error is None:
+                        row.waiter = loop.create_future()
+                        await row.waiter
+                    if row.error is not None and not row.items:
+                        ended = True
+                        raise row.error
+                deltas, row.items = row.items, []
                 ended = deltas[-1].finish_reason is not None
                 if deltas[-1].finish_reason == "error":
                     raise EngineFailed(deltas[-1].error or "the engine failed on this request", code="engine_error")
@@ -194,11 +184,13 @@ class EngineConnection(asyncio.Protocol):
         self._on_lost()
 
     def _deliver(self, step: Step) -> None:
+        find = self._rows.get
         for delta in step.deltas:
-            row = self._rows.get(delta.id)
+            row = find(delta.id)
             if row is not None:
                 row.items.append(delta)
-                row.wake()
+                if (waiter := row.waiter) is not None and not waiter.done():
+                    waiter.set_result(None)
 
     def _reject(self, message: Rejected) -> None:
         row = self._rows.get(message.id)

@@ -291,6 +291,6 @@ def _kernel() -> Any:
         name="draw_tokens",
         input_names=["logits", "settings", "keys", "positions"],
         output_names=["out"],
-        source=SOURCE,
+        source=cuda_kernels.terse(SOURCE),
         header=f"constexpr int THREADS = {THREADS};\n{HEADER}",
     )

@@ -16,12 +16,13 @@ from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
 from runner.engine.compatibility import batches, fuses, understood, why_not_quantised
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
+from runner.engine.products import install as install_products
 from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
 from runner.errors import EngineLoadError
@@ -85,10 +86,10 @@ def load(
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
         install(model)
+        install_products(model)
         layout, vocabulary, together = _try(model, slack, attention_kernel.launch())
         if quantisation is not None:
-            quantised = Layout(model, slack, quantisation, launch=layout.launch)
-            layout = _quantised(model, quantised, layout, vocabulary)
+            layout = _quantised(model, slack, quantisation, layout, vocabulary)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -215,26 +216,38 @@ def _try(model: Any, slack: int, launch: Launch | None = None) -> tuple[Layout, 
     layout = Layout(model, slack)
     vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
     if launch is not None and not layout.unknown:
-        fused = Layout(model, slack, launch=launch)
-        layout = fused if fuses(model, fused, layout, vocabulary) else layout
+        layout = _launching(model, slack, launch, layout, vocabulary)
     if batches(model, layout, vocabulary):
         return layout, vocabulary, True
     return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
 
 
-def _quantised(model: Any, layout: Layout, plain: Layout, vocabulary: int) -> Layout:
-    """The layout, which quantises, if the model can be cached so; else raises EngineLoadError. `plain` does not."""
-    assert layout.quantisation is not None
+def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary: int) -> Layout:
+    """The layout that leaves most to `launch`: the rotation of queries and keys as well, if the model lets it."""
+    rotary.install(model)
+    for rotates in (True, False):
+        fused = Layout(model, slack, launch=launch, rotates=rotates)
+        if fuses(model, fused, plain, vocabulary):
+            return fused
+    return plain
+
+
+def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
+    """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
+    layout = Layout(model, slack, quantisation, launch=plain.launch, rotates=plain.rotates)
     if plain.unknown:
         reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
     elif not layout.straight:
         reason = "none of its layers caches all tokens"
     else:
-        precise = Layout(model, quantisation=Quantisation(8, layout.quantisation.group_size))
+        precise = Layout(model, quantisation=Quantisation(8, quantisation.group_size))
         reason = why_not_quantised(model, layout, precise, vocabulary)
     if reason is not None:
         hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
         raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
+    if (launch := quantised_kernel.launch()) is not None:
+        fused = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
+        return fused if fuses(model, fused, layout, vocabulary) else layout
     return layout
 
 

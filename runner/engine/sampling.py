@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -107,9 +108,15 @@ class Choice:
         """The state once the rows have taken the fed tokens up to index `last` [B], included; all of them for None."""
         position = self.state.position
         if position is not None:
-            steps = self.tokens.shape[1] if last is None else (last[:, None] + 1).astype(position.dtype)
+            steps = _steps(self.tokens.shape[1]) if last is None else (last[:, None] + 1).astype(position.dtype)
             position = position + steps
         return State(position, None if self.histories is None else self.histories.after(last))
+
+
+@cache
+def _steps(count: int) -> mx.array:
+    # Kept: a device waits tens of microseconds for a number that the host has just written.
+    return mx.array(count, dtype=mx.uint32)
 
 
 class Sampler:

@@ -1,5 +1,10 @@
 """The engine's socket: one thread reads, one writes, and the main thread sees two queues.
 
+The writing thread waits for the interpreter's lock: a frame leaves when the next step's graph is built, 1.5 ms after it
+was there (tests/bench/transport_cost.py). Where that costs more than a token's time, the main thread writes the frame
+itself: when an answer begins or ends in it. It does not write every frame, since the runner that it wakes may take its
+core (at 1 row, on a machine of two cores, that was 13 % of the rate).
+
 One runner is connected at a time; a newer connection replaces an older. What the main thread sends belongs to the
 connection whose `Connected` event it took last, so nothing of a replaced runner's requests reaches the new one.
 """
@@ -20,7 +25,7 @@ from typing import Final
 
 import msgspec
 
-from runner.protocol import FrameDecoder, FromEngine, ToEngine, decoder_to_engine, encode_frame
+from runner.protocol import FrameDecoder, FromEngine, Step, ToEngine, decoder_to_engine, encode_frame
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +98,8 @@ class Transport:
         self._answering = connection
 
     def send(self, message: FromEngine) -> None:
-        """Queue one frame for the runner that is being answered."""
-        self._enqueue(self._answering, encode_frame(message))
+        """Queue one frame for the runner that is being answered, or write it at once if somebody waits for it."""
+        self._enqueue(self._answering, encode_frame(message), at_once=_awaited(message))
 
     def greet(self, *greeting: FromEngine) -> None:
         """What runners that connect from now on are sent first."""
@@ -187,8 +192,12 @@ class Transport:
             peer.close()
             self.inbox.put(Disconnected(connection))
 
-    def _enqueue(self, connection: int, frame: bytes) -> None:
+    def _enqueue(self, connection: int, frame: bytes, *, at_once: bool = False) -> None:
         with self._lock:
+            if at_once and not self._unsent:
+                frame = self._write_now(connection, frame)
+                if not frame:
+                    return
             self._unsent += len(frame)
             self._outbox.put((connection, frame))
             if self._unsent > MAX_UNSENT and self._peer is not None:
@@ -196,12 +205,32 @@ class Transport:
                 with contextlib.suppress(OSError):
                     self._peer.shutdown(socket.SHUT_RDWR)
 
+    def _write_now(self, connection: int, frame: bytes) -> bytes:
+        """What the socket has not taken; nothing of a frame for a runner that is gone.
+
+        Called when nothing is queued, and with the lock, which keeps the socket open.
+        """
+        if self._peer is None or connection != self._connection:
+            return b""
+        try:
+            return frame[self._peer.send(frame, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return frame
+        except OSError:  # the reader sees the end of the connection and reports it
+            return b""
+
     def _write_loop(self) -> None:
         while (item := self._outbox.get()) is not None:
             connection, frame = item
             with self._lock:
                 peer = self._peer if connection == self._connection else None
-                self._unsent -= len(frame)
             if peer is not None:
                 with contextlib.suppress(OSError):  # the reader sees the end of the connection and reports it
                     peer.sendall(frame)
+            with self._lock:  # not before it is written: the main thread would overtake it
+                self._unsent -= len(frame)
+
+
+def _awaited(message: FromEngine) -> bool:
+    """Whether an answer begins or ends with it: those deltas have usage."""
+    return isinstance(message, Step) and any(delta.usage is not None for delta in message.deltas)

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -23,12 +23,21 @@ SAMPLING: Final = {"temperature": 0.7, "top_p": 0.9}
 
 
 class Comparison:
-    """The servers that are up. `us` and `peer` are None where they do not take part."""
+    """The servers that are up. `peer` is None where it does not take part; `replace` has a new one in its place."""
 
-    def __init__(self, options: argparse.Namespace, workers: Workers, us: Target, peer: Target | None) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        workers: Workers,
+        budget: Budget,
+        us: Target,
+        peer: Target | None = None,
+        replace: Callable[[], None] | None = None,
+    ) -> None:
         self.options = options
         self.workers = workers
-        self.budget = Budget(options.budget)
+        self.budget = budget
+        self._replace = replace
         self._seed = int(time.time())
         self.us = calibrate(workers, us, self.settings(()))
         self.peer = None if peer is None else calibrate(workers, peer, self.settings(()))
@@ -72,8 +81,22 @@ class Comparison:
                 (runs,) = self.levels([subject], 8, Budget(None), repeat=1)
                 progress(f"{name} is warm: {runs[0].tokens_per_second:,.0f} tokens/s of 8 clients")
 
+    def both(self, clients: int, budget: Budget) -> list[list[Level]]:
+        """Ours and the peer's repetitions. With more than `--turns` clients they do not take turns: the peer comes when
+        ours is measured, without a warm-up but its first repetition, and is replaced if it does not finish. What it
+        works on after its clients have left would else slow down ours."""
+        assert self.peer is not None, "it takes part"
+        if clients <= self.options.turns:
+            return self.levels([self.us, self.peer], clients, budget)
+        ours, theirs = self.levels([self.us], clients, budget), self.levels([self.peer], clients, budget, warm_up=0)
+        if any(map(stuck, theirs[0])) and self._replace is not None:
+            progress(f"{self.options.peer}'s server has not finished {clients} clients and is replaced")
+            self._replace()
+        return [ours[0], theirs[0][1:] or theirs[0]]
+
     def levels(self, subjects: list[Subject], clients: int, budget: Budget, **more: Any) -> list[list[Level]]:
-        """Each subject's repetitions at one number of clients: as many as there is time for, but one."""
+        """Each subject's repetitions at one number of clients: as many as there is time for, and one at least. What did
+        not finish is not repeated."""
         settings = self.settings((clients,), **more)
         found: list[list[Level]] = [[] for _ in subjects]
         fresh = [s._replace(load=msgspec.structs.replace(s.load, seed=settings.seed)) for s in subjects]
@@ -84,9 +107,14 @@ class Comparison:
                 progress(f"{clients} clients, server {measured.subject}: {text}")
             if len({len(runs) for runs in found}) == 1:
                 longest, began = max(longest, time.monotonic() - began), time.monotonic()
-                if budget.left < longest:
+                if budget.left < longest or all(stuck(runs[-1]) for runs in found):
                     break
         return found
+
+
+def stuck(level: Level) -> bool:
+    """Whether a level's time was over before all was answered."""
+    return bool(level.unfinished or "timeout" in level.failures)
 
 
 def troubles(level: Level) -> Iterable[str]:

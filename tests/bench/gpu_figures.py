@@ -56,13 +56,22 @@ class Section:
 
 
 _SERVED = "versus_mlx_lm.py"
-_SCALED_DOWN = ("--clients=1,4,16", "--loop-clients=1,4", "--adapter-clients=4", "--max-rows=16", "--repeat=1")
+_ENDING: Final = 15.0
+"""Seconds that servers have to end in."""
+_SCALED_DOWN = (
+    "--clients=1,4,16",
+    "--loop-clients=1,4",
+    "--adapter-clients=4",
+    "--max-rows=16",
+    "--repeat=1",
+    "--turns=4",
+)
 _SCALED_DOWN += ("--prompt-tokens=64", "--max-tokens=16", "--join-tokens=64", "--limit=20")
 _ROWS = ("--rows", "1", "4", "16", "32", "128")
 _SAMPLED = ("--temperature", "0.7", "--top-p", "0.9")
 _WAYS = ("fast, no mask", "grouped", "8 bits", "8 bits, in parts", "4 bits", "4 bits, in parts")
 _FEW = ("--rows", "1", "4", "--tokens", "32", "--repeat", "2")
-# 128 clients come last: the peer takes its whole limit for them, as often as there is time.
+# 128 clients come last: the peer takes its whole limit for them, and is replaced.
 _OVER_HTTP = ("--clients=1,8,32,512,128", "--limit=40")
 SECTIONS: Final = (
     Section("levels", _SERVED, 300, 100, _OVER_HTTP, _SCALED_DOWN),
@@ -111,10 +120,10 @@ class Run:
             progress(f"no time left for {', '.join(names)}")
             return
         progress(f"{', '.join(names)}: {seconds:.0f} s")
-        before = min(max(section.before for section in sections), self._budget.left - 5)
-        self._call("-".join(names), self._command(sections, seconds), min(seconds + before, self._budget.left))
+        most = min(seconds + max(section.before for section in sections), self._budget.left)
+        self._call("-".join(names), self._command(sections, seconds, most), most)
 
-    def _command(self, sections: Sequence[Section], seconds: float) -> list[str]:
+    def _command(self, sections: Sequence[Section], seconds: float, most: float) -> list[str]:
         first = sections[0]
         full = self._geometry == "llama-1b"
         command = [sys.executable, str(ROOT / "tests" / "bench" / first.script)]
@@ -124,6 +133,7 @@ class Run:
             command += ["--geometry", self._geometry]
         if first.script == _SERVED:
             command += ["--folder", str(self.folder / f"model-{self._geometry}")]
+            command += ["--until", f"{max(0.0, most - _ENDING):.0f}"]
             command += ["--sections", ",".join(section.name for section in sections)]
             command += ["--budgets", ",".join(f"{section.name}={section.seconds:.0f}" for section in sections)]
         return command

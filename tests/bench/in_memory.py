@@ -12,12 +12,13 @@ from mlx.utils import tree_flatten
 from runner.engine.chat import ChatTemplate, jinja_render
 from runner.engine.compatibility import fuses
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel
 from runner.engine.narrow import narrow_tokenizer
+from runner.engine.products import install as install_products
 from runner.engine.tokenizer import Tokenizer
 from tests.bench.geometry import GEOMETRIES, draw_model
 from tests.bench.llama_1b import TEMPLATE, build_tokenizer
@@ -26,9 +27,9 @@ ENDLESS: Final[frozenset[int]] = frozenset()
 """No token ends an answer: what a model of random weights says is as long as was asked for."""
 
 
-def draw(scratch: Path, geometry: str, seed: int = 0) -> LoadedModel:
+def draw(scratch: Path, geometry: str, seed: int = 0, quantisation: Quantisation | None = None) -> LoadedModel:
     """A model of that geometry. Its tokenizer is made in `scratch`."""
-    return loaded(draw_model(GEOMETRIES[geometry], seed), tokenizer(scratch, geometry), geometry)
+    return loaded(draw_model(GEOMETRIES[geometry], seed), tokenizer(scratch, geometry), geometry, quantisation)
 
 
 def tokenizer(scratch: Path, geometry: str) -> Tokenizer:
@@ -41,21 +42,27 @@ def tokenizer(scratch: Path, geometry: str) -> Tokenizer:
 
 def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = None) -> Layout:
     """How the engine's loader would have it cached: writing and attending at once, where there is a kernel for that."""
-    plain = Layout(model, quantisation=quantisation)
-    launch = attention_kernel.launch()
+    launch, packed = attention_kernel.launch(), quantised_kernel.launch()
     if launch is None:
-        return plain
-    fused = Layout(model, launch=launch)
-    use = fuses(model, fused, Layout(model), vocabulary)
-    return Layout(model, quantisation=quantisation, launch=launch) if use else plain
+        return Layout(model, quantisation=quantisation)
+    rotary.install(model)
+    rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
+    if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
+        launch = None
+    layout = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
+    if quantisation is None:
+        return layout
+    fused = Layout(model, quantisation=quantisation, launch=launch, packed_launch=packed, rotates=rotates)
+    return fused if fuses(model, fused, layout, vocabulary) else layout
 
 
-def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
+def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisation | None = None) -> LoadedModel:
     """What the engine's loader makes of such a model, once its files are read."""
     settings = GEOMETRIES[geometry]
     join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
     mx.eval(model.parameters())
     install(model)
+    install_products(model)
     return LoadedModel(
         model=model,
         tokenizer=words,
@@ -65,5 +72,5 @@ def loaded(model: Any, words: Tokenizer, geometry: str) -> LoadedModel:
         max_context=settings["max_position_embeddings"],
         dtype=getattr(mx, settings["dtype"]),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
-        layout=layout_of(model, settings["vocab_size"]),
+        layout=layout_of(model, settings["vocab_size"], quantisation),
     )

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from runner.bench.job import Target
@@ -20,6 +21,9 @@ from runner.engine.environment import cpu_environment
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300.0
 """How long a server may take to answer for the first time: a GPU's kernels are compiled meanwhile."""
+
+PEER_PATIENCE = 5.0
+"""Seconds that a peer has to end in: one that no longer answers does not end by itself either."""
 
 
 def free_port() -> int:
@@ -31,16 +35,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is asked to end, and made to. Its output goes to `log`."""
-    with log.open("wb") as output:
+def process(
+    command: list[str], log: Path, environment: Mapping[str, str], patience: float = 20.0
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is asked to end, and made to after `patience` seconds. Its output is added to `log`."""
+    with log.open("ab") as output:
         started = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         yield started
     finally:
         started.send_signal(signal.SIGINT)
         try:
-            started.wait(20)
+            started.wait(patience)
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait()
@@ -100,7 +106,7 @@ def mlx_lm_server(folder: Path, model: Path, *, port: int, arguments: list[str])
     """mlx_lm.server. It is asked for its model by path: under its default name it would ignore adapters."""
     target, log = Target(host="127.0.0.1", port=port, model=str(model)), folder / "mlx_lm.log"
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
-    with process([*command, "--log-level", "ERROR", *arguments], log, environment()) as started:
+    with process([*command, "--log-level", "ERROR", *arguments], log, environment(), PEER_PATIENCE) as started:
         wait_until(target, "/health", 200, started, log)
         yield target
 
@@ -110,12 +116,31 @@ def mlx_vlm_server(folder: Path, model: Path, *, port: int, arguments: list[str]
     """mlx_vlm.server."""
     target, log = Target(host="127.0.0.1", port=port, model=str(model)), folder / "mlx_vlm.log"
     command = [sys.executable, "-m", "mlx_vlm.server", "--model", str(model), "--host", "127.0.0.1"]
-    with process([*command, "--port", str(port), *arguments], log, environment()) as started:
+    with process([*command, "--port", str(port), *arguments], log, environment(), PEER_PATIENCE) as started:
         wait_until(target, "/health", 200, started, log)
         yield target
 
 
 PEERS = {"mlx_lm": mlx_lm_server, "mlx_vlm": mlx_vlm_server}
+
+
+class Peer:
+    """The peer's server: one that was given more than it finishes is replaced by a new one."""
+
+    def __init__(self, kind: str, folder: Path, model: Path, arguments: list[str]) -> None:
+        self._server = partial(PEERS[kind], folder, model, port=free_port(), arguments=arguments)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Target:
+        return self._stack.enter_context(self._server())
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def replace(self) -> None:
+        """End it, whatever it does, and start another at the same place."""
+        self._stack.close()
+        self._stack.enter_context(self._server())
 
 
 class EngineLoop:

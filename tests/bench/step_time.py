@@ -1,11 +1,12 @@
 """Where the time of a decode step goes: building its graph, starting it, waiting for the one before, the rest.
 
     python tests/bench/step_time.py [--geometry llama-1b] [--rows 1 8 32 128] [--steps 64] [--prompt 256] [--greedy]
-        [--adapters 9]
+        [--adapters 9] [--bits 8]
 
-The engine's own loop on a model of random weights, all rows in the batch, prompts of different lengths; at temperature
-0.7 with top_p 0.9 unless greedy. With adapters, of rank 8 on all linear layers, rows take them and the base model in
-turn. Milliseconds a step, means over the steps; tokens a second are those of the steps alone.
+The engine's own loop on a model of random weights, all rows in the batch, prompts of different lengths; at
+temperature 0.7 with top_p 0.9 unless greedy. With adapters, of rank 8 on all linear layers, rows take them and the
+base model in turn; with bits, keys and values are cached in so many. Milliseconds a step, means over the steps;
+tokens a second are those of the steps alone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if __name__ == "__main__":
 import mlx.core as mx  # noqa: E402
 
 from runner.engine import batch, traced  # noqa: E402
+from runner.engine.kv.quantised import Quantisation  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
 from runner.protocol import AdapterSource, FromEngine, Generate, Sampling, encode_frame  # noqa: E402
@@ -100,12 +102,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--bits", type=int, default=0)
     parser.add_argument("--greedy", action="store_true")
     arguments = parser.parse_args()
     shown = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MLX_"))
     print(f"{arguments.geometry} on {mx.default_device()}; {shown}")
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = draw(Path(scratch), arguments.geometry)
+        bits = Quantisation(arguments.bits, 64) if arguments.bits else None
+        loaded = draw(Path(scratch), arguments.geometry, quantisation=bits)
         shapes = linear_shapes(loaded, LINEAR) if arguments.adapters else {}
         adapters = [
             AdapterSource(name, str(write_mlx(Path(scratch, name), draw_adapter(shapes, 8, 1), keys=None, scale=0.1)))

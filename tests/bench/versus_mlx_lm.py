@@ -9,9 +9,10 @@ Sections:
     join      requests that join a running batch of 32: the other rows' inter-token times, with and without
 
 All servers are up at the same time, warmed before each level by requests like its own, and take turns, so that none has
-the better minute. An idle server costs nothing here. A level that takes longer than `--limit` seconds ends there: what
-was answered, what failed and what was not finished is counted. Shown are medians over repetitions; with `--record` the
-lines of JSON have every repetition, as soon as there is one.
+the better minute. An idle server costs nothing here. A level that takes longer than `--limit` seconds ends there, and
+is not repeated: what was answered, what failed and what was not finished is counted. With more than `--turns` clients
+the peer comes after ours, and a new server in its place where it did not finish: it would work on for nobody. Shown are
+medians over repetitions; with `--record` the lines of JSON have every repetition, as soon as there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tests.bench.comparison import SAMPLING, Comparison, about, cells, plain  # 
 from tests.bench.geometry import GEOMETRIES  # noqa: E402
 from tests.bench.join import Joined, join  # noqa: E402
 from tests.bench.record import Budget, Record, add_options, progress  # noqa: E402
-from tests.bench.servers import PEERS, EngineLoop, free_port, ours  # noqa: E402
+from tests.bench.servers import PEERS, EngineLoop, Peer, free_port, ours  # noqa: E402
 
 SECTIONS = ("levels", "loop", "adapters", "join")
 ADAPTERS = 9
@@ -54,8 +55,7 @@ def over_levels(comparison: Comparison) -> None:
             record.left_out(f"{clients} clients")
             continue
         both = clients <= comparison.options.peer_clients and comparison.peer is not None
-        subjects = [s for s in ((comparison.us, comparison.peer) if both else (comparison.us,)) if s]
-        runs = comparison.levels(subjects, clients, budget)
+        runs = comparison.both(clients, budget) if both else comparison.levels([comparison.us], clients, budget)
         figures = {"clients": clients, "mlx_run": plain(runs[0])}
         row = {"clients": str(clients), **cells("mlx-run", runs[0])}
         if both:
@@ -173,6 +173,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
     parser.add_argument("--clients", default=(1, 8, 32, 128, 512), **numbers)
     parser.add_argument("--peer-clients", type=int, default=128, help="the largest level that the peer takes part in")
+    parser.add_argument("--turns", type=int, default=32, help="the largest level at which it takes turns with ours")
     parser.add_argument("--loop-clients", default=(1, 8, 32, 128), **numbers)
     parser.add_argument("--adapter-clients", default=(8, 32, 128), **numbers)
     parser.add_argument("--max-rows", type=int, default=128, help="ours: rows in a batch")
@@ -186,6 +187,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=_budgets, default={}, metavar="levels=240,…", help="seconds that a section may take"
     )
+    parser.add_argument("--until", type=float, metavar="SECONDS", help="end by itself then, counted from the start")
     add_options(parser)
     return parser.parse_args()
 
@@ -198,6 +200,7 @@ def main() -> None:
     """Build, start, measure, print."""
     signal.signal(signal.SIGTERM, _end)
     chosen = options()
+    whole = Budget(chosen.until)
     Record(chosen.record, "about").note("about", about(chosen))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -208,21 +211,22 @@ def main() -> None:
         progress("the model's folder is there")
         if chosen.record is not None:
             stack.callback(_keep_logs, scratch, chosen.record)
-        measure_sections(chosen, folder, scratch, stack)
+        measure_sections(chosen, whole, folder, scratch, stack)
 
 
-def measure_sections(chosen: argparse.Namespace, folder: Path, scratch: Path, stack: ExitStack) -> None:
+def measure_sections(chosen: argparse.Namespace, whole: Budget, folder: Path, scratch: Path, stack: ExitStack) -> None:
     """Start the servers, which end with the stack, and measure on them."""
     model = folder / "model"
     adapters = {f"a{number}": folder / "adapters" / f"a{number}" for number in range(ADAPTERS)}
     workers = stack.enter_context(Workers(4))
     us = stack.enter_context(ours(scratch, model, adapters, port=free_port(), max_rows=chosen.max_rows))
     progress("mlx-run is ready")
-    peer = None
+    theirs = {}
     if chosen.peer != "none":
-        peer = stack.enter_context(PEERS[chosen.peer](scratch, model, port=free_port(), arguments=chosen.peer_args))
+        peer = Peer(chosen.peer, scratch, model, chosen.peer_args)
+        theirs = {"peer": stack.enter_context(peer), "replace": peer.replace}
         progress(f"{chosen.peer}'s server answers")
-    comparison = Comparison(chosen, workers, us, peer)
+    comparison = Comparison(chosen, workers, whole.within(chosen.budget), us, **theirs)
     comparison.warm()
     for section in chosen.sections:
         progress(f"{section} begins")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,17 @@ using Strides = cuda::std::array<int64_t, 10>;
 Types = Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a thread of a kernel takes: `registers`, and `local` bytes of memory for what has no room in them."""
+
+    registers: int
+    local: int
+
+
 def compile_kernel(
-    header: str, source: str, inputs: Types, outputs: Types, template: Sequence[tuple[str, str | int]]
-) -> None:
+    header: str, source: str, inputs: Types, outputs: Types, template: Sequence[tuple[str, str | int]] = ()
+) -> Compiled:
     """Raises AssertionError, with what the compiler says; skips the test where there is none.
 
     `inputs` and `outputs` are names and CUDA's types of their elements; so are a template's types.
@@ -51,17 +61,14 @@ def compile_kernel(
         f"using {name} = {value};" if isinstance(value, str) else f"constexpr int {name} = {value};"
         for name, value in template
     ]
-    _compile(
-        "\n".join(
-            [
-                *(_PREAMBLE, header, "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;"),
-                *(f"__global__ void kernel({', '.join(parameters)}) {{", *constants, source, "}\n}"),
-            ]
-        )
-    )
+    text = [
+        *(_PREAMBLE, header, "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;"),
+        *(f"__global__ void kernel({', '.join(parameters)}) {{", *constants, source, "}\n}"),
+    ]
+    return _read(_compile("\n".join(text)))
 
 
-def _compile(text: str) -> None:
+def _compile(text: str) -> bytes:
     root = _wheels()
     try:
         # The compiler looks for its other half by name, which it finds if it is loaded.
@@ -78,12 +85,39 @@ def _compile(text: str) -> None:
     result = nvrtc.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     )
+    what = "ProgramLog" if result else "CUBIN"
     size = ctypes.c_size_t()
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    got = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, got)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    assert result == 0, log.value.decode()
+    assert result == 0, got.value.decode()
+    return got.raw
+
+
+_REGISTERS, _FRAME = 0x2F, 0x11
+"""Attributes in a binary's section .nv.info."""
+
+
+def _read(binary: bytes) -> Compiled:
+    """The one kernel's needs, from a binary of 64-bit ELF."""
+    (at,) = struct.unpack_from("<Q", binary, 0x28)
+    size, count, names = struct.unpack_from("<HHH", binary, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", binary, at + i * size) for i in range(count)]
+    found: dict[int, int] = {}
+    for name, _, _, _, offset, length in sections:
+        start = sections[names][4] + name
+        if binary[start : binary.index(0, start)] != b".nv.info":
+            continue
+        place = offset
+        while place < offset + length:
+            form, attribute, value = struct.unpack_from("<BBH", binary, place)
+            place += 4
+            if form == 4:  # followed by so many bytes: a symbol and its value
+                if attribute in (_REGISTERS, _FRAME):
+                    found[attribute] = max(found.get(attribute, 0), struct.unpack_from("<II", binary, place)[1])
+                place += value
+    return Compiled(found[_REGISTERS], found[_FRAME])
 
 
 def _wheels() -> Path:

@@ -37,8 +37,11 @@ template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
     __syncthreads();
     return other;
 }
-static unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+template <typename V> V atomicAdd(V* at, V value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+template <typename V> V __ldcg(const V* at) { return *at; }
+static void __threadfence() {}
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct bfloat16 {
     uint16_t bits;

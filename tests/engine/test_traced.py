@@ -10,13 +10,14 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import traced
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel, load
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
-from tests.engine.kv.launches import separately
+from tests.engine.kv.launches import packed_separately, separately
 from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
@@ -123,6 +124,34 @@ def test_rows_say_the_same(
     monkeypatch.setattr(attention_kernel, "launch", lambda: None)
     graphs.calls = 0
     assert found == answers(load(folder, slack=SLACK), draft, adapters)
+    assert not graphs.calls
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_rows_of_few_bits_say_the_same(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    bits: int,
+    drafted: bool,
+) -> None:
+    folder = model_folder("llama", wide=True)
+    draft = draft_folder(folder, tmp_path / "draft", "perturbed") if drafted else None
+    how = Quantisation(bits, 32)
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
+    loaded = load(folder, slack=SLACK, quantisation=how)
+    assert loaded.layout.packed_launch is packed_separately
+    adapters = sources(loaded, tmp_path)
+    found = answers(loaded, draft, adapters)
+    assert graphs.calls > 20
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: None)
+    graphs.calls = 0
+    plain = load(folder, slack=SLACK, quantisation=how)
+    assert plain.layout.packed_launch is None
+    assert found == answers(plain, draft, adapters)
     assert not graphs.calls
 
 

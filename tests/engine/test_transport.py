@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from runner.engine import transport as transport_module
 from runner.engine.transport import Connected, Disconnected, Transport
-from runner.protocol import Cancel, Delta, FromEngine, Hello, Loading, Step, encode_frame
+from runner.protocol import Cancel, Delta, FromEngine, Hello, Loading, Step, Usage, decoder_from_engine, encode_frame
 from tests.engine.client import PATIENCE, Client
 
 HELLO = Hello(1, 1, "m", "d", False)
@@ -17,6 +18,11 @@ HELLO = Hello(1, 1, "m", "d", False)
 
 def step(text: str) -> Step:
     return Step([Delta(1, text, 1)])
+
+
+def awaited(text: str) -> Step:
+    """One with which an answer begins, among others that go on."""
+    return Step([Delta(1, text, 1), Delta(2, text, 1, usage=Usage(3, 1))])
 
 
 @pytest.fixture
@@ -110,6 +116,40 @@ def test_a_runner_that_does_not_read_is_disconnected(
         transport.send(step("x" * 200_000))
     assert transport.inbox.get(timeout=PATIENCE) == Disconnected(event.connection)
     client.until_closed()
+
+
+def test_where_an_answer_begins_or_ends_the_frame_is_in_the_socket_when_send_returns(
+    transport: Transport, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX) as runner:
+        runner.connect(str(tmp_path / "e.sock"))
+        event = transport.inbox.get(timeout=PATIENCE)
+        assert isinstance(event, Connected)
+        transport.answer(event.connection)
+        assert runner.recv(4096) == encode_frame(HELLO)
+        for text in ("a", "b"):
+            transport.send(awaited(text))
+            assert runner.recv(4096, socket.MSG_DONTWAIT) == encode_frame(awaited(text))
+
+
+def test_frames_stay_in_order_when_the_socket_is_full(transport: Transport, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as runner:
+        runner.settimeout(PATIENCE)
+        runner.connect(str(tmp_path / "e.sock"))
+        event = transport.inbox.get(timeout=PATIENCE)
+        assert isinstance(event, Connected)
+        transport.answer(event.connection)
+        frames = [(awaited, step)[number % 3 > 0](str(number) * 4000) for number in range(100, 400)]
+        for frame in frames:
+            transport.send(frame)
+        decoder = decoder_from_engine()
+        found: list[FromEngine] = []
+        while len(found) < 1 + len(frames):
+            found += decoder.feed(runner.recv(50_000))
+            if len(found) % 3 == 0 and len(frames) < 400:  # while some are still queued
+                frames.append((awaited, step)[len(frames) % 2](f"more {len(frames)}"))
+                transport.send(frames[-1])
+        assert found == [HELLO, *frames]
 
 
 def test_closing_sends_what_is_queued(tmp_path: Path) -> None:

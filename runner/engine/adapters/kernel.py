@@ -35,7 +35,8 @@ _SOURCE: Final = """
     const int slot = slots[n / TOKENS];
     const size_t at = size_t(n) * O + o;
     if (slot == 0) {
-        if (threadIdx.x < TILE / 8 && o < O) *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
+        if (threadIdx.x >= TILE / 8 || o >= O) return;
+        *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
         return;
     }
     // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.
@@ -148,7 +149,7 @@ def _kernel() -> Any:
         name="low_rank_changes",
         input_names=["x", "y", "a", "b", "spans", "slots"],
         output_names=["out"],
-        source=_SOURCE,
+        source=cuda_kernels.terse(_SOURCE),
         header=(
             f"constexpr int THREADS = {_THREADS};\nconstexpr int TILE = {_TILE};\n"
             f"constexpr int MOST_RANK = {_MOST_RANK};\n"

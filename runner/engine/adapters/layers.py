@@ -81,6 +81,11 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
         return y * factor if bias is None else (y - bias) * factor + bias
 
     @property
+    def unchanged(self) -> Any | None:
+        """The base, where it is all that the call that is being built computes here."""
+        return self.base if self.stack is None or self._current.rows is None else None
+
+    @property
     def weight(self) -> mx.array:
         """The base's: some models look at its type."""
         weight: mx.array = self.base.weight

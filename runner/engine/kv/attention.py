@@ -17,6 +17,7 @@ from mlx_lm.models import base
 from runner.engine.kv import quantised
 from runner.engine.kv.masks import FEW, Mask, masked
 from runner.engine.kv.quantised import Quantised
+from runner.engine.kv.rotary import rotated
 from runner.engine.kv.unwritten import Unwritten
 
 _ON_GPU: Final = mx.default_device() == mx.Device(mx.gpu)
@@ -31,7 +32,7 @@ def install(model: Any) -> None:
 
 
 def attend(
-    queries: mx.array,
+    queries: Any,
     keys: Any,
     values: Any,
     cache: Any,
@@ -41,13 +42,14 @@ def attend(
 ) -> mx.array:
     """[rows, heads, tokens, width]; arguments and result are those of mlx_lm.models.base's function of this name.
 
-    Keys and values may be `Unwritten` as well.
+    Keys and values may be `Unwritten` as well, and queries `Unrotated`.
     """
     if isinstance(keys, Unwritten) and keys is values:
         attended = keys.attend(queries, scale, mask, sinks)
         if attended is not None:
             return attended
         keys, values = keys.fetch()
+    queries = rotated(queries)
     if isinstance(cache, Quantised):
         return quantised.attend(queries, keys, values, cache.quantisation, scale, mask, sinks)
     heads, tokens = queries.shape[1:3]

@@ -26,17 +26,15 @@ planes are inputs, and the kernel casts `const` away. MLX takes arrays for value
   array that others hold. A ring's places are used again: so what is kept of a ring, and what a ring begins with, are
   copies that share no memory with it and are started at once (Window), and a call that reads a ring in separate
   operations has to be started before the next call, as whoever calls a model here does.
-
-The kernel has been run on the host and compiled for the device, but not yet run or timed on one: it is off unless the
-switch says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from typing import Any, Final
 
 import mlx.core as mx
@@ -44,11 +42,14 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
+from runner.engine.kv.rotary import Rotation
 
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-_THREADS: Final = 256
+_THREADS: Final = 128
+"""Of a block. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
+
 _WARP: Final = 32
 _VECTOR: Final = 16
 """Bytes of a load."""
@@ -59,12 +60,17 @@ _REGISTERS: Final = 64
 _SHARED: Final = 48_000
 """Bytes of shared memory that a kernel has without asking for more."""
 
-LONGEST: Final = 4096
 _BLOCKS: Final = 256
-"""Keys that are left to one block where there are fewer blocks than so many. Beyond, separate operations spread them
-over the whole device. Reckoned (a block reads about 100 GB/s), not measured."""
+"""Blocks that are wanted at least: two for each multiprocessor of a large GPU. Where rows, heads and tokens make fewer,
+several share a row's keys."""
 
-INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after")
+_SHARE: Final = 128
+"""Places that are worth a block."""
+
+_MOST_SPLITS: Final = 32
+_AT_ONCE: Final = 64
+
+INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after", "counters", "frequencies")
 """What the source calls a call's arrays."""
 
 Planes = tuple[mx.array, mx.array]
@@ -78,7 +84,8 @@ class Call:
     `queries` [rows, heads, tokens, width]; `keys` and `values` [rows, groups, tokens, width] are those of the same
     tokens, `planes` those of the tokens before, `starts` [rows] int32 says of how many. The place of a position is
     itself, or itself modulo `ring`. A token sees itself and what is before it, `window` tokens in all. `after` is what
-    the layer's launch before has returned, while that may not be dispatched.
+    the layer's launch before has returned, while that may not be dispatched. Queries and keys are to be rotated first,
+    if there is a `rotation`.
     """
 
     queries: mx.array
@@ -90,15 +97,16 @@ class Call:
     window: int | None
     ring: int | None
     after: mx.array | None
+    rotation: Rotation | None = None
 
 
 Launch = Callable[[Call], tuple[mx.array, Planes]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
 
 
-def applies(queries: mx.array, keys: mx.array, values: mx.array, reach: int) -> bool:
-    """Whether a launch can do it: few tokens, whole vectors, not too many keys a block. `reach` is the most keys."""
-    rows, heads, tokens, width = queries.shape
+def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether a launch can do it: few tokens, whole vectors."""
+    _, heads, tokens, width = queries.shape
     groups = keys.shape[1]
     return (
         tokens <= FEW
@@ -109,7 +117,6 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array, reach: int) -> 
         and heads % groups == 0
         and width * queries.dtype.size % _VECTOR == 0
         and shape(width, queries.dtype.size, heads // groups) is not None
-        and (reach <= LONGEST or rows * groups * tokens >= _BLOCKS)
     )
 
 
@@ -132,9 +139,39 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
     if not heads:
         return None
     warps = _THREADS // _WARP
-    while warps * heads * (width + 2) * 4 > _SHARED:
+    while warps * heads * (width + 2) * 4 + (heads + FEW) * width * itemsize > _SHARED:
         warps //= 2
     return Shape(lanes, heads, warps * _WARP)
+
+
+def splits(blocks: int, places: int) -> int:
+    """How many blocks share the keys of a row that has room for so many, where there are `blocks` without that."""
+    wanted = min(-(-_BLOCKS // blocks), places // _SHARE, _MOST_SPLITS)
+    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+
+
+@cache
+def _counters(shares: int, blocks: int) -> Iterator[mx.array]:
+    """Arrays of zeros, which every launch leaves as they were. Those that may run at once do not share one."""
+    arrays = [mx.zeros((shares, blocks), dtype=mx.int32) for _ in range(_AT_ONCE)]
+    mx.eval(arrays)
+    return cycle(arrays)
+
+
+@cache
+def no_frequencies() -> mx.array:
+    """What a kernel is given that has nothing to rotate."""
+    none = mx.zeros((1,))
+    mx.eval(none)
+    return none
+
+
+def counters(shares: int, blocks: int) -> mx.array:
+    """[shares, at least `blocks`] int32 zeros, for a launch in which so many blocks share keys.
+
+    It is by the shape that the kernel knows: a constant would make a kernel of its own, to be compiled on the way.
+    """
+    return next(_counters(shares, 1 << (blocks - 1).bit_length() if shares > 1 else 1))
 
 
 def launch() -> Launch | None:
@@ -148,25 +185,36 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     groups = call.keys.shape[1]
     way = shape(width, call.queries.dtype.size, heads // groups)
     assert way is not None
-    (out,) = _kernel(call.scale)(
+    blocks = rows * groups * (heads // groups // way.heads) * tokens
+    shares = splits(blocks, min(call.window or call.planes[0].shape[2], call.planes[0].shape[2]))
+    out, _ = _kernel(call.scale)(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
             call.starts,
             call.queries if call.after is None else call.after,
+            counters(shares, blocks),
+            no_frequencies() if call.rotation is None else call.rotation.frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("ROTATED", 0 if call.rotation is None else call.rotation.dims), ("FEW", FEW)),
+            ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
             *(("WINDOW", call.window or 0), ("RING", call.ring or 0)),
         ],
-        grid=(rows * groups * (heads // groups // way.heads) * tokens * way.threads, 1, 1),
+        grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),
-        output_shapes=[(rows, tokens, heads, width)],
-        output_dtypes=[call.queries.dtype],
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
+        output_dtypes=[call.queries.dtype, mx.float32],
     )
     # In this order upstream's next transposition makes it contiguous.
     return out.swapaxes(1, 2), call.planes
+
+
+def partial(blocks: int, shares: int, heads: int, width: int) -> tuple[int, ...]:
+    """The shape of what blocks leave for the last of those that share keys."""
+    return (blocks, shares, heads, width + 2) if shares > 1 else (1,)
 
 
 def header(scale: float) -> str:
@@ -179,8 +227,8 @@ def _kernel(scale: float) -> Any:
     return mx.fast.cuda_kernel(
         name="attend_and_write",
         input_names=list(INPUTS),
-        output_names=["out"],
-        source=SOURCE,
+        output_names=["out", "partial"],
+        source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,

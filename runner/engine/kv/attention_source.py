@@ -2,8 +2,11 @@
 
 A block takes token `t` of a row and HEADS of the query heads that share key head `g`. LANES threads share a key, so
 that each loads 16 bytes of it at a time, and KEYS keys are seen at once. Each lane sums up in float32, with a running
-maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. T, D (a head's
-width), LANES, HEADS, THREADS, WINDOW and RING (0 for none) are constants, and so is SCALE, of powers of two.
+maximum (Milakov and Gimelshein, arXiv:1805.02867), and what the lanes have is merged once at the end. Several blocks
+may share the keys (as in Flash-Decoding, Dao et al. 2023): they leave what they have in `partial`, and the last of
+them, by `counters`, merges that. Queries and new keys are rotated on their way in, if the model has not done so. T, D
+(a head's width), LANES, HEADS, THREADS, FEW (tokens of a row at most), WINDOW and RING (0 for none), ROTATED (values
+of a line, 0 for none) and TRADITIONAL are constants, and so is SCALE, of powers of two.
 """
 
 from __future__ import annotations
@@ -14,7 +17,88 @@ HEADER: Final = """
 template <typename A> __device__ inline A highest(A a, A b) { return a > b ? a : b; }
 """
 
-SOURCE: Final = """
+MERGE: Final = """
+    __shared__ float sums[WARPS][HEADS][D], tops[WARPS][HEADS], totals[WARPS][HEADS];
+    const int warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        #pragma unroll
+        for (int w = LANES; w < 32 && w < THREADS; w <<= 1) {
+            const float best = highest(top[h], __shfl_xor_sync(0xffffffffu, top[h], w));
+            const float kept = exp2f(top[h] - best);
+            top[h] = best;
+            total[h] *= kept;
+            total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                sum[h][i] *= kept;
+                sum[h][i] += __shfl_xor_sync(0xffffffffu, sum[h][i], w);
+            }
+        }
+        if (threadIdx.x % 32 < LANES) {
+            tops[warp][h] = top[h];
+            totals[warp][h] = total[h];
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) sums[warp][h][column_of(i)] = sum[h][i];
+        }
+    }
+    __syncthreads();
+    T* result = out + ((long(row) * tokens + t) * queries_shape[1] + head) * D;
+    // What a split has: for each head its sums, its highest score, and its total.
+    float* parts = partial + long(base_block) * splits * HEADS * (D + 2);
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D, column = i % D;
+        float best = tops[0][h];
+        for (int w = 1; w < WARPS; ++w) best = highest(best, tops[w][h]);
+        float over = 0.0f, under = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            const float kept = exp2f(tops[w][h] - best);
+            over += kept * sums[w][h][column];
+            under += kept * totals[w][h];
+        }
+        if (splits == 1) {
+            result[i] = T(over / under);
+        } else {
+            float* mine_of = parts + (split * HEADS + h) * (D + 2);
+            mine_of[column] = over;
+            if (column == 0) {
+                mine_of[D] = best;
+                mine_of[D + 1] = under;
+            }
+        }
+    }
+    if (splits == 1) return;
+
+    // The block that comes last puts the splits together, always in one order, and leaves the counter as it was.
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int* counter = const_cast<int*>(counters) + base_block;
+        last = atomicAdd(counter, 1) == splits - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D, column = i % D;
+        const float* of = parts + h * (D + 2);
+        float best = NONE;
+        for (int s = 0; s < splits; ++s) best = highest(best, __ldcg(of + s * HEADS * (D + 2) + D));
+        float over = 0.0f, under = 0.0f;
+        for (int s = 0; s < splits; ++s) {
+            const float* its = of + s * HEADS * (D + 2);
+            const float kept = exp2f(__ldcg(its + D) - best);
+            over += kept * __ldcg(its + column);
+            under += kept * __ldcg(its + D + 1);
+        }
+        result[i] = T(over / under);
+    }
+"""
+"""The end of a kernel: what lanes, warps and splits of a row's keys have is put together."""
+
+_START: Final = """
     constexpr int EACH = 16 / sizeof(T);
     constexpr int VECTORS = D / EACH / LANES;
     constexpr int MINE = VECTORS * EACH;
@@ -24,7 +108,11 @@ SOURCE: Final = """
     constexpr float NONE = -1e30f;
 
     const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
+    const int splits = counters_shape[0];
     int block = blockIdx.x;
+    const int split = block % splits;
+    block /= splits;
+    const int base_block = block;
     const int t = block % tokens;
     block /= tokens;
     const int part = block % (shared / HEADS);
@@ -34,6 +122,9 @@ SOURCE: Final = """
     const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
     const int start = starts[row], at = start + t;
     const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
+    // A split's keys: `first` to `stop`.
+    const int span = (at - low + splits) / splits, first = low + split * span;
+    const int stop = first + span - 1 < at ? first + span - 1 : at;
 
     const T* new_key = keys + row * keys_strides[0] + g * keys_strides[1];
     const T* new_value = values + row * values_strides[0] + g * values_strides[1];
@@ -41,11 +132,43 @@ SOURCE: Final = """
     const T* old_value = held_values + row * held_values_strides[0] + g * held_values_strides[1];
     auto place = [&](int position) { return long(RING > 0 ? position % RING : position); };
 
-    if (part == 0) {
+"""
+
+ROTATE: Final = """
+    // Column `c` of a line at a position, rotated as MLX's rope does it, and rounded as there.
+    auto rotated = [&](const T* line, long step, int c, int position) {
+        const float x = float(line[c * step]);
+        if (ROTATED == 0 || c >= ROTATED) return x;
+        constexpr int HALF = ROTATED / 2;
+        const bool second = TRADITIONAL ? c & 1 : c >= HALF;
+        const int pair = TRADITIONAL ? c / 2 : second ? c - HALF : c;
+        const float y = float(line[(TRADITIONAL ? c ^ 1 : second ? c - HALF : c + HALF) * step]);
+        float sine, cosine;
+        sincosf(float(position) * frequencies[pair], &sine, &cosine);
+        return float(T(second ? y * sine + x * cosine : x * cosine - y * sine));
+    };
+"""
+"""Defines `rotated`."""
+
+_REST: Final = """
+    // The queries, and the call's own keys up to the token's.
+    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[FEW * D * sizeof(T) / 16];
+    T* asked = reinterpret_cast<T*>(asked_raw);
+    T* fresh = reinterpret_cast<T*>(fresh_raw);
+    const T* query_line = queries + row * queries_strides[0] + head * queries_strides[1] + t * queries_strides[2];
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        asked[i] = T(rotated(query_line + i / D * queries_strides[1], queries_strides[3], i % D, at));
+    }
+    for (int i = threadIdx.x; i < (t + 1) * D; i += THREADS) {
+        fresh[i] = T(rotated(new_key + i / D * keys_strides[2], keys_strides[3], i % D, start + i / D));
+    }
+    __syncthreads();
+
+    if (part == 0 && split == 0) {
         T* k = const_cast<T*>(old_key) + place(at) * held_keys_strides[2];
         T* v = const_cast<T*>(old_value) + place(at) * held_values_strides[2];
         for (int i = threadIdx.x; i < D; i += THREADS) {
-            k[i * held_keys_strides[3]] = new_key[t * keys_strides[2] + i * keys_strides[3]];
+            k[i * held_keys_strides[3]] = fresh[t * D + i];
             v[i * held_values_strides[3]] = new_value[t * values_strides[2] + i * values_strides[3]];
         }
     }
@@ -69,7 +192,6 @@ SOURCE: Final = """
             }
         }
     };
-    const bool new_keys_whole = whole(new_key, keys_strides[2], keys_strides[3]);
     const bool new_values_whole = whole(new_value, values_strides[2], values_strides[3]);
     const bool old_keys_whole = whole(old_key, held_keys_strides[2], held_keys_strides[3]);
     const bool old_values_whole = whole(old_value, held_values_strides[2], held_values_strides[3]);
@@ -77,8 +199,7 @@ SOURCE: Final = """
     float query[HEADS][MINE], sum[HEADS][MINE], top[HEADS], total[HEADS];
     #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-        const T* line = queries + row * queries_strides[0] + (head + h) * queries_strides[1] + t * queries_strides[2];
-        load(line, queries_strides[3], false, query[h]);
+        load(asked + h * D, 1, true, query[h]);
         #pragma unroll
         for (int i = 0; i < MINE; ++i) {
             query[h][i] *= SCALE;
@@ -89,7 +210,7 @@ SOURCE: Final = """
     }
 
     // All lanes of a warp go round equally often: they exchange values.
-    for (int base = low; base <= at; base += KEYS * DEPTH) {
+    for (int base = first; base <= stop; base += KEYS * DEPTH) {
         float score[DEPTH][HEADS], value[DEPTH][MINE];
         #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
@@ -97,11 +218,11 @@ SOURCE: Final = """
             float key[MINE];
             #pragma unroll
             for (int i = 0; i < MINE; ++i) key[i] = value[j][i] = 0.0f;
-            if (p <= at && p < start) {
+            if (p <= stop && p < start) {
                 load(old_key + place(p) * held_keys_strides[2], held_keys_strides[3], old_keys_whole, key);
                 load(old_value + place(p) * held_values_strides[2], held_values_strides[3], old_values_whole, value[j]);
-            } else if (p <= at) {
-                load(new_key + (p - start) * keys_strides[2], keys_strides[3], new_keys_whole, key);
+            } else if (p <= stop) {
+                load(fresh + (p - start) * D, 1, true, key);
                 load(new_value + (p - start) * values_strides[2], values_strides[3], new_values_whole, value[j]);
             }
             #pragma unroll
@@ -118,7 +239,7 @@ SOURCE: Final = """
             for (int j = 0; j < DEPTH; ++j) {
                 #pragma unroll
                 for (int w = LANES / 2; w > 0; w >>= 1) score[j][h] += __shfl_xor_sync(0xffffffffu, score[j][h], w);
-                if (base + j * KEYS + mine <= at) best = highest(best, score[j][h]);
+                if (base + j * KEYS + mine <= stop) best = highest(best, score[j][h]);
             }
             const float kept = exp2f(top[h] - best);
             top[h] = best;
@@ -127,7 +248,7 @@ SOURCE: Final = """
             for (int i = 0; i < MINE; ++i) sum[h][i] *= kept;
             #pragma unroll
             for (int j = 0; j < DEPTH; ++j) {
-                const float weight = base + j * KEYS + mine <= at ? exp2f(score[j][h] - best) : 0.0f;
+                const float weight = base + j * KEYS + mine <= stop ? exp2f(score[j][h] - best) : 0.0f;
                 total[h] += weight;
                 #pragma unroll
                 for (int i = 0; i < MINE; ++i) sum[h][i] += weight * value[j][i];
@@ -135,41 +256,7 @@ SOURCE: Final = """
         }
     }
 
-    __shared__ float sums[WARPS][HEADS][D], tops[WARPS][HEADS], totals[WARPS][HEADS];
-    const int warp = threadIdx.x / 32;
-    #pragma unroll
-    for (int h = 0; h < HEADS; ++h) {
-        #pragma unroll
-        for (int w = LANES; w < 32 && w < THREADS; w <<= 1) {
-            const float best = highest(top[h], __shfl_xor_sync(0xffffffffu, top[h], w));
-            const float kept = exp2f(top[h] - best);
-            top[h] = best;
-            total[h] *= kept;
-            total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
-            #pragma unroll
-            for (int i = 0; i < MINE; ++i) {
-                sum[h][i] *= kept;
-                sum[h][i] += __shfl_xor_sync(0xffffffffu, sum[h][i], w);
-            }
-        }
-        if (threadIdx.x % 32 < LANES) {
-            tops[warp][h] = top[h];
-            totals[warp][h] = total[h];
-            #pragma unroll
-            for (int i = 0; i < MINE; ++i) sums[warp][h][(i / EACH * LANES + lane) * EACH + i % EACH] = sum[h][i];
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
-        const int h = i / D, column = i % D;
-        float best = tops[0][h];
-        for (int w = 1; w < WARPS; ++w) best = highest(best, tops[w][h]);
-        float over = 0.0f, under = 0.0f;
-        for (int w = 0; w < WARPS; ++w) {
-            const float kept = exp2f(tops[w][h] - best);
-            over += kept * sums[w][h][column];
-            under += kept * totals[w][h];
-        }
-        out[((long(row) * tokens + t) * queries_shape[1] + head + h) * D + column] = T(over / under);
-    }
+    auto column_of = [&](int i) { return (i / EACH * LANES + lane) * EACH + i % EACH; };
 """
+
+SOURCE: Final = _START + ROTATE + _REST + MERGE

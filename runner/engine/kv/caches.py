@@ -15,12 +15,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from runner.engine.arrays import start
-from runner.engine.kv.attention_kernel import LONGEST, Launch
+from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
+from runner.engine.kv.quantised_kernel import PackedLaunch
 from runner.engine.kv.recurrent import Recurrent
 
 Held = list[list[mx.array]]
@@ -47,14 +48,21 @@ class Layout:
         quantisation: Quantisation | None = None,
         understood: bool = True,
         launch: Launch | None = None,
+        packed_launch: PackedLaunch | None = None,
+        *,
+        rotates: bool = False,
     ) -> None:
         """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
 
         With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
-        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them.
+        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them,
+        `packed_launch` for those that are quantised. With `rotates`, `launch` also rotates queries and keys, for models
+        that let it (`rotary.install`).
         """
         self.quantisation = quantisation
         self.launch = launch
+        self.packed_launch = packed_launch
+        self.rotates = rotates
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
@@ -103,12 +111,12 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(positions, template.max_size, self._slack, self.launch)
+            return Window(positions, template.max_size, self._slack, self.launch, rotates=self.rotates)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
-            return Straight(positions, self.launch)
-        return Quantised(positions, self.quantisation)
+            return Straight(positions, self.launch, rotates=self.rotates)
+        return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
 
 
 class Caches:
@@ -171,8 +179,7 @@ class Caches:
         positions.begin(count, None)
         if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
             return None
-        long = positions.reach > LONGEST
-        return positions.rows, count, positions.slots, positions.capacity, long
+        return positions.rows, count, positions.slots, positions.capacity
 
     def call_graph(self, graph: Graph, tokens: mx.array) -> mx.array:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.

@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.kv import masks
-from runner.engine.kv.attention_kernel import Launch, applies
+from runner.engine.kv.attention_kernel import Call, Launch, applies
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes, Slots
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
 
 
@@ -94,7 +95,9 @@ class Straight:
     _window: int | None = None
     _ring: int | None = None
 
-    def __init__(self, positions: Positions, launch: Launch | None = None) -> None:
+    def __init__(self, positions: Positions, launch: Launch | None = None, *, rotates: bool = False) -> None:
+        """With `rotates`, launches also rotate what a model leaves to them."""
+        self._rotates = rotates
         self._positions = positions
         self._planes = Planes()
         self._launch = launch
@@ -102,8 +105,9 @@ class Straight:
         self._attended = False
 
     @property
-    def offset(self) -> int | mx.array:
-        return self._positions.offset
+    def offset(self) -> Any:
+        offset = self._positions.offset
+        return Deferred(offset) if self._rotates and self._positions.count <= FEW else offset
 
     @property
     def keys(self) -> mx.array:
@@ -120,21 +124,20 @@ class Straight:
         mask = self._positions.once(("straight", window_size, return_array), made)
         return self._given(mask, window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        self._planes.reserve(self._positions.slots, self._room(), (keys, values))
-        if self._launch is not None and self._positions.count <= FEW:
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
+        lines = keys.lines if isinstance(keys, Unrotated) else keys
+        self._planes.reserve(self._positions.slots, self._room(), (lines, values))
+        if self._launches and self._positions.count <= FEW:
             self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
         self.write(keys, values)
         return self.keys_and_values()
 
-    def write(self, keys: mx.array, values: mx.array) -> None:
+    def write(self, keys: Any, values: mx.array) -> None:
         """Put a call's keys and values [rows, heads, count, width] after each row's tokens, for which there is room."""
-        self._planes.write(self._positions, (keys, values), self._ring)
+        self._planes.write(self._positions, (rotated(keys), values), self._ring)
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: masks.Mask
-    ) -> mx.array | None:
+    def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
         """`write`, and what `queries` [rows, heads, count, width] see, in one launch; None if that cannot be.
 
         Then nothing is done.
@@ -146,12 +149,19 @@ class Straight:
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
-        new, reach = (keys, values), min(positions.reach, window or positions.reach)
-        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values, reach)):
+        queries, keys, rotation = together(queries, keys)
+        new = (keys, values)
+        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values)):
             return None
-        starts = positions.once("row starts", lambda: positions.row_starts)
         self._attended = True
-        return self._planes.attend(self._launch, queries, new, starts, scale, window, self._ring)
+        starts = positions.once("row starts", lambda: positions.row_starts)
+        launch, ring = self._launch, self._ring
+
+        def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
+            held = planes[0], planes[1]
+            return launch(Call(queries, keys, values, held, starts, scale, window, ring, after, rotation))
+
+        return self._planes.launch(run)
 
     def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
         """A mask that a model gets, of which is remembered during the call what it means."""
@@ -183,7 +193,7 @@ class Straight:
         self._planes.dispatched()
 
     def traceable(self) -> bool:
-        if self._launch is None or self._planes.empty or self._positions.count > FEW:
+        if not self._launches or self._planes.empty or self._positions.count > FEW:
             return False
         self._planes.reserve(self._positions.slots, self._room(), ())
         return True
@@ -207,6 +217,11 @@ class Straight:
             if new:
                 self._planes.paste(first, other._positions.rows, new)
             self._planes.clear(first, other._positions.rows, new[0].shape[2] if new else 0)
+
+    @property
+    def _launches(self) -> bool:
+        """Whether calls of a few tokens may be launches."""
+        return self._launch is not None
 
     def _room(self) -> int:
         return self._positions.capacity
@@ -243,8 +258,10 @@ class Window(Straight):
     end, and slack + 1 can be written in one call before they are seen. Wider calls see the ring and what they bring.
     """
 
-    def __init__(self, positions: Positions, window: int, slack: int, launch: Launch | None = None) -> None:
-        super().__init__(positions, launch)
+    def __init__(
+        self, positions: Positions, window: int, slack: int, launch: Launch | None = None, *, rotates: bool = False
+    ) -> None:
+        super().__init__(positions, launch, rotates=rotates)
         self._window: int = window
         self._size = self._ring = window + slack
         self._slack = slack
@@ -259,10 +276,10 @@ class Window(Straight):
             made = lambda: masks.before_and_new(positions, self._planes.capacity, self._size, window)  # noqa: E731
         return self._given(positions.once(("window", self._size, window, return_array), made), window)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
         if positions.reach > self._size and positions.count > self._slack + 1:
-            return self._wide(keys, values)
+            return self._wide(rotated(keys), values)
         return super().update_and_fetch(keys, values)
 
     def traceable(self) -> bool:

@@ -7,12 +7,11 @@ whoever else gets at the arrays has it dispatched first (`land`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from runner.engine.arrays import start
-from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.positions import Positions
 
 Slots = int | mx.array
@@ -63,28 +62,18 @@ class Planes:
 
     def hold(self, arrays: Sequence[mx.array]) -> None:
         """Be what the `results` of a graph are that writes by launches alone."""
-        keys, values, *launched = arrays
-        self._arrays = [keys, values]
-        self._launched = launched[0] if launched else None
+        count = len(self._arrays)
+        self._arrays = list(arrays[:count])
+        self._launched = arrays[count] if len(arrays) > count else None
 
     def take_as_they_are(self, new: Sequence[mx.array]) -> bool:
         """Whether `new` arrays are of the types that are held: MLX's writes convert, a launch does not."""
         return all(array.dtype == part.dtype for array, part in zip(self._arrays, new, strict=True))
 
-    def attend(
-        self,
-        launch: Launch,
-        queries: mx.array,
-        new: tuple[mx.array, mx.array],
-        starts: mx.array,
-        scale: float,
-        window: int | None,
-        ring: int | None,
-    ) -> mx.array:
-        """Write `new` and attend to it and what was there before, in one launch; see Call."""
-        keys, values = self._arrays
-        call = Call(queries, *new, (keys, values), starts, scale, window, ring, self._launched)
-        self._launched, planes = launch(call)
+    def launch(self, run: Callable[[list[mx.array], mx.array | None], tuple[mx.array, Sequence[mx.array]]]) -> mx.array:
+        """Write to them and attend to them, in one launch: `run` gets them and the output of the launch before, and
+        returns what was attended to and what they are then."""
+        self._launched, planes = run(self._arrays, self._launched)
         self._arrays = list(planes)
         return self._launched
 

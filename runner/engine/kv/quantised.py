@@ -8,15 +8,19 @@ which chunks a prompt is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from runner.engine.kv import masks, widened
+from runner.engine.kv import masks, quantised_kernel, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.rotary import Unrotated, rotated, together
+from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Values, scales and biases."""
@@ -49,9 +53,17 @@ class Quantisation:
 class Quantised(Straight):
     """All tokens' keys and values, packed. [slots, heads, capacity, …] three times each."""
 
-    def __init__(self, positions: Positions, quantisation: Quantisation) -> None:
-        super().__init__(positions)
+    def __init__(
+        self,
+        positions: Positions,
+        quantisation: Quantisation,
+        launch: quantised_kernel.PackedLaunch | None = None,
+        *,
+        rotates: bool = False,
+    ) -> None:
+        super().__init__(positions, rotates=rotates and launch is not None)
         self.quantisation = quantisation
+        self._packed_launch = launch
 
     @property
     def bits(self) -> int:
@@ -67,14 +79,46 @@ class Quantised(Straight):
         if self._positions.count > FEW:
             return super().make_mask(count, return_array, window_size)
         made = lambda: masks.roomy(self._positions, window_size)  # noqa: E731
-        return self._positions.once(("roomy", window_size), made)
+        return self._given(self._positions.once(("roomy", window_size), made), window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
-        new = (*self.quantisation.pack(keys), *self.quantisation.pack(values))
-        self._planes.reserve(positions.slots, positions.capacity, new)
-        self._planes.write(positions, new)
+        like = self._pack(keys.lines if isinstance(keys, Unrotated) else keys, values)
+        self._planes.reserve(positions.slots, positions.capacity, like)
+        if self._launches and positions.count <= FEW:
+            self._unwritten = Unwritten(self, keys, values)
+            return self._unwritten, self._unwritten
+        self.write(keys, values)
         return self.keys_and_values()
+
+    def write(self, keys: Any, values: mx.array) -> None:
+        self._planes.write(self._positions, self._pack(rotated(keys), values))
+
+    def _pack(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        return *self.quantisation.pack(keys), *self.quantisation.pack(values)
+
+    def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
+        launch, positions, quantisation = self._packed_launch, self._positions, self.quantisation
+        seen = self._seen(mask)
+        if launch is None or seen is None:
+            return None
+        (window,) = seen
+        queries, keys, rotation = together(queries, keys)
+        bits, size = quantisation.bits, quantisation.group_size
+        like = self._pack(keys, values)
+        if not (self._planes.take_as_they_are(like) and quantised_kernel.applies(queries, keys, values, bits, size)):
+            return None
+        self._attended = True
+        starts = positions.once("row starts", lambda: positions.row_starts)
+
+        def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
+            return launch(PackedCall(queries, keys, values, planes, starts, scale, window, bits, size, after, rotation))
+
+        return self._planes.launch(run)
+
+    @property
+    def _launches(self) -> bool:
+        return self._packed_launch is not None
 
     def keys_and_values(self) -> Any:
         """Keys and values, packed; of all of a slot's room where a call's width is small."""

@@ -8,7 +8,7 @@ A model that looks into its keys itself trips over the object: `compatibility.fu
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -18,29 +18,32 @@ from runner.engine.kv.masks import Mask
 class Writes(Protocol):
     """A layer's cache, to what it has handed out."""
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array | None:
+    def attend(self, queries: Any, keys: Any, values: Any, scale: float, mask: Mask) -> mx.array | None:
         """Write and attend in one launch, [rows, heads, tokens, width]; None if that cannot be, and nothing is done."""
         ...
 
-    def write(self, keys: mx.array, values: mx.array) -> None:
+    def write(self, keys: Any, values: Any) -> None:
         """Write in separate operations."""
         ...
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[Any, Any]:
         """[rows, groups, tokens, width], the call's own included, which are written."""
         ...
 
 
 class Unwritten:
-    """New `keys` and `values` [rows, groups, tokens, width] on their way into a cache, and all that is in it."""
+    """New `keys` and `values` [rows, groups, tokens, width] on their way into a cache, and all that is in it.
 
-    def __init__(self, layer: Writes, keys: mx.array, values: mx.array) -> None:
+    Keys may be `Unrotated`.
+    """
+
+    def __init__(self, layer: Writes, keys: Any, values: Any) -> None:
         self._layer = layer
         self._keys = keys
         self._values = values
         self._written = False
 
-    def attend(self, queries: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array | None:
+    def attend(self, queries: Any, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array | None:
         """[rows, heads, tokens, width], and they are written; None if one launch cannot do it."""
         if self._written or sinks is not None:
             return None
@@ -48,7 +51,7 @@ class Unwritten:
         self._written = attended is not None
         return attended
 
-    def fetch(self) -> tuple[mx.array, mx.array]:
+    def fetch(self) -> tuple[Any, Any]:
         """What upstream's caches return; they are written in separate operations, if they are not yet."""
         if not self._written:
             self._layer.write(self._keys, self._values)

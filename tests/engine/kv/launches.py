@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, attention_source, quantised_kernel, quantised_source
 from runner.engine.kv.attention_kernel import Call, Planes
+from runner.engine.kv.quantised import Quantisation
+from runner.engine.kv.quantised_kernel import PackedCall
 from tests.engine.cuda_on_host import Run, compiled
 
 
 def separately(call: Call) -> tuple[mx.array, Planes]:
     """What a launch should do, spelled out; the planes it is given stay as they are."""
     rows, heads, tokens, _ = call.queries.shape
+    queries, keys = turned(call)
+    call = replace(call, queries=queries, keys=keys, rotation=None)
     keys, values = (
         _written(plane, new, call.starts, call.ring)
         for plane, new in zip(call.planes, (call.keys, call.values), strict=True)
@@ -36,6 +42,38 @@ def separately(call: Call) -> tuple[mx.array, Planes]:
     k, v = (mx.repeat(array, shared, axis=1) for array in (k, v))
     scores = mx.where(seen[:, None], call.scale * (queries @ k.swapaxes(-1, -2)), -mx.inf)
     return (mx.softmax(scores, axis=-1) @ v).astype(call.queries.dtype), (keys, values)
+
+
+def packed_separately(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+    """The same for packed keys and values."""
+    how = Quantisation(call.bits, call.group_size)
+    queries, keys = turned(call)
+    new = (*how.pack(keys), *how.pack(call.values))
+    planes = [_written(plane, part, call.starts, None) for plane, part in zip(call.planes, new, strict=True)]
+    plain = [how.unpack(part) for part in (new[:3], new[3:], planes[:3], planes[3:])]  # type: ignore[arg-type]
+    attended, _ = separately(
+        Call(queries, plain[0], plain[1], (plain[2], plain[3]), call.starts, call.scale, call.window, None, call.after)
+    )
+    return attended, planes
+
+
+def turned(call: Call | PackedCall) -> tuple[mx.array, mx.array]:
+    """Queries and keys, rotated if they are to be."""
+    if (how := call.rotation) is None:
+        return call.queries, call.keys
+    queries, keys = (
+        mx.fast.rope(
+            array,
+            how.dims,
+            traditional=how.traditional,
+            base=None,
+            scale=1.0,
+            offset=call.starts,
+            freqs=1 / how.frequencies,
+        )
+        for array in (call.queries, call.keys)
+    )
+    return queries, keys
 
 
 def _written(plane: mx.array, new: mx.array, starts: mx.array, ring: int | None) -> mx.array:
@@ -65,14 +103,12 @@ class OnDevice:
 class OnHost:
     """The kernel's source, compiled for the host: at once, and in place.
 
-    By one thread a block, or by several, which share keys as those on the device do.
+    By one thread a block, or by several, which share keys as those on the device do; and by one block, or `splits`.
     """
 
-    def __init__(self, folder: Path, threads: int = 1) -> None:
+    def __init__(self, folder: Path, threads: int = 1, splits: int = 1) -> None:
         self.launches = 0
-        self._folder = folder
-        self._threads = threads
-        self._built: dict[tuple[str, int, int], Run] = {}
+        self._compiled = Compiled(folder, threads, splits)
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         self.launches += 1
@@ -80,44 +116,120 @@ class OnHost:
         groups = call.keys.shape[1]
         way = attention_kernel.shape(width, call.queries.dtype.size, heads // groups)
         assert way is not None
-        arrays = [call.queries, call.keys, call.values, *call.planes]
-        mx.eval(arrays, call.starts, *(() if call.after is None else (call.after,)))
-        mx.synchronize()
-        views = [_view(array) for array in arrays]
-        out = np.zeros((rows, tokens, heads, width), dtype=views[0].dtype)
-        passed: list[Any] = []
-        kept = [np.array([view.shape, np.array(view.strides) // view.itemsize], dtype=np.int64) for view in views]
-        for view, (_, strides) in zip(views, kept, strict=True):
-            passed += [_pointer(view), _pointer(strides)]
-        shapes = [kept[0][0].astype(np.int32), kept[1][0].astype(np.int32)]
-        starts = np.array(call.starts)
-        passed += [*map(_pointer, shapes), _pointer(starts), _pointer(out)]
-        passed += [ctypes.c_int(call.window or 0), ctypes.c_int(call.ring or 0)]
-        passed.append(ctypes.c_float(call.scale * np.log2(np.e)))
+        arrays = {"queries": call.queries, "keys": call.keys, "values": call.values}
+        arrays |= dict(zip(("held_keys", "held_values"), call.planes, strict=True))
+        numbers = {"WINDOW": call.window or 0, "RING": call.ring or 0}
+        arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
         blocks = rows * groups * (heads // groups // way.heads) * tokens
-        lanes = way.lanes if self._threads > 1 else 1
-        self._run(call.queries.dtype, width, way.heads, lanes)(
-            ctypes.c_int(blocks), ctypes.c_int(self._threads), *passed
-        )
-        result = mx.array(out)
-        return (result.view(call.queries.dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "FEW": 16}
+        constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
+        constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
+        source = (attention_kernel.HEADER, attention_kernel.SOURCE)
+        attended = self._compiled.run(call, source, arrays, ("queries", "keys"), constants, numbers, blocks)
+        return attended, call.planes
 
-    def _run(self, dtype: mx.Dtype, width: int, heads: int, lanes: int) -> Run:
-        kind = "bfloat16" if dtype == mx.bfloat16 else "float"
-        if (kind, width, heads) not in self._built:
-            folder = self._folder / f"{kind}-{width}-{heads}-{self._threads}"
+
+class PackedOnHost:
+    """The same for packed keys and values."""
+
+    def __init__(self, folder: Path, threads: int = 1, splits: int = 1) -> None:
+        self.launches = 0
+        self._compiled = Compiled(folder, threads, splits)
+
+    def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        self.launches += 1
+        rows, heads, tokens, width = call.queries.shape
+        groups = call.keys.shape[1]
+        way = quantised_kernel.shape(width, heads // groups)
+        # In order: each name is given to its array.
+        names = ("queries", "keys", "values", *quantised_kernel.HELD)
+        arrays = dict(zip(names, (call.queries, call.keys, call.values, *call.planes), strict=True))
+        arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
+        blocks = rows * groups * (heads // groups // way.heads) * tokens
+        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "MINE": 16, "FEW": 16}
+        constants |= {"BITS": call.bits, "GROUP": call.group_size}
+        constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
+        constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
+        # MLX looks for a group's range from elsewhere on the CPU.
+        range_of = "constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;\n"
+        source = (attention_source.HEADER + quantised_source.HEADER + range_of, quantised_source.SOURCE)
+        numbers = {"WINDOW": call.window or 0}
+        attended = self._compiled.run(call, source, arrays, ("queries", "keys"), constants, numbers, blocks)
+        return attended, call.planes
+
+
+class Compiled:
+    """Sources of kernels that attend, compiled when they are first run."""
+
+    def __init__(self, folder: Path, threads: int, splits: int) -> None:
+        self._folder = folder
+        self._threads = threads
+        self._splits = splits
+        self._built: dict[Any, Run] = {}
+
+    def run(
+        self,
+        call: Call | PackedCall,
+        source: tuple[str, str],
+        arrays: Mapping[str, mx.array],
+        shaped: Sequence[str],
+        constants: dict[str, int],
+        numbers: Mapping[str, int],
+        blocks: int,
+    ) -> mx.array:
+        """What is attended to, [rows, heads, tokens, width]."""
+        rows, heads, tokens, width = call.queries.shape
+        mx.eval(*arrays.values(), call.starts, *(() if call.after is None else (call.after,)))
+        mx.synchronize()
+        views = {name: _view(array) for name, array in arrays.items()}
+        kept = {
+            name: np.array([view.shape, np.array(view.strides) // view.itemsize], dtype=np.int64)
+            for name, view in views.items()
+        }
+        shapes = {name: kept[name][0].astype(np.int32) for name in shaped}
+        starts = np.array(call.starts)
+        out = np.zeros((rows, tokens, heads, width), dtype=views["queries"].dtype)
+        partial = np.full((blocks, self._splits, constants["HEADS"], width + 2), np.nan, dtype=np.float32)
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        counted = np.array(counters.shape, dtype=np.int32)
+        arguments, passed = {}, []
+        for name, view in views.items():
+            kind = _KINDS[view.dtype.name]
+            arguments |= {name: f"const {kind}*", f"{name}_strides": "const int64_t*"}
+            passed += [_pointer(view), _pointer(kept[name][1])]
+        for name, shape in shapes.items():
+            arguments[f"{name}_shape"] = "const int*"
+            passed.append(_pointer(shape))
+        kind = _KINDS[out.dtype.name]
+        arguments |= {"starts": "const int*", "counters": "const int*"}
+        arguments |= {"counters_shape": "const int*", "out": f"{kind}*", "partial": "float*"}
+        passed += [_pointer(array) for array in (starts, counters, counted, out, partial)]
+        arguments |= dict.fromkeys(numbers, "int") | {"SCALE": "float"}
+        passed += [*map(ctypes.c_int, numbers.values()), ctypes.c_float(call.scale * np.log2(np.e))]
+        if self._threads == 1:
+            constants["LANES"] = 1
+            if "MINE" in constants:
+                constants["MINE"] = constants["GROUP"]
+        constants |= {"THREADS": self._threads}
+        self._of(kind, source, arguments, constants)(
+            ctypes.c_int(blocks * self._splits), ctypes.c_int(self._threads), *passed
+        )
+        assert not counters.any(), "a launch leaves them as they were"
+        result = mx.array(out)
+        return (result.view(call.queries.dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2)
+
+    def _of(self, kind: str, source: tuple[str, str], arguments: dict[str, str], constants: dict[str, int]) -> Run:
+        key = (kind, *constants.items())
+        if key not in self._built:
+            folder = self._folder / "-".join([kind, *(str(value) for value in constants.values())])
             folder.mkdir(parents=True)
-            arguments = {}
-            for name in ("queries", "keys", "values", "held_keys", "held_values"):
-                arguments |= {name: f"const {kind}*", f"{name}_strides": "const int64_t*"}
-            arguments |= {"queries_shape": "const int*", "keys_shape": "const int*", "starts": "const int*"}
-            arguments |= {"out": f"{kind}*", "WINDOW": "int", "RING": "int", "SCALE": "float"}
-            constants = f"using T = {kind}; constexpr int D = {width}, HEADS = {heads};"
-            constants += f"constexpr int LANES = {lanes}, THREADS = {self._threads};"
-            self._built[kind, width, heads] = compiled(
-                folder, attention_kernel.HEADER, attention_kernel.SOURCE, arguments, constants
-            )
-        return self._built[kind, width, heads]
+            text = f"using T = {kind}; constexpr int "
+            text += ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";"
+            self._built[key] = compiled(folder, *source, arguments, text)
+        return self._built[key]
+
+
+_KINDS = {"uint16": "bfloat16", "float32": "float", "uint32": "uint32_t"}
 
 
 def _view(array: mx.array) -> np.ndarray[Any, Any]:

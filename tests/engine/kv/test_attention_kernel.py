@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import pytest
 
 from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
+from runner.engine.kv.rotary import Rotation
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.launches import OnHost, only_with_arrays_on_the_host, separately
 
@@ -41,11 +43,23 @@ def cases(geometry: Geometry, dtype: mx.Dtype, rows: int, longest: int) -> Itera
         )
 
 
+def rotations(width: int) -> list[Rotation]:
+    """All of a line and half of it, in either order."""
+    frequencies = lambda dims: mx.array([0.9**i for i in range(dims // 2)])  # noqa: E731
+    return [
+        Rotation(dims, traditional, frequencies(dims), lambda lines, _: lines)
+        for dims in (width, width // 4 * 2)
+        for traditional in (False, True)
+    ]
+
+
 def check(launch: Launch, geometry: Geometry, dtype: mx.Dtype, rows: int = 3, longest: int = 40) -> None:
     # A GPU's own products of float32, which are compared with, take fewer bits.
     exact = 2e-3 if mx.default_device() == mx.Device(mx.gpu) else 1e-4
     close = {mx.float32: exact, mx.bfloat16: 2e-2, mx.float16: 3e-3}[dtype]
-    for call in cases(geometry, dtype, rows, longest):
+    turned = itertools.cycle([None, *rotations(geometry[2])])
+    for plain in cases(geometry, dtype, rows, longest):
+        call = replace(plain, rotation=next(turned))
         expected, planes = separately(call)
         mx.eval(expected, planes)
         attended, written = launch(call)
@@ -53,7 +67,9 @@ def check(launch: Launch, geometry: Geometry, dtype: mx.Dtype, rows: int = 3, lo
         assert attended.shape == call.queries.shape
         assert mx.allclose(attended, expected, rtol=close, atol=close).item()
         for mine, other in zip(written, planes, strict=True):
-            assert mx.array_equal(mine, other).item(), "written in the right places, and nowhere else"
+            # A rotation's last bit may be another.
+            assert mx.allclose(mine, other, rtol=close, atol=close).item(), "written in the right places"
+            assert (mine != other).sum().item() <= call.keys.size, "and nowhere else"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +86,12 @@ def one_thread(scratch: Path) -> OnHost:
 @pytest.fixture(scope="module")
 def two_warps(scratch: Path) -> OnHost:
     return OnHost(scratch, threads=64)
+
+
+@pytest.mark.parametrize("splits", [2, 8])
+def test_several_blocks_share_keys_on_the_host(scratch: Path, splits: int) -> None:
+    """Also where a row has fewer keys than there are blocks."""
+    check(OnHost(scratch / str(splits), splits=splits), (4, 2, 64), mx.float32)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +149,19 @@ def test_compiles_for_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
     kind = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}[dtype]
     way = attention_kernel.shape(width, dtype.size, heads // groups)
     assert way is not None
-    arrays = dict.fromkeys(attention_kernel.INPUTS, kind) | {"starts": "int32_t"}
-    sizes = [("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)]
+    arrays = dict.fromkeys(attention_kernel.INPUTS, kind) | {
+        "starts": "int32_t",
+        "counters": "int32_t",
+        "frequencies": "float",
+    }
+    sizes = [
+        ("D", width),
+        ("LANES", way.lanes),
+        ("HEADS", way.heads),
+        ("THREADS", way.threads),
+        ("FEW", 16),
+    ]
     for window, ring in [(0, 0), (512, 512 + 16)]:
-        template = [("T", kind), *sizes, ("WINDOW", window), ("RING", ring)]
+        template = [("T", kind), *sizes, ("WINDOW", window), ("RING", ring), ("ROTATED", width), ("TRADITIONAL", 0)]
         header = attention_kernel.header(width**-0.5)
-        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": kind}, template)
+        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": kind, "partial": "float"}, template)

@@ -50,6 +50,7 @@ def test_a_model_is_tried_before_it_is_trusted_with_it(
     assert (loaded.layout.launch is on) == (model_type != "gemma2")
     assert ("attention takes separate operations" in caplog.text) == (model_type == "gemma2")
     assert loaded.batches == (model_type != "gemma2")
+    assert loaded.layout.rotates == (model_type != "gemma2"), "and with leaving its rotations to it"
 
 
 def test_a_launch_that_fails_or_is_wrong_is_not_taken(

@@ -1,0 +1,159 @@
+"""The product of few tokens with a layer's weight, in one launch on CUDA.
+
+With 2 to 32 rows such a product is bound by reading the weight, and cuBLAS takes the host longer to call (20 µs) than
+the device to compute it. This kernel is called in half of that, of which the greater part is gone where the step's
+graph is compiled; it reads the weight once, at the memory's speed; and its epilogues save the operations that follow:
+the sum with what the block began with, and an MLP's gate. One row takes it as well, and a row's result is the same
+bits in any batch of up to MOST_ROWS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import mlx.core as mx
+
+from runner.engine import cuda_kernels
+from runner.engine.product_source import BODY, DEVICE, STORES, SWIGLU
+
+SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
+"""Environment variable that turns the kernel off, with 0."""
+
+MOST_ROWS: Final = 32
+"""Tokens in a call up to which the kernel is used: beyond, cuBLAS is bound by its arithmetic."""
+
+TILES: Final = (1, 2, 4)
+"""How many eights of rows there is a kernel for."""
+
+_TILE: Final = 16
+_CHUNK: Final = 64
+_WARP: Final = 32
+_PROCESSORS: Final = 132
+"""An H100's, or H200's."""
+
+_KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
+"""What CUDA calls a type, and what its tensor cores do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a product is shared out: `warps` a block, `stages` chunks of weights on their way to a warp, `mtiles` × 16
+    lines of weights a block. `warps` is the only one that the order of a sum depends on."""
+
+    warps: int
+    stages: int
+    mtiles: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of it that a block has."""
+        return self.warps * self.stages * self.mtiles * _TILE * _CHUNK * 2
+
+
+def way(outputs: int, inputs: int, tiles: int, epilogue: str) -> Way:
+    """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"); `warps` does not depend on
+    `tiles`."""
+    blocks = outputs // _TILE
+    if epilogue == "swiglu":
+        return Way(8, 1 if tiles == 4 else 2, 2)
+    if blocks <= _PROCESSORS and inputs >= 16 * _CHUNK:
+        # Fewer blocks than there are processors, so each has to have much on its way.
+        return Way(16, 2, 1)
+    if blocks <= 3 * _PROCESSORS or outputs % (2 * _TILE):
+        return Way(8, 2, 1)
+    return Way(8, 1 if tiles == 4 else 2, 2)
+
+
+def fits(outputs: int, inputs: int, dtype: mx.Dtype) -> bool:
+    """Whether there is a kernel for a weight [outputs, inputs]: 16-bit, in whole tiles."""
+    return dtype in _KINDS and outputs % _TILE == 0 and inputs % _CHUNK == 0
+
+
+Choose = Callable[[int, int, int, str], Way]
+
+Multiply = Callable[..., mx.array]
+"""From tokens [..., inputs], of at most MOST_ROWS in all, and the weight [outputs, inputs] to [..., outputs]. A third
+array, [..., outputs] of the tokens' type, is added to the rounded product. For "swiglu" the weight is [2 · outputs,
+inputs], and there is no third."""
+
+
+def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Multiply:
+    """The product with one weight, prepared: a call costs the host little."""
+    prepared = [_prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue) for tiles in TILES]
+    by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
+    dtypes = [dtype]
+    # One kernel is both with and without a sum, since each takes a second to compile: a single axis is none.
+    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
+    mx.eval(rest)
+
+    def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        kernel, grid, threads = by_rows[x.size // inputs]
+        result: mx.array = kernel(
+            inputs=[x, weight, *rest] if added is None else [x, weight, added],
+            grid=grid,
+            threadgroup=threads,
+            output_shapes=[(*x.shape[:-1], outputs)],
+            output_dtypes=dtypes,
+        )[0]
+        return result
+
+    return call
+
+
+def usable() -> bool:
+    """Whether there is a device for it, and the switch is not off."""
+    return cuda_kernels.usable(SWITCH)
+
+
+def source(epilogue: str) -> str:
+    """The kernel's text."""
+    return cuda_kernels.terse(BODY.replace("STORE", STORES[epilogue]))
+
+
+def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
+    """What the source does not say."""
+    kind, operand = _KINDS[dtype]
+    parts = 2 if epilogue == "swiglu" else 1
+    return (
+        f'using T = {kind};\n#define KIND "{operand}"\n'
+        f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
+    )
+
+
+def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
+    """What comes before it."""
+    return constants(way, tiles, dtype, epilogue) + DEVICE + (SWIGLU if epilogue == "swiglu" else "")
+
+
+def inputs_of(epilogue: str) -> list[str]:
+    """What the source calls a call's arrays."""
+    return ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
+
+
+def _prepare(
+    outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str
+) -> tuple[Any, tuple[int, int, int], tuple[int, int, int]]:
+    """The kernel, its grid and its block."""
+    parts = 2 if epilogue == "swiglu" else 1
+    assert outputs % (_TILE * way.mtiles // parts) == 0
+    threads = way.warps * _WARP
+    blocks = outputs * parts // (_TILE * way.mtiles)
+    return _kernel(way, tiles, dtype, epilogue), (blocks * threads, 1, 1), (threads, 1, 1)
+
+
+@cache
+def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> Any:
+    # Constants are in the text and not a call's template, which would be translated each time.
+    sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
+    return mx.fast.cuda_kernel(
+        name=f"product_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
+        input_names=inputs_of(epilogue),
+        output_names=["out"],
+        source=source(epilogue),
+        header=header(way, tiles, dtype, epilogue),
+        shared_memory=way.shared_memory,
+    )

@@ -1,0 +1,254 @@
+"""Where a model's products of few tokens go through `product_kernel`.
+
+Upstream's layers stay the objects that they are, and are of a class that derives from theirs: whoever asks what they
+are, wraps them, counts their weights or walks through the model sees no difference. A layer with more than MOST_ROWS
+tokens in a call, or tokens of another type, computes as before. MLPs and blocks that compute, to the bit, what
+upstream's usual ones do are made of fewer launches: a gate, an input and what follows are one, and a residual sum is
+part of the product before it. Where an adapter changes a layer for the rows of a call, that part is as before.
+
+Each shape of weight is tried on the layer's own weight first, which also compiles its kernels before the engine says
+that it is ready.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from inspect import signature
+from typing import Any, Final
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+
+from runner.engine import product_kernel
+from runner.engine.adapters.layers import AdaptedLinear
+from runner.engine.joined import JoinedLayers, PartialLinear
+from runner.engine.product_kernel import MOST_ROWS, Multiply
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE: Final = 0.02
+"""Of a product's norm. What rounding does is a tenth of it."""
+
+_TRIED_ROWS: Final = tuple(8 * (tiles - 1) + 1 for tiles in product_kernel.TILES)
+"""Of each kernel."""
+
+_BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+
+Make = Callable[[int, int, mx.Dtype, str], Multiply]
+"""How products are made: `product_kernel.multiply`."""
+
+
+class _FewRows:
+    """What a layer knows of its products with few tokens: `most` values in a call, of type `dtype`. `added` is what the
+    layer's next product is to be added to, and is taken by it if it can."""
+
+    __slots__ = ("added", "dtype", "most", "multiply")
+
+    def __init__(self, multiply: Multiply, inputs: int, dtype: mx.Dtype) -> None:
+        self.multiply, self.most, self.dtype = multiply, MOST_ROWS * inputs, dtype
+        self.added: mx.array | None = None
+
+
+def _product(few: _FewRows, x: mx.array, weight: mx.array) -> mx.array:
+    if not (0 < x.size <= few.most and x.dtype == few.dtype):
+        return x @ weight.T
+    added = few.added
+    if added is None:
+        return few.multiply(x, weight)
+    few.added = None
+    return few.multiply(x, weight, added)
+
+
+class FewRowsLinear(nn.Linear):  # type: ignore[misc]
+    """A linear layer without a bias. `few_rows` is set when a layer becomes one."""
+
+    few_rows: _FewRows
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x is [..., in]."""
+        return _product(self.few_rows, x, self["weight"])
+
+
+class FewRowsEmbedding(nn.Embedding):  # type: ignore[misc]
+    """An embedding that may be the output head as well."""
+
+    few_rows: _FewRows
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x is [..., width]."""
+        return _product(self.few_rows, x, self["weight"])
+
+
+class _FewRowsGated(nn.Module):  # type: ignore[misc]
+    """An MLP of gate, input and output, whose first two and what follows are one product."""
+
+    few_rows: _FewRows
+    gate_and_input: JoinedLayers
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x is [..., in]."""
+        few, layer = self.few_rows, self.gate_and_input.layer
+        if isinstance(layer, AdaptedLinear):
+            layer = layer.unchanged
+        if layer is None or not 0 < x.size <= few.most or x.dtype != few.dtype:
+            y: mx.array = super().__call__(x)
+        else:
+            y = self["down_proj"](few.multiply(x, layer["weight"]))
+        return y
+
+
+class _FewRowsBlock(nn.Module):  # type: ignore[misc]
+    """A block whose two residual sums are part of the products before them."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """x is [rows, tokens, width]."""
+        attention, mlp = self["self_attn"], self["mlp"]
+        norm = self["input_layernorm"]
+        h = _sum(x, attention["o_proj"], lambda: attention(norm(x), mask, cache))
+        after = self["post_attention_layernorm"]
+        return _sum(h, mlp["down_proj"], lambda: mlp(after(h)))
+
+
+def _sum(x: mx.array, layer: Any, branch: Callable[[], mx.array]) -> mx.array:
+    """x + branch(), of which `layer` is the end."""
+    if isinstance(layer, AdaptedLinear):
+        layer = layer.unchanged
+    few = None if layer is None else layer.few_rows
+    if few is None or x.dtype != few.dtype:
+        return x + branch()
+    few.added = x
+    try:
+        y = branch()
+    finally:
+        left, few.added = few.added, None
+    return y if left is None else x + y
+
+
+def install(model: Any, make: Make | None = None) -> int:
+    """Let the model's products of few tokens be those that `make` makes: the kernel's, where there is a device for it.
+
+    To be called when the weights are there and siblings are joined, before any layer is wrapped. Returns how many
+    products are made so.
+    """
+    if make is None:
+        if not product_kernel.usable():
+            return 0
+        make = product_kernel.multiply
+    made: dict[tuple[int, int, mx.Dtype], Multiply | None] = {}
+    count = 0
+    for layer, kind in _layers(model):
+        outputs, inputs = layer.weight.shape
+        dtype = layer.weight.dtype
+        if not product_kernel.fits(outputs, inputs, dtype):
+            continue
+        key = (outputs, inputs, dtype)
+        if key not in made:
+            made[key] = _tried(make(*key, "plain"), lambda x, w: x @ w.T, layer.weight)
+        if (multiply := made[key]) is not None:
+            layer.few_rows = _FewRows(multiply, inputs, dtype)
+            layer.__class__ = kind
+            count += 1
+    _install_gated(model, make)
+    for module in list(model.modules()):
+        if _ends_in_such_products(module) and _is_usual_block(module):
+            whole: Any = type(module)
+            module.__class__ = _derived(_FewRowsBlock, whole)
+    return count
+
+
+def _layers(model: Any) -> Iterator[tuple[Any, type[Any]]]:
+    """Layers that can be replaced, and what by."""
+    seen: set[int] = set()
+    for module in list(model.modules()):
+        layer = module.place[0].layer if type(module) is PartialLinear else module
+        kind = {nn.Linear: FewRowsLinear, nn.Embedding: FewRowsEmbedding}.get(type(layer))
+        if kind is not None and id(layer) not in seen and "bias" not in layer:
+            seen.add(id(layer))
+            yield layer, kind
+
+
+def _install_gated(model: Any, make: Make) -> None:
+    made: dict[tuple[int, int, mx.Dtype], Multiply | None] = {}
+    for module in list(model.modules()):
+        group = _gate_and_input(module)
+        if group is None or not _is_swiglu(module):
+            continue
+        weight = group.layer.weight
+        key = (weight.shape[0] // 2, weight.shape[1], weight.dtype)
+        if key not in made:
+            made[key] = _tried(make(*key, "swiglu"), lambda x, w: swiglu(*mx.split(x @ w.T, 2, axis=-1)), weight)
+        if (multiply := made[key]) is not None:
+            module.few_rows, module.gate_and_input = _FewRows(multiply, key[1], key[2]), group
+            kind: Any = type(module)
+            module.__class__ = _derived(_FewRowsGated, kind)
+
+
+def _gate_and_input(module: Any) -> JoinedLayers | None:
+    """Of an MLP that may be one of those, what its first two layers are joined in."""
+    gate, up = module.get("gate_proj"), module.get("up_proj")
+    if type(gate) is not PartialLinear or type(up) is not PartialLinear or "down_proj" not in module:
+        return None
+    (group, first), (other, second) = gate.place, up.place
+    outputs = set(group.outputs)
+    whole = group is other and (first, second) == (0, 1) and len(group.outputs) == 2 and len(outputs) == 1
+    whole = whole and type(group.layer) is FewRowsLinear and outputs.pop() % 16 == 0
+    return group if whole else None
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether it computes what upstream's usual MLP does: to the bit, for small values and for such as are clipped."""
+    weight = module.gate_proj.weight
+    x = mx.random.normal((1, 2, weight.shape[1]), key=mx.random.key(0)) * mx.array([[1.0], [100.0]])
+    x = x.astype(weight.dtype)
+    try:
+        usual = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+        return bool(mx.array_equal(module(x), usual, equal_nan=True).item())
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return False
+    finally:
+        module.gate_proj.place[0].forget()
+
+
+def _ends_in_such_products(module: Any) -> bool:
+    """Whether it has the parts of upstream's usual block, and attention and MLP end in a product with few rows."""
+    if not module.keys() >= _BLOCK or [*signature(type(module).__call__).parameters] != ["self", "x", "mask", "cache"]:
+        return False
+    ends = module["self_attn"].get("o_proj"), module["mlp"].get("down_proj")
+    return all(type(end) is FewRowsLinear for end in ends)
+
+
+def _is_usual_block(module: Any) -> bool:
+    """Whether it computes what upstream's usual block does, to the bit."""
+    width = module.mlp.down_proj.weight.shape[0]
+    x = mx.random.normal((1, 2, width), key=mx.random.key(0)).astype(module.mlp.down_proj.weight.dtype)
+    try:
+        h = x + module.self_attn(module.input_layernorm(x), None, None)
+        usual = h + module.mlp(module.post_attention_layernorm(h))
+        return bool(mx.array_equal(module(x, None, None), usual, equal_nan=True).item())
+    except (ValueError, RuntimeError, TypeError, AttributeError):
+        return False
+
+
+@cache
+def _derived(first: Any, kind: Any) -> type[Any]:
+    # Its module is upstream's, since that is where others look for what it calls.
+    return type(f"FewRows{kind.__name__}", (first, kind), {"__module__": kind.__module__})
+
+
+def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:
+    """`multiply`, if it gives what is expected for each number of rows that it has a kernel for."""
+    try:
+        for rows in _TRIED_ROWS:
+            x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
+            exact = expected(x, weight).astype(mx.float32)
+            wrong = mx.linalg.norm(multiply(x, weight).astype(mx.float32) - exact)
+            if not (wrong <= _TOLERANCE * mx.linalg.norm(exact)).item():
+                logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "rows": rows})
+                return None
+    except (ValueError, RuntimeError) as failure:
+        logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "reason": str(failure)})
+        return None
+    return multiply

@@ -1,0 +1,110 @@
+"""`product_kernel`'s source on the host: what only a GPU can do is spelled out after NVIDIA's description of it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.engine import product_kernel
+from runner.engine.product_kernel import TILES, Choose, Multiply, Way
+from runner.engine.product_source import SWIGLU
+from tests.engine.cuda_on_host import Run, compiled
+
+_DEVICE = """
+using __nv_bfloat16 = bfloat16;
+using __half = _Float16;
+static uint4 ring[14 * 1024];
+static uint4 load(const void* from, bool there) {
+    uint4 v = {0, 0, 0, 0};
+    if (there) v = *static_cast<const uint4*>(from);
+    return v;
+}
+static void copy(uint4* to, const void* from, bool there) { *to = load(from, there); }
+static void close_group() {}
+template <int> static void wait_for_groups() {}
+static void __syncwarp() { __syncthreads(); }
+static bfloat16 hexp(bfloat16 x) { return bfloat16(std::exp(float(x))); }
+static _Float16 hexp(_Float16 x) { return _Float16(std::exp(float(x))); }
+
+struct Operands { uint32_t a[4], b[2]; };
+static Operands operands[1024];
+static float value(uint32_t word, int which) {
+    const uint16_t bits = uint16_t(word >> (16 * which));
+    T x;
+    std::memcpy(&x, &bits, 2);
+    return float(x);
+}
+static void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    operands[threadIdx.x] = {{a0, a1, a2, a3}, {b0, b1}};
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    const Operands* warp = operands + (threadIdx.x - lane);
+    for (int c = 0; c < 4; ++c) {
+        const int line = lane / 4 + c / 2 * 8, column = lane % 4 * 2 + c % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
+            const Operands& right = warp[column * 4 + k % 8 / 2];
+            sum[c] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
+        }
+    }
+    __syncthreads();
+}
+"""
+
+
+class OnHost:
+    """Makes products as `product_kernel.multiply` does. Each is computed at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._built: dict[tuple[Any, ...], Run] = {}
+
+    def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
+        parts = 2 if epilogue == "swiglu" else 1
+
+        def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+            arrays = [x, weight]
+            if epilogue != "swiglu":
+                arrays.append(mx.zeros((1,), dtype) if added is None else added)
+            rows = x.size // inputs
+            tiles = next(tiles for tiles in TILES if rows <= tiles * 8)
+            way = choose(outputs, inputs, tiles, epilogue)
+            views = [np.ascontiguousarray(np.array(array.view(mx.uint16))) for array in arrays]
+            out = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
+            shape, w_shape = (np.array(array.shape, dtype=np.int32) for array in arrays[:2])
+            passed: list[Any] = [_pointer(view) for view in (*views, out, shape, w_shape)]
+            blocks = outputs * parts // (16 * way.mtiles)
+            run = self._run(way, tiles, dtype, epilogue)
+            run(
+                ctypes.c_int(blocks),
+                ctypes.c_int(way.warps * 32),
+                *passed,
+                *(ctypes.c_int(array.ndim) for array in (x, arrays[-1])),
+            )
+            return mx.array(out).view(dtype)
+
+        return call
+
+    def _run(self, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> Run:
+        key = (way, tiles, dtype, epilogue)
+        if key not in self._built:
+            folder = self._folder / str(len(self._built))
+            folder.mkdir()
+            kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
+            names = [*product_kernel.inputs_of(epilogue), "out"]
+            arguments = dict.fromkeys(names, f"{kind}*")
+            arguments |= {"x_shape": "const int*", "w_shape": "const int*", "x_ndim": "int", "added_ndim": "int"}
+            constants = product_kernel.constants(way, tiles, dtype, epilogue)
+            # The types' names come first, then what they and the constants are used in.
+            before, after = _DEVICE.split("struct Operands", 1)
+            header = f"{before}\n{constants}\nstruct Operands{after}" + (SWIGLU if epilogue == "swiglu" else "")
+            self._built[key] = compiled(folder, header, product_kernel.source(epilogue), arguments, "")
+        return self._built[key]
+
+
+def _pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,175 @@
+"""A model whose products of few tokens are made by a kernel says what it said."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu
+
+from runner.engine import products
+from runner.engine.adapters.bank import AdapterBank
+from runner.engine.joined import join_siblings
+from runner.engine.product_kernel import Multiply, Way
+from runner.engine.weights import narrow_model
+from runner.protocol import AdapterSource
+from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
+from tests.engine.conftest import ModelFolder
+from tests.engine.product_on_host import OnHost
+
+PROMPT = mx.array([[7, 3, 11], [4, 4, 8]])
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class Spelled:
+    """Makes products of MLX's operations, and counts them."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __call__(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Multiply:
+        def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+            assert x.dtype == weight.dtype == dtype
+            assert weight.shape == (outputs * (2 if epilogue == "swiglu" else 1), inputs)
+            self.calls[epilogue if added is None else "sum"] += 1
+            y = x @ weight.T
+            if added is not None:
+                return added + y
+            return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
+
+        return call
+
+
+def joined(folder: Path, dtype: mx.Dtype = mx.bfloat16, **config: Any) -> Any:
+    """A model as the loader has it before its products are made."""
+    model = narrow_model(folder, json.loads((folder / "config.json").read_text()) | config)
+    model.set_dtype(dtype)
+    join_siblings(model, lambda: model(PROMPT))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "plain", "gated", "sums"),
+    # Of each usual block: projections; an MLP's gate and input at once; attention's and the MLP's output with sums.
+    [("llama", 3, 3, 6), ("qwen3", 2, 2, 4), ("gemma3_text", 16, 0, 0)],
+)
+def test_a_call_of_few_tokens_is_made_of_such_products(
+    model_folder: ModelFolder, model_type: str, plain: int, gated: int, sums: int
+) -> None:
+    model = joined(model_folder(model_type))
+    expected, paths = model(PROMPT), [path for path, _ in model.named_modules()]
+    weights = [path for path, _ in tree_flatten(model.parameters())]
+    spelled = Spelled()
+
+    assert products.install(model, spelled) == plain + gated + sums
+    spelled.calls.clear()
+
+    assert mx.array_equal(model(PROMPT), expected)
+    assert spelled.calls == Counter({k: n for k, n in (("plain", plain), ("swiglu", gated), ("sum", sums)) if n})
+    assert [path for path, _ in model.named_modules()] == paths
+    assert [path for path, _ in tree_flatten(model.parameters())] == weights
+    assert isinstance(model.layers[0].self_attn.o_proj, nn.Linear)
+
+
+def test_more_tokens_than_there_are_kernels_for_are_multiplied_as_before(model_folder: ModelFolder) -> None:
+    model, spelled = joined(model_folder("llama")), Spelled()
+    products.install(model, spelled)
+    spelled.calls.clear()
+    model(mx.ones((2, 16), dtype=mx.int32))
+    assert spelled.calls.total() == 12
+    spelled.calls.clear()
+    model(mx.ones((3, 11), dtype=mx.int32))
+    assert spelled.calls.total() == 0
+
+
+def test_a_tied_embedding_is_multiplied_with_as_well() -> None:
+    model, spelled = nn.Module(), Spelled()
+    model.embed_tokens = nn.Embedding(48, 64)
+    model.set_dtype(mx.float16)
+    x = mx.random.normal((2, 1, 64)).astype(mx.float16)
+    expected = model.embed_tokens.as_linear(x)
+    assert products.install(model, spelled) == 1
+    spelled.calls.clear()
+    assert mx.array_equal(model.embed_tokens.as_linear(x), expected)
+    assert spelled.calls == Counter(plain=1)
+    assert model.embed_tokens(mx.array([3])).shape == (1, 64)
+    # Tokens of another type are not the kernel's.
+    assert model.embed_tokens.as_linear(x.astype(mx.float32)).dtype == mx.float32
+    assert spelled.calls == Counter(plain=1)
+
+
+def test_what_no_kernel_takes_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64, bias=False), nn.Linear(64, 40, bias=False))
+    model.set_dtype(mx.bfloat16)
+    assert products.install(model, Spelled()) == 0
+    assert [type(layer) for layer in model.layers] == [nn.Linear] * 3
+    single = nn.Sequential(nn.Linear(64, 64, bias=False))
+    assert products.install(single, Spelled()) == 0, "float32"
+
+
+@pytest.mark.parametrize("how", ["wrong", "does not compile"])
+def test_a_kernel_that_fails_its_trial_is_not_used(model_folder: ModelFolder, how: str) -> None:
+    model = joined(model_folder("llama"))
+    expected = model(PROMPT)
+
+    def make(*_: Any) -> Multiply:
+        def call(x: mx.array, weight: mx.array) -> mx.array:
+            if how == "does not compile":
+                raise RuntimeError("Failed to compile kernel")
+            return (x @ weight.T) * 1.05
+
+        return call
+
+    assert products.install(model, make) == 0
+    assert mx.array_equal(model(PROMPT), expected)
+
+
+@pytest.mark.parametrize("adapted", [ATTENTION, MLP])
+def test_adapters_change_what_they_did(
+    model_folder: ModelFolder, tmp_path: Path, adapted: tuple[str, ...], llama: Any
+) -> None:
+    shapes = linear_shapes(llama, adapted)
+    source = AdapterSource("a", str(write_mlx(tmp_path / "a", draw(shapes, 4, 1), keys=adapted)))
+    spelled, said = Spelled(), []
+    for make in (None, spelled):
+        model = joined(model_folder("llama"))
+        if make is not None:
+            products.install(model, make)
+        bank = AdapterBank(model, mx.bfloat16)
+        bank.load(source)
+        for rows in (None, bank.slots([bank.acquire("a")] * 2)):
+            spelled.calls.clear()
+            bank.apply(rows)
+            said.append(model(PROMPT))
+            if make is not None:
+                fused = 0 if rows is not None and adapted == MLP else 3
+                assert spelled.calls == Counter(plain=9 - 2 * fused, swiglu=fused, sum=3 + fused)
+    assert mx.array_equal(said[2], said[0])
+    assert mx.array_equal(said[3], said[1])
+    assert not mx.allclose(said[1], said[0])
+
+
+def test_off_without_a_device(model_folder: ModelFolder) -> None:
+    if mx.cuda.is_available():
+        pytest.skip("there is one")
+    assert products.install(joined(model_folder("llama"))) == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_a_model_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: Path) -> None:
+    model = joined(model_folder("llama"))
+    expected = model(PROMPT).astype(mx.float32)
+    host = OnHost(tmp_path)
+    count = products.install(model, lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2)))
+    assert count == 12
+    found = model(PROMPT).astype(mx.float32)
+    assert mx.linalg.norm(found - expected).item() < 0.03 * mx.linalg.norm(expected).item()
+    assert not mx.array_equal(found, expected), "the sums' order is another"
