@@ -86,10 +86,12 @@ class PrefixCache:
     def store_each(self, rows: Iterable[tuple[str, Sequence[int], Caches, int]]) -> None:
         """`store` with each of these: copies of all are started together, since each start costs the host."""
         copied: list[mx.array] = []
-        for adapter, tokens, caches, row in rows:
-            self._store(adapter, tokens, caches, row, copied)
-        # Not evaluated, they would hold on to the whole batch.
-        start(copied)
+        try:
+            for adapter, tokens, caches, row in rows:
+                self._store(adapter, tokens, caches, row, copied)
+        finally:
+            # Not evaluated, they would hold on to the whole batch.
+            start(copied)
 
     def _store(self, adapter: str, tokens: Sequence[int], caches: Caches, row: int, copied: list[mx.array]) -> None:
         tokens = tokens[: caches.length(row)]

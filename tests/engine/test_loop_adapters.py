@@ -92,7 +92,7 @@ def adapted(model_folder: ModelFolder, tmp_path: Path) -> Driver:
 def test_an_adapter_is_given_back_once_by_rows_whose_end_goes_wrong(
     adapted: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keeping what the second row has computed fails, when the first has left already."""
+    """Keeping what the second row has computed fails, when that of the first is kept already."""
     stored: list[str] = []
 
     def store(self: PrefixCache, key: str, *_: Any) -> None:
@@ -101,7 +101,7 @@ def test_an_adapter_is_given_back_once_by_rows_whose_end_goes_wrong(
             raise RuntimeError("no memory for it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PrefixCache, "store", store)
+        patch.setattr(PrefixCache, "_store", store)
         answers = adapted.run([generate(i, prompt=PROMPT, adapter="a", max_tokens=3) for i in range(2)])
     assert stored == ["a", "a"]
     assert [answers[i].finish_reason for i in range(2)] == ["length", "length"]
