@@ -45,7 +45,7 @@ class RowSlots:
         counters: list[mx.array] = []
         if cuda_kernels.usable(kernel.SWITCH):
             # In lines of the cache of their own: 128 bytes.
-            counters = mx.split(mx.zeros((_AT_ONCE * 32,), mx.int32), _AT_ONCE)
+            counters = [*mx.split(mx.zeros((_AT_ONCE * 32,), mx.int32), _AT_ONCE)]
         return cls(mx.array(numbers, dtype=mx.int32), only, tuple(counters))
 
     @property
