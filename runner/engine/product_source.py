@@ -205,6 +205,15 @@ CHANGED: Final = {
         for (int p = 0; p < P; ++p) ranks = max(ranks, span[p * 3 + 2]);
         ranks = min(ranks - lowest, RANKS);
         if (ranks > 0) {
+            // What the others need next comes into the cache that all blocks share.
+            for (int p = 0, begin = 0; p < P; ++p) {
+                const int end = span[p * 3], high = min(span[p * 3 + 2], lowest + ranks);
+                for (int r = max(span[p * 3 + 1], lowest); r < high; ++r) {
+                    const T* const line = up + (size_t(slot) * R + r) * O;
+                    for (int o = begin + threadIdx.x * 64; o < end; o += WARPS * 2048) prefetch(line + o);
+                }
+                begin = end;
+            }
             const T* const own = down + (size_t(slot) * R + lowest) * K;
             const T* const token = x + size_t(row) * K;
             // A warp takes a rank, or, where there are more warps than ranks, an equal part of its product.
@@ -227,15 +236,6 @@ CHANGED: Final = {
                 #pragma unroll
                 for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
                 if (lane == 0 && rank < ranks) partial[item] = sum;
-            }
-            // What the others need next comes into the cache that all blocks share.
-            for (int p = 0, begin = 0; p < P; ++p) {
-                const int end = span[p * 3], high = min(span[p * 3 + 2], lowest + ranks);
-                for (int r = max(span[p * 3 + 1], lowest); r < high; ++r) {
-                    const T* const line = up + (size_t(slot) * R + r) * O;
-                    for (int o = begin + threadIdx.x * 64; o < end; o += WARPS * 2048) prefetch(line + o);
-                }
-                begin = end;
             }
             __syncthreads();
             if (threadIdx.x < ranks) {
