@@ -23,6 +23,7 @@ from runner.engine.memory import MemoryBudget, cache_bytes_per_token, open_ended
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
+from runner.engine.sharing import Sharing, usual
 from runner.engine.speculative.speculation import Speculation
 from runner.errors import EngineDied, InvalidRequest, NotServed, RequestError, Unavailable
 from runner.protocol import (
@@ -52,7 +53,8 @@ class Engine:
 
     `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
     thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while it is
-    `closed`, those that wait are not taken up, unless nothing else is worked on.
+    `closed`, those that wait are not taken up, unless nothing else is worked on. How prompts share model calls is what
+    suits the device, unless `sharing` says otherwise.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Engine:
         memory_limit: int = 0,
         wake: Callable[[], None] = lambda: None,
         speculation: Speculation | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.limits = limits
         self.draining = False
@@ -71,7 +74,8 @@ class Engine:
         self._bank = AdapterBank(loaded.model, loaded.dtype)
         self._prefixes = PrefixCache(limits.prefix_cache_bytes)
         self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary, loaded.conventions)
-        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.layout, self._has_room)
+        sharing = usual() if sharing is None else sharing
+        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.layout, self._has_room, sharing)
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, wake)
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
@@ -130,24 +134,29 @@ class Engine:
 
     def _start_waiting(self) -> None:
         """Waiting prompts come nearer, and join the batch once they are prefilled."""
-        free = (self.limits.max_rows if self._loaded.batches else 1) - len(self._batch.rows)
-        if free > 0 and self._prefiller.rows:
+        decoding, chunk = len(self._batch.rows), self.limits.prefill_step_size
+        free = (self.limits.max_rows if self._loaded.batches else 1) - decoding
+        if free > 0 and self._prefiller.due(free, chunk, decoding):
             self._decoding.disturbed()
-            for rows, caches in self._prefiller.step(free, self.limits.prefill_step_size):
+            for rows, caches in self._prefiller.step(free, chunk):
                 self._decoding.join(rows, caches)
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
 
-    def _has_room(self, row: Row) -> bool:
-        """Whether memory has room for one more row, kept prefixes given up for it if need be."""
+    def _has_room(self, row: Row, tokens: int) -> bool:
+        """Whether memory has room for one more row, in a model call of so many tokens with those before it.
+
+        Kept prefixes are given up for a row if need be, but not for a call that is wider than that of a long prompt.
+        """
         rows = [*self._batch.rows, *self._prefiller.active, row]
         if self.closed and len(rows) > 1:
             return False
         excess = self.budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
         if excess > 0:
             excess -= self._prefixes.release(excess)
+        wider = self.budget.working * max(0, tokens - self.limits.prefill_step_size) // self.limits.prefill_step_size
         # A row by itself was found to fit when it was submitted.
-        return excess <= 0 or len(rows) == 1
+        return excess + (wider if self.budget.most else 0) <= 0 or len(rows) == 1
 
     def _stay_within(self) -> None:
         """Kept prefixes give way to rows that grow, and then the longest that asked for no length ends."""

@@ -1,14 +1,16 @@
 """Prompts on their way into the batch: everything but their last token, at most one chunk a step.
 
-Prompts that fit into one chunk together are prefilled together, padded on the right: a model call costs little more
-for several. A longer prompt is prefilled alone, chunk by chunk, so that rows which decode wait for one chunk at most.
-The last token is left to the first decode step, so no logits of a prompt are ever computed.
+Prompts that fit into one call together are prefilled together, padded on the right: a model call costs little more
+for several (`sharing.py` says how wide it may be, and how long they wait for each other). A prompt longer than a chunk
+is prefilled alone, chunk by chunk, so that rows which decode wait for one chunk at most. The last token is left to the
+first decode step, so no logits of a prompt are ever computed.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,7 @@ from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
+from runner.engine.sharing import Sharing
 
 Ready = tuple[list[Row], Caches]
 """Rows and their caches, for the batch to take."""
@@ -39,9 +42,10 @@ class Prefiller:
         bank: AdapterBank,
         prefixes: PrefixCache,
         layout: Layout,
-        has_room: Callable[[Row], bool],
+        has_room: Callable[[Row, int], bool],
+        sharing: Sharing,
     ) -> None:
-        """`layout` is the model's; `has_room` says whether memory has room for one more."""
+        """`layout` is the model's; `has_room` says whether there is memory for a row, in a call of so many tokens."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._model = model
@@ -49,6 +53,8 @@ class Prefiller:
         self._prefixes = prefixes
         self._layout = layout
         self._has_room = has_room
+        self._sharing = sharing
+        self._held = 0
         self._long: _LongPrompt | None = None
         self._others_turn = False
 
@@ -73,10 +79,30 @@ class Prefiller:
         rows, self.active, self._long = self.active, [], None
         return rows
 
-    def step(self, free_rows: int, chunk: int) -> Iterator[Ready]:
-        """Start one model call of at most `chunk` tokens, without waiting for it; yields the rows that it makes ready.
+    def due(self, free_rows: int, chunk: int, decoding: int) -> bool:
+        """Whether to `step` now: prompts may wait for others to share their call, while so many rows are `decoding`.
 
-        The consumer lets them join the batch before it asks for more.
+        Asked once a step of the batch.
+        """
+        if self._long is not None:
+            return True
+        ready = min(free_rows, len(self.waiting))
+        if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
+            self._held += 1
+            return False
+        self._held = 0
+        return ready > 0
+
+    def _full(self, ready: int, chunk: int) -> bool:
+        """Whether one more prompt would not fit into a call with the first `ready`, as far as is known of them."""
+        longest = max(len(row.prompt) - 1 for row in islice(self.waiting, ready))
+        return longest > chunk or longest * (ready + 1) > self._sharing.tokens(chunk)
+
+    def step(self, free_rows: int, chunk: int) -> Iterator[Ready]:
+        """Start one model call without waiting for it; yields the rows that it makes ready.
+
+        It has at most `chunk` tokens of a long prompt, or as many of several short ones as may share it. The consumer
+        lets rows join the batch before it asks for more.
         """
         for ready in self._advance(free_rows, chunk):
             yield ready
@@ -89,7 +115,7 @@ class Prefiller:
         if long is None or self._others_turn:
             group = self._take(free_rows - len(self.active), chunk)
             if group:
-                yield from self._start(group)
+                yield from self._start(group, chunk)
                 if self._long is long:
                     return
         if self._long is not None:
@@ -98,29 +124,29 @@ class Prefiller:
     def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
 
-        The first may be longer than a call, unless a long prompt is under way: it is then alone.
+        The first may be longer than a chunk, unless a long prompt is under way: it is then alone.
         """
         group: list[_Known] = []
-        longest = 0
+        longest, most = 0, self._sharing.tokens(chunk)
         while self.waiting and len(group) < free_rows:
             row = self.waiting[0]
             beginning = self._look_up(row)
             longest = max(longest, row.uncached)
-            if longest * (len(group) + 1) > chunk and (group or self._long is not None):
+            tokens = longest * (len(group) + 1)
+            if (longest > chunk or tokens > most) and (group or self._long is not None):
                 break
-            if not self._has_room(row):
+            if not self._has_room(row, tokens if longest <= chunk else chunk):
                 break
             self._prefixes.use(row.adapter_key, row.prompt[: row.cached])
             self.active.append(self.waiting.popleft())
             group.append((row, beginning))
         return group
 
-    def _start(self, group: list[_Known]) -> Iterator[Ready]:
+    def _start(self, group: list[_Known], chunk: int) -> Iterator[Ready]:
         if whole := [known for known in group if not known[0].uncached]:
             yield [row for row, _ in whole], self._begin(whole)
         rest = [known for known in group if known[0].uncached]
-        if len(rest) == 1 and self._long is None:
-            ((row, _),) = rest
+        if len(rest) == 1 and (row := rest[0][0]).uncached > chunk:
             self._long = _LongPrompt(row, self._begin(rest, len(row.prompt)))
         elif rest:
             yield [row for row, _ in rest], self._call_together(rest)
@@ -156,8 +182,8 @@ class Prefiller:
         self._apply_adapters([row for row, _ in group])
         caches.call(self._model, mx.array(padded), lengths)
         start(caches.arrays)
-        if not self._layout.cuttable:
-            # Whoever asks the same again cannot begin within what is kept when the row ends.
+        # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
+        if len(group) == 1 or not self._layout.cuttable:
             for index, (row, _) in enumerate(group):
                 self._store(row, caches, index)
         return caches

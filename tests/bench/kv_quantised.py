@@ -32,6 +32,7 @@ from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.quantised import Quantisation
+from runner.engine.traced import TracedCalls
 from tests.bench.geometry import GEOMETRIES, draw_model, usual
 from tests.bench.in_memory import layout_of
 from tests.bench.record import Budget, Record, add_options, progress
@@ -71,14 +72,15 @@ def filled(geometry: dict[str, Any], layout: Layout, rows: int, context: int) ->
     return caches
 
 
-def rate(model: Any, caches: Caches, tokens: int) -> float:
+def rate(call: TracedCalls, caches: Caches, tokens: int) -> float:
     """Tokens a second of greedy decoding, dispatched one step ahead."""
     fed = mx.zeros((caches.rows, 1), dtype=mx.uint32)
     previous = fed
     began = time.perf_counter()
     for _ in range(tokens):
-        fed = mx.argmax(caches.call(model, fed)[:, -1:], axis=-1)
+        fed = mx.argmax(call(caches, fed)[:, -1:], axis=-1)
         start(fed)
+        caches.dispatched()
         mx.eval(previous)
         previous = fed
     mx.eval(fed)
@@ -90,14 +92,14 @@ class Formats:
 
     def __init__(self, model: Any, arguments: argparse.Namespace, rows: int) -> None:
         self.rows = rows
-        self._model = model
+        self._call = TracedCalls(model)
         self._tokens = arguments.tokens
         self.caches: dict[int, Caches] = {}
         for bits in arguments.bits:
             layout = cached_in(model, bits, arguments)
             self.caches[bits] = filled(GEOMETRIES[arguments.geometry], layout, rows, arguments.context)
             progress(f"{rows} rows, {bits} bits: filled, {self.caches[bits].nbytes / 2**20:.0f} MiB")
-            rate(model, self.caches[bits], 8)
+            rate(self._call, self.caches[bits], 8)
             progress(f"{rows} rows, {bits} bits: warm")
         self.rates: dict[int, list[float]] = {bits: [] for bits in self.caches}
         self._peaks: dict[int, int] = {}
@@ -109,7 +111,7 @@ class Formats:
             mx.clear_cache()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
-            self.rates[bits].append(rate(self._model, cache, self._tokens))
+            self.rates[bits].append(rate(self._call, cache, self._tokens))
             self._peaks[bits] = mx.get_peak_memory() - before
         progress(f"{self.rows} rows: " + ", ".join(f"{bits} bits {self.rates[bits][-1]:.1f}/s" for bits in self.rates))
 

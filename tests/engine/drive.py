@@ -13,6 +13,7 @@ import mlx.core as mx
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel
 from runner.engine.loop import Engine
+from runner.engine.sharing import Sharing
 from runner.engine.speculative.speculation import Speculation
 from runner.protocol import Delta, FromEngine, Generate, Rejected, Sampling, Step, TokenLogprob, Usage
 
@@ -45,13 +46,18 @@ class Driver:
     """An engine and the answers so far, by request id."""
 
     def __init__(
-        self, loaded: LoadedModel, memory_limit: int = 0, speculation: Speculation | None = None, **limits: Any
+        self,
+        loaded: LoadedModel,
+        memory_limit: int = 0,
+        speculation: Speculation | None = None,
+        sharing: Sharing | None = None,
+        **limits: Any,
     ) -> None:
         self.frames: list[FromEngine] = []
         self.answers: dict[int, Answer] = {}
         self._woken: SimpleQueue[None] = SimpleQueue()
         self.engine = Engine(
-            loaded, Limits(**limits), self._receive, memory_limit, lambda: self._woken.put(None), speculation
+            loaded, Limits(**limits), self._receive, memory_limit, lambda: self._woken.put(None), speculation, sharing
         )
 
     def _receive(self, frame: FromEngine) -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runner.engine.loader import load
+from runner.engine.sharing import Sharing
 from runner.protocol import AdapterSource, Generate, Grammar
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
@@ -84,10 +85,17 @@ class Pair:
     The one for batches may have a draft, whose rounds are of all lengths, with plain steps between them.
     """
 
-    def __init__(self, folder: Path, adapters: dict[str, Path], draft: Path | None = None, **limits: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        adapters: dict[str, Path],
+        draft: Path | None = None,
+        sharing: Sharing | None = None,
+        **limits: Any,
+    ) -> None:
         target = load(folder, slack=SLACK if draft else 0)
         speculation = None if draft is None else speculating(target, draft, erratic())
-        self.batched = Driver(target, speculation=speculation, num_draft_tokens=5, **limits)
+        self.batched = Driver(target, speculation=speculation, sharing=sharing, num_draft_tokens=5, **limits)
         self._alone = Driver(load(folder), max_rows=1, prefill_step_size=4096)
         for driver in (self.batched, self._alone):
             for key, path in adapters.items():
@@ -128,11 +136,18 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """`pair(model_type, bits, adapters, draft)`: engines with small chunks, few rows and a prefix cache."""
-    built: dict[tuple[str, int, bool, Kind | None], Pair] = {}
+    """`pair(model_type, bits, adapters, draft, sharing)`: engines with small chunks, few rows and a prefix cache."""
+    built: dict[tuple[str, int, bool, Kind | None, Sharing | None], Pair] = {}
 
-    def get(model_type: str, bits: int = 0, *, adapters: bool = False, draft: Kind | None = None) -> Pair:
-        key = (model_type, bits, adapters, draft)
+    def get(
+        model_type: str,
+        bits: int = 0,
+        *,
+        adapters: bool = False,
+        draft: Kind | None = None,
+        sharing: Sharing | None = None,
+    ) -> Pair:
+        key = (model_type, bits, adapters, draft, sharing)
         if key not in built:
             folder = model_folder(model_type, bits)
             paths = {}
@@ -143,7 +158,7 @@ def pair(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) ->
                     paths[name] = write_mlx(path, draw(shapes, rank, rank), keys=None, scale=1.0)
             limits = {"max_rows": 4, "prefill_step_size": 40, "prefix_cache_bytes": 200_000}
             small = None if draft is None else draft_folder(folder, tmp_path_factory.mktemp("draft") / draft, draft)
-            built[key] = Pair(folder, paths, small, **limits)
+            built[key] = Pair(folder, paths, small, sharing, **limits)
         return built[key]
 
     return get
@@ -199,6 +214,13 @@ def test_quantised(pair: Callable[..., Pair], schedule: list[Planned]) -> None:
 def test_other_architectures(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
     """Normalised heads, sliding windows that wrap, experts, and recurrent states."""
     pair(model_type).check(schedule)
+
+
+@given(schedule=plans(("",)))
+@settings(bounded, max_examples=8)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])
+def test_prompts_that_wait_for_each_other(pair: Callable[..., Pair], model_type: str, schedule: list[Planned]) -> None:
+    pair(model_type, sharing=Sharing(times=4, most=2048, rows=1, steps=3)).check(schedule)
 
 
 @pytest.mark.parametrize("prefixes", [0, 1 << 20], ids=["cold", "with prefixes"])

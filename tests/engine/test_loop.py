@@ -183,7 +183,7 @@ def test_what_breaks_a_step_ends_its_rows_and_not_the_loop(llama: LoadedModel, m
         driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=6))
     driver.engine.step()
     calls = {"left": 1}
-    healthy = driver.engine._batch._model
+    healthy = driver.engine._batch._call._model
 
     def breaks_once(*args: Any, **kwargs: Any) -> Any:
         if calls["left"]:
@@ -191,7 +191,7 @@ def test_what_breaks_a_step_ends_its_rows_and_not_the_loop(llama: LoadedModel, m
             raise RuntimeError("no memory left")
         return healthy(*args, **kwargs)
 
-    monkeypatch.setattr(driver.engine._batch, "_model", breaks_once)
+    monkeypatch.setattr(driver.engine._batch._call, "_model", breaks_once)
     driver.drain()
     assert [driver.answers[i].finish_reason for i in range(3)] == ["error", "error", "length"]
     assert "no memory left" in driver.answers[0].error
@@ -213,7 +213,7 @@ def test_when_nothing_can_be_computed_any_more_all_requests_end_and_so_does_the_
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr(driver.engine._batch, "_model", Lost())
+    monkeypatch.setattr(driver.engine._batch._call, "_model", Lost())
     monkeypatch.setattr(driver.engine, "_loaded", replace(llama, model=Lost()))
     with pytest.raises(EngineDied, match="device lost"):
         driver.engine.step()

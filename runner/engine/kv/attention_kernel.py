@@ -159,7 +159,8 @@ def _counters(shares: int, blocks: int) -> Iterator[mx.array]:
 
 
 @cache
-def _none() -> mx.array:
+def no_frequencies() -> mx.array:
+    """What a kernel is given that has nothing to rotate."""
     none = mx.zeros((1,))
     mx.eval(none)
     return none
@@ -193,7 +194,7 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             call.starts,
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
-            _none() if call.rotation is None else call.rotation.frequencies,
+            no_frequencies() if call.rotation is None else call.rotation.frequencies,
         ],
         template=[
             ("T", call.queries.dtype),

@@ -98,7 +98,7 @@ MERGE: Final = """
 """
 """The end of a kernel: what lanes, warps and splits of a row's keys have is put together."""
 
-BODY: Final = """
+_START: Final = """
     constexpr int EACH = 16 / sizeof(T);
     constexpr int VECTORS = D / EACH / LANES;
     constexpr int MINE = VECTORS * EACH;
@@ -132,6 +132,9 @@ BODY: Final = """
     const T* old_value = held_values + row * held_values_strides[0] + g * held_values_strides[1];
     auto place = [&](int position) { return long(RING > 0 ? position % RING : position); };
 
+"""
+
+ROTATE: Final = """
     // Column `c` of a line at a position, rotated as MLX's rope does it, and rounded as there.
     auto rotated = [&](const T* line, long step, int c, int position) {
         const float x = float(line[c * step]);
@@ -144,6 +147,10 @@ BODY: Final = """
         sincosf(float(position) * frequencies[pair], &sine, &cosine);
         return float(T(second ? y * sine + x * cosine : x * cosine - y * sine));
     };
+"""
+"""Defines `rotated`."""
+
+_REST: Final = """
     // The queries, and the call's own keys up to the token's.
     __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[FEW * D * sizeof(T) / 16];
     T* asked = reinterpret_cast<T*>(asked_raw);
@@ -252,4 +259,4 @@ BODY: Final = """
     auto column_of = [&](int i) { return (i / EACH * LANES + lane) * EACH + i % EACH; };
 """
 
-SOURCE: Final = BODY + MERGE
+SOURCE: Final = _START + ROTATE + _REST + MERGE

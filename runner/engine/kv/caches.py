@@ -113,7 +113,7 @@ class Layout:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
             return Straight(positions, self.launch, rotates=self.rotates)
-        return Quantised(positions, self.quantisation, self.packed_launch)
+        return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
 
 
 class Caches:

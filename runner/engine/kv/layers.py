@@ -17,7 +17,7 @@ from runner.engine.kv.attention_kernel import Call, Launch, applies
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes
 from runner.engine.kv.positions import Positions
-from runner.engine.kv.rotary import Deferred, Unrotated, rotated
+from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
 
 
@@ -145,10 +145,7 @@ class Straight:
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
-        rotation = None
-        if isinstance(queries, Unrotated) and isinstance(keys, Unrotated) and queries.rotation is keys.rotation:
-            rotation, queries, keys = keys.rotation, queries.lines, keys.lines
-        queries, keys = rotated(queries), rotated(keys)
+        queries, keys, rotation = together(queries, keys)
         new = (keys, values)
         if not (self._planes.take_as_they_are(new) and applies(queries, keys, values)):
             return None

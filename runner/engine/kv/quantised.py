@@ -19,6 +19,7 @@ from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.rotary import Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
@@ -53,9 +54,14 @@ class Quantised(Straight):
     """All tokens' keys and values, packed. [slots, heads, capacity, …] three times each."""
 
     def __init__(
-        self, positions: Positions, quantisation: Quantisation, launch: quantised_kernel.PackedLaunch | None = None
+        self,
+        positions: Positions,
+        quantisation: Quantisation,
+        launch: quantised_kernel.PackedLaunch | None = None,
+        *,
+        rotates: bool = False,
     ) -> None:
-        super().__init__(positions)
+        super().__init__(positions, rotates=rotates and launch is not None)
         self.quantisation = quantisation
         self._packed_launch = launch
 
@@ -75,35 +81,38 @@ class Quantised(Straight):
         made = lambda: masks.roomy(self._positions, window_size)  # noqa: E731
         return self._given(self._positions.once(("roomy", window_size), made), window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+    def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
-        new = self.quantisation.pack(keys), self.quantisation.pack(values)
-        self._planes.reserve(positions.slots, positions.capacity, (*new[0], *new[1]))
+        like = self._pack(keys.lines if isinstance(keys, Unrotated) else keys, values)
+        self._planes.reserve(positions.slots, positions.capacity, like)
         if self._launches and positions.count <= FEW:
-            self._unwritten = Unwritten(self, *new)
+            self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
-        self.write(*new)
+        self.write(keys, values)
         return self.keys_and_values()
 
-    def write(self, keys: Any, values: Any) -> None:
-        """Put a call's packed keys and values after each row's tokens, for which there is room."""
-        self._planes.write(self._positions, (*keys, *values))
+    def write(self, keys: Any, values: mx.array) -> None:
+        self._planes.write(self._positions, self._pack(rotated(keys), values))
 
-    def attend(self, queries: mx.array, keys: Any, values: Any, scale: float, mask: masks.Mask) -> mx.array | None:
+    def _pack(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        return *self.quantisation.pack(keys), *self.quantisation.pack(values)
+
+    def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
         launch, positions, quantisation = self._packed_launch, self._positions, self.quantisation
         seen = self._seen(mask)
-        new = (*keys, *values)
-        if launch is None or seen is None or not self._planes.take_as_they_are(new):
+        if launch is None or seen is None:
             return None
         (window,) = seen
+        queries, keys, rotation = together(queries, keys)
         bits, size = quantisation.bits, quantisation.group_size
-        if queries.dtype != new[1].dtype or not quantised_kernel.applies(queries, new[0].shape[1], bits, size):
+        like = self._pack(keys, values)
+        if not (self._planes.take_as_they_are(like) and quantised_kernel.applies(queries, keys, values, bits, size)):
             return None
         self._attended = True
         starts = positions.once("row starts", lambda: positions.row_starts)
 
         def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
-            return launch(PackedCall(queries, new, planes, starts, scale, window, bits, size, after))
+            return launch(PackedCall(queries, keys, values, planes, starts, scale, window, bits, size, after, rotation))
 
         return self._planes.launch(run)
 

@@ -16,9 +16,10 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, partial, splits
+from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, no_frequencies, partial, splits
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_source import HEADER, SOURCE
+from runner.engine.kv.rotary import Rotation
 
 _MINE: Final = 16
 """Values of a key that a lane has."""
@@ -26,8 +27,12 @@ _MINE: Final = 16
 _HEADS: Final = 4
 _THREADS: Final = 128
 
-_PARTS: Final = ("keys", "key_scales", "key_biases", "values", "value_scales", "value_biases")
-INPUTS: Final = ("queries", *_PARTS, *(f"held_{name}" for name in _PARTS), "starts", "after", "counters")
+_SHARED: Final = 48_000
+
+HELD: Final = tuple(f"held_{name}{part}" for name in ("key", "value") for part in ("s", "_scales", "_biases"))
+"""What the source calls the planes."""
+
+INPUTS: Final = ("queries", "keys", "values", *HELD, "starts", "after", "counters", "frequencies")
 """What the source calls a call's arrays."""
 
 
@@ -35,12 +40,14 @@ INPUTS: Final = ("queries", *_PARTS, *(f"held_{name}" for name in _PARTS), "star
 class PackedCall:
     """A layer's attention in a model call, and what is to be written before it.
 
-    As `attention_kernel.Call`, with `new` and `planes` of six arrays each: packed values [rows, groups, tokens, …],
-    scales and biases of keys, and of values. `bits` are of a value, `group_size` values share a scale.
+    As `attention_kernel.Call`; `planes` are packed values, scales and biases of keys, and of values. `bits` are of a
+    value, `group_size` values share a scale. New keys and values come as the model makes them, and are packed on the
+    way.
     """
 
     queries: mx.array
-    new: Sequence[mx.array]
+    keys: mx.array
+    values: mx.array
     planes: Sequence[mx.array]
     starts: mx.array
     scale: float
@@ -48,18 +55,23 @@ class PackedCall:
     bits: int
     group_size: int
     after: mx.array | None
+    rotation: Rotation | None = None
 
 
 PackedLaunch = Callable[[PackedCall], tuple[mx.array, Sequence[mx.array]]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
 
 
-def applies(queries: mx.array, groups: int, bits: int, group_size: int) -> bool:
+def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, group_size: int) -> bool:
     """Whether a launch can do it: few tokens, lanes by powers of two."""
+    groups = keys.shape[1]
     _, heads, tokens, width = queries.shape
     lanes = width // _MINE
     return (
         tokens <= FEW
+        and queries.dtype == keys.dtype == values.dtype
+        and keys.shape == values.shape
+        and keys.shape[3] == width
         and queries.dtype in (mx.bfloat16, mx.float16, mx.float32)
         and bits in (4, 8)
         and width % group_size == 0
@@ -67,7 +79,14 @@ def applies(queries: mx.array, groups: int, bits: int, group_size: int) -> bool:
         and lanes & (lanes - 1) == 0
         and 0 < lanes <= 32
         and heads % groups == 0
+        and _shared(width, queries.dtype.size, bits) <= _SHARED
     )
+
+
+def _shared(width: int, itemsize: int, bits: int) -> int:
+    """Bytes of shared memory, at most."""
+    new = 2 * FEW * (width * itemsize + width * bits // 8 + 2 * (width // 32) * 4)
+    return new + _HEADS * width * 4 + _THREADS // 32 * _HEADS * (width + 4) * 4
 
 
 @cache
@@ -84,21 +103,24 @@ def launch() -> PackedLaunch | None:
 def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     """What each query sees, [rows, heads, tokens, width], and the planes, which have the new keys and values then."""
     rows, heads, tokens, width = call.queries.shape
-    groups = call.new[0].shape[1]
+    groups = call.keys.shape[1]
     way = shape(width, heads // groups)
     blocks = rows * groups * (heads // groups // way.heads) * tokens
     shares = splits(blocks, call.planes[0].shape[2])
     out, _ = _kernel(call.scale)(
         inputs=[
-            *(call.queries, *call.new, *call.planes, call.starts),
+            *(call.queries, call.keys, call.values, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
+            no_frequencies() if call.rotation is None else call.rotation.frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("BITS", call.bits), ("GROUP", call.group_size), ("MINE", _MINE)),
             *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            ("WINDOW", call.window or 0),
+            ("ROTATED", 0 if call.rotation is None else call.rotation.dims),
+            ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
+            *(("FEW", FEW), ("WINDOW", call.window or 0)),
         ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),
@@ -109,8 +131,9 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
 
 
 def header(scale: float) -> str:
-    """What comes before the kernel: scores are powers of two."""
-    return f"{attention_source.HEADER}{HEADER}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
+    """What comes before the kernel: scores are powers of two, and MLX looks for a group's range from here on CUDA."""
+    range_of = "constexpr float LEAST = 3.4028235e38f, MOST = 0.0f;\n"
+    return f"{attention_source.HEADER}{HEADER}{range_of}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
 
 
 @cache

@@ -3,21 +3,24 @@
 A block takes token `t` of a row and HEADS of the query heads that share key head `g`, LANES threads share a key, and
 KEYS keys are seen at once. Of a key, a lane has MINE values that share a scale and a bias, so that nothing is unpacked:
 with k = s·w + b, a query's product is s·Σ q·w + b·Σ q, and the sum of weighted values is Σ (p·s)·w + Σ p·b. T, D (a
-head's width), BITS, GROUP (values to a scale), MINE, LANES, HEADS, THREADS and WINDOW (0 for none) are
-constants, and so is SCALE, of powers of two.
+head's width), BITS, GROUP (values to a scale), MINE, LANES, HEADS, THREADS, FEW, ROTATED, TRADITIONAL and
+WINDOW (0 for none) are constants, and so are SCALE, of powers of two, and LEAST and MOST, with which MLX begins to look
+for the range of a group.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from runner.engine.kv.attention_source import MERGE
+from runner.engine.kv.attention_source import MERGE, ROTATE
 
 HEADER: Final = """
+template <typename A> __device__ inline A lowest(A a, A b) { return a < b ? a : b; }
+template <typename A, typename B> __device__ inline void assign(A& to, B value) { to = A(value); }
 template <typename A> __device__ inline A* writable(const A* held) { return const_cast<A*>(held); }
 """
 
-BODY: Final = """
+_START: Final = """
     constexpr int PER_WORD = 32 / BITS;
     constexpr int WORDS = MINE / PER_WORD;
     constexpr int LINE = D / PER_WORD;
@@ -47,22 +50,77 @@ BODY: Final = """
     const int span = (at - low + splits) / splits, first = low + split * span;
     const int stop = first + span - 1 < at ? first + span - 1 : at;
 
-    // New keys and values are contiguous, [rows, groups, tokens, …]; lines of those that are held are.
-    const long new_line = (long(row) * groups + g) * tokens;
+"""
+
+_REST: Final = """
     auto line_of = [&](const auto* held, const auto& strides, int p) {
         return held + row * strides[0] + g * strides[1] + p * strides[2];
     };
+
+    // The queries, the call's own keys (rotated, if the model has not done so) and values up to the token's, and these
+    // packed as mx.quantize does it.
+    __shared__ float asked[HEADS][D];
+    __shared__ uint4 plain_raw[2][FEW][D * sizeof(T) / 16], fresh_raw[2][FEW][(LINE + 3) / 4];
+    __shared__ float fresh_scales[2][FEW][GROUPS], fresh_biases[2][FEW][GROUPS];
+    auto plain = [&](int what, int n) { return reinterpret_cast<T*>(plain_raw[what][n]); };
+    auto fresh = [&](int what, int n) { return reinterpret_cast<uint32_t*>(fresh_raw[what][n]); };
+    const T* query_line = queries + row * queries_strides[0] + head * queries_strides[1] + t * queries_strides[2];
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        asked[i / D][i % D] = rotated(query_line + i / D * queries_strides[1], queries_strides[3], i % D, at);
+    }
+    for (int i = threadIdx.x; i < (t + 1) * D; i += THREADS) {
+        const int n = i / D;
+        plain(0, n)[i % D] = T(rotated(line_of(keys, keys_strides, n), keys_strides[3], i % D, start + n));
+        plain(1, n)[i % D] = line_of(values, values_strides, n)[i % D * values_strides[3]];
+    }
+    __syncthreads();
+    // A warp packs a group.
+    constexpr int STEP = THREADS < 32 ? THREADS : 32;
+    for (int item = threadIdx.x / 32; item < (t + 1) * 2 * GROUPS; item += WARPS) {
+        const int n = item / (2 * GROUPS), what = item / GROUPS % 2, of = item % GROUPS, l = threadIdx.x % STEP;
+        const T* x = plain(what, n) + of * GROUP;
+        float least = LEAST, most = MOST;
+        for (int i = l; i < GROUP; i += STEP) {
+            least = lowest(least, float(x[i]));
+            most = highest(most, float(x[i]));
+        }
+        #pragma unroll
+        for (int w = 1; w < STEP; w <<= 1) {
+            least = lowest(least, __shfl_xor_sync(0xffffffffu, least, w));
+            most = highest(most, __shfl_xor_sync(0xffffffffu, most, w));
+        }
+        float scale = highest((most - least) / float(MASK), 1e-7f);
+        const bool side = fabsf(least) > fabsf(most);
+        scale = side ? scale : -scale;
+        const float edge = side ? least : most, q0 = roundf(edge / scale);
+        scale = q0 == 0.0f ? scale : edge / q0;
+        const float bias = q0 == 0.0f ? 0.0f : edge;
+        if (l == 0) {
+            fresh_scales[what][n][of] = float(T(scale));
+            fresh_biases[what][n][of] = float(T(bias));
+        }
+        for (int word = l; word < GROUP / PER_WORD; word += STEP) {
+            uint32_t packed = 0;
+            for (int i = 0; i < PER_WORD; ++i) {
+                const float q = roundf((float(x[word * PER_WORD + i]) - bias) / scale);
+                packed |= uint32_t(lowest(q, float(MASK))) << (i * BITS);
+            }
+            fresh(what, n)[of * (GROUP / PER_WORD) + word] = packed;
+        }
+    }
+    __syncthreads();
+
     auto copy = [&](const auto* held, const auto& strides, const auto* from, int width) {
         auto* to = writable(line_of(held, strides, at));
-        for (int i = threadIdx.x; i < width; i += THREADS) to[i] = from[(new_line + t) * width + i];
+        for (int i = threadIdx.x; i < width; i += THREADS) assign(to[i], from[i]);
     };
     if (part == 0 && split == 0) {
-        copy(held_keys, held_keys_strides, keys, LINE);
-        copy(held_key_scales, held_key_scales_strides, key_scales, GROUPS);
-        copy(held_key_biases, held_key_biases_strides, key_biases, GROUPS);
-        copy(held_values, held_values_strides, values, LINE);
-        copy(held_value_scales, held_value_scales_strides, value_scales, GROUPS);
-        copy(held_value_biases, held_value_biases_strides, value_biases, GROUPS);
+        copy(held_keys, held_keys_strides, fresh(0, t), LINE);
+        copy(held_key_scales, held_key_scales_strides, fresh_scales[0][t], GROUPS);
+        copy(held_key_biases, held_key_biases_strides, fresh_biases[0][t], GROUPS);
+        copy(held_values, held_values_strides, fresh(1, t), LINE);
+        copy(held_value_scales, held_value_scales_strides, fresh_scales[1][t], GROUPS);
+        copy(held_value_biases, held_value_biases_strides, fresh_biases[1][t], GROUPS);
     }
 
     auto load = [&](const uint32_t* line, uint32_t (&to)[WORDS]) {
@@ -90,12 +148,11 @@ BODY: Final = """
     float query[HEADS][MINE], sum[HEADS][MINE], all[HEADS], offset[HEADS], top[HEADS], total[HEADS];
     #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-        const T* line = queries + row * queries_strides[0] + (head + h) * queries_strides[1] + t * queries_strides[2];
         all[h] = offset[h] = total[h] = 0.0f;
         top[h] = NONE;
         #pragma unroll
         for (int i = 0; i < MINE; ++i) {
-            query[h][i] = float(line[(lane * MINE + i) * queries_strides[3]]) * SCALE;
+            query[h][i] = asked[h][lane * MINE + i] * SCALE;
             all[h] += query[h][i];
             sum[h][i] = 0.0f;
         }
@@ -117,13 +174,13 @@ BODY: Final = """
                 value_bias[j] = float(line_of(held_value_biases, held_value_biases_strides, p)[group]);
             } else {
                 // Beyond what is seen any line will do that is there: its weight is zero.
-                const long line = new_line + (p <= stop ? p - start : t);
-                load(keys + line * LINE, key[j]);
-                load(values + line * LINE, value[j]);
-                scale[j] = float(key_scales[line * GROUPS + group]);
-                bias[j] = float(key_biases[line * GROUPS + group]);
-                value_scale[j] = float(value_scales[line * GROUPS + group]);
-                value_bias[j] = float(value_biases[line * GROUPS + group]);
+                const int n = p <= stop ? p - start : t;
+                load(fresh(0, n), key[j]);
+                load(fresh(1, n), value[j]);
+                scale[j] = fresh_scales[0][n][group];
+                bias[j] = fresh_biases[0][n][group];
+                value_scale[j] = fresh_scales[1][n][group];
+                value_bias[j] = fresh_biases[1][n][group];
             }
         }
         #pragma unroll
@@ -183,4 +240,4 @@ BODY: Final = """
     auto column_of = [&](int i) { return lane * MINE + i; };
 """
 
-SOURCE: Final = BODY + MERGE
+SOURCE: Final = _START + ROTATE + _REST + MERGE

@@ -58,6 +58,13 @@ def rotated(lines: Any) -> Any:
     return lines.rotated if isinstance(lines, Unrotated) else lines
 
 
+def together(queries: Any, keys: Any) -> tuple[mx.array, mx.array, Rotation | None]:
+    """Queries and keys, and the rotation that is left to do of both."""
+    if isinstance(queries, Unrotated) and isinstance(keys, Unrotated) and queries.rotation is keys.rotation:
+        return queries.lines, keys.lines, keys.rotation
+    return rotated(queries), rotated(keys), None
+
+
 class _Deferring(nn.Module):  # type: ignore[misc]
     """An embedding that leaves its work to others if it is asked to."""
 

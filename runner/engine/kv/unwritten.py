@@ -34,7 +34,7 @@ class Writes(Protocol):
 class Unwritten:
     """New `keys` and `values` [rows, groups, tokens, width] on their way into a cache, and all that is in it.
 
-    They may be packed: then each is three arrays, as the cache has them.
+    Keys may be `Unrotated`.
     """
 
     def __init__(self, layer: Writes, keys: Any, values: Any) -> None:

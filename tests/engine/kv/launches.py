@@ -22,17 +22,8 @@ from tests.engine.cuda_on_host import Run, compiled
 def separately(call: Call) -> tuple[mx.array, Planes]:
     """What a launch should do, spelled out; the planes it is given stay as they are."""
     rows, heads, tokens, _ = call.queries.shape
-    if (how := call.rotation) is not None:
-        turn = lambda x: mx.fast.rope(  # noqa: E731
-            x,
-            how.dims,
-            traditional=how.traditional,
-            base=None,
-            scale=1.0,
-            offset=call.starts,
-            freqs=1 / how.frequencies,
-        )
-        call = replace(call, queries=turn(call.queries), keys=turn(call.keys), rotation=None)
+    queries, keys = turned(call)
+    call = replace(call, queries=queries, keys=keys, rotation=None)
     keys, values = (
         _written(plane, new, call.starts, call.ring)
         for plane, new in zip(call.planes, (call.keys, call.values), strict=True)
@@ -55,14 +46,34 @@ def separately(call: Call) -> tuple[mx.array, Planes]:
 
 def packed_separately(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     """The same for packed keys and values."""
-    planes = [_written(plane, new, call.starts, None) for plane, new in zip(call.planes, call.new, strict=True)]
-    unpack = Quantisation(call.bits, call.group_size).unpack
-    new = [unpack(call.new[:3]), unpack(call.new[3:])]  # type: ignore[arg-type]
-    held = (unpack(planes[:3]), unpack(planes[3:]))  # type: ignore[arg-type]
+    how = Quantisation(call.bits, call.group_size)
+    queries, keys = turned(call)
+    new = (*how.pack(keys), *how.pack(call.values))
+    planes = [_written(plane, part, call.starts, None) for plane, part in zip(call.planes, new, strict=True)]
+    plain = [how.unpack(part) for part in (new[:3], new[3:], planes[:3], planes[3:])]  # type: ignore[arg-type]
     attended, _ = separately(
-        Call(call.queries, new[0], new[1], held, call.starts, call.scale, call.window, None, call.after)
+        Call(queries, plain[0], plain[1], (plain[2], plain[3]), call.starts, call.scale, call.window, None, call.after)
     )
     return attended, planes
+
+
+def turned(call: Call | PackedCall) -> tuple[mx.array, mx.array]:
+    """Queries and keys, rotated if they are to be."""
+    if (how := call.rotation) is None:
+        return call.queries, call.keys
+    queries, keys = (
+        mx.fast.rope(
+            array,
+            how.dims,
+            traditional=how.traditional,
+            base=None,
+            scale=1.0,
+            offset=call.starts,
+            freqs=1 / how.frequencies,
+        )
+        for array in (call.queries, call.keys)
+    )
+    return queries, keys
 
 
 def _written(plane: mx.array, new: mx.array, starts: mx.array, ring: int | None) -> mx.array:
@@ -128,15 +139,20 @@ class PackedOnHost:
     def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
         self.launches += 1
         rows, heads, tokens, width = call.queries.shape
-        groups = call.new[0].shape[1]
+        groups = call.keys.shape[1]
         way = quantised_kernel.shape(width, heads // groups)
         # In order: each name is given to its array.
-        names = quantised_kernel.INPUTS[:13]
-        arrays = dict(zip(names, (call.queries, *call.new, *call.planes), strict=True))
+        names = ("queries", "keys", "values", *quantised_kernel.HELD)
+        arrays = dict(zip(names, (call.queries, call.keys, call.values, *call.planes), strict=True))
+        arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
         blocks = rows * groups * (heads // groups // way.heads) * tokens
-        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "MINE": 16}
+        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "MINE": 16, "FEW": 16}
         constants |= {"BITS": call.bits, "GROUP": call.group_size}
-        source = (attention_source.HEADER + quantised_source.HEADER, quantised_source.SOURCE)
+        constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
+        constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
+        # MLX looks for a group's range from elsewhere on the CPU.
+        range_of = "constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;\n"
+        source = (attention_source.HEADER + quantised_source.HEADER + range_of, quantised_source.SOURCE)
         numbers = {"WINDOW": call.window or 0}
         attended = self._compiled.run(call, source, arrays, ("queries", "keys"), constants, numbers, blocks)
         return attended, call.planes

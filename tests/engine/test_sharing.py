@@ -1,0 +1,167 @@
+"""Prompts share model calls, and wait for each other where that pays."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from runner.engine.loader import LoadedModel, load
+from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing, usual
+from tests.bench.sharing import Load, Loop, at
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+from tests.engine.tiny import encode
+
+PROMPT = encode("the quick brown fox jumps over the lazy dog")
+PATIENT = Sharing(times=4, most=128, rows=2, steps=3)
+
+
+def test_where_a_prompt_costs_what_its_tokens_cost_nobody_waits() -> None:
+    assert AT_ONCE.tokens(512) == 512
+    assert not any(AT_ONCE.holds(decoding, 1, 0) for decoding in range(1000))
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(64, 256), (512, 2048), (1024, 2048), (2048, 2048), (4096, 4096)])
+def test_calls_that_are_shared_are_wider_within_bounds(chunk: int, tokens: int) -> None:
+    assert TOGETHER.tokens(chunk) == tokens
+
+
+@pytest.mark.parametrize(("decoding", "needed"), [(0, 1), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3), (128, 8)])
+def test_large_batches_wait_for_more_prompts_but_not_long(decoding: int, needed: int) -> None:
+    assert [TOGETHER.holds(decoding, ready, 0) for ready in range(1, 10)] == [ready < needed for ready in range(1, 10)]
+    assert not any(TOGETHER.holds(decoding, 1, held) for held in range(TOGETHER.steps, 10))
+
+
+def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
+    assert usual() is (TOGETHER if on_cuda else AT_ONCE)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert usual() is TOGETHER
+
+
+def test_it_is_reckoned_to_pay() -> None:
+    """Large batches say much more for it; in small ones nobody waits, and at 32 rows nobody long."""
+    for clients, gain, later in ((8, 0.99, 1), (32, 1.08, 10), (128, 1.35, 10)):
+        load = Load(clients, seconds=6)
+        before, after = Loop(load, AT_ONCE).run(), Loop(load, TOGETHER).run()
+        assert after.tokens_per_second > gain * before.tokens_per_second
+        assert at(after.first, 0.5) < at(before.first, 0.5) + later
+
+
+# ------------------------------------------------------------- in the engine
+
+
+def decoding(llama: LoadedModel, rows: int, sharing: Sharing = PATIENT, **limits: int) -> Driver:
+    """An engine in which so many rows decode, and go on for long."""
+    driver = Driver(llama, sharing=sharing, **{"prefill_step_size": 32, **limits})
+    for i in range(rows):
+        driver.engine.submit(generate(1000 + i, prompt=PROMPT[:4], max_tokens=200))
+    driver.engine.step()
+    assert driver.engine.stats().rows == rows
+    return driver
+
+
+def steps_until(driver: Driver, rows: int) -> int:
+    """How many steps it takes until so many rows are in the batch."""
+    for steps in range(1, 30):
+        driver.engine.step()
+        if driver.engine.stats().rows >= rows:
+            return steps
+    raise AssertionError("they never join")
+
+
+@pytest.mark.parametrize(
+    ("arriving", "steps"), [(1, PATIENT.steps + 1), (2, PATIENT.steps + 1), (3, 1)], ids=["one", "two", "enough"]
+)
+def test_prompts_wait_until_they_are_enough_but_not_long(llama: LoadedModel, arriving: int, steps: int) -> None:
+    driver = decoding(llama, 6)
+    for i in range(arriving):
+        driver.engine.submit(generate(i, prompt=PROMPT[: 5 + i], max_tokens=20))
+    assert steps_until(driver, 6 + arriving) == steps
+    if steps > 1:
+        assert driver.answers[1000].tokens >= steps, "the others go on"
+        driver.engine.submit(generate(9, prompt=PROMPT[:5], max_tokens=20))
+        assert steps_until(driver, 7 + arriving) == steps, "the next ones wait as long"
+
+
+def test_one_that_comes_last_brings_the_others_with_it(llama: LoadedModel) -> None:
+    driver = decoding(llama, 6)
+    for i in range(2):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=20))
+    driver.engine.step()
+    assert driver.engine.stats().rows == 6
+    driver.engine.submit(generate(2, prompt=PROMPT, max_tokens=20))
+    driver.engine.step()
+    assert driver.engine.stats().rows == 9
+
+
+def test_prompts_that_fill_a_call_do_not_wait(llama: LoadedModel) -> None:
+    """Two of 50 tokens leave no room for a third in 128, and what is longer than a chunk shares with nobody."""
+    driver = decoding(llama, 6, prefill_step_size=50)
+    for i in range(2):
+        driver.engine.submit(generate(i, prompt=[9 + i] * 50, max_tokens=20))
+    driver.engine.step()
+    assert driver.engine.stats().rows == 8
+    driver.engine.submit(generate(2, prompt=[7] * 60, max_tokens=20))
+    driver.engine.step()
+    assert driver.engine.stats().prefilling == 1
+
+
+def test_nobody_waits_where_nothing_decodes_or_few_rows_do(llama: LoadedModel) -> None:
+    driver = decoding(llama, 2)
+    driver.engine.submit(generate(1, prompt=PROMPT, max_tokens=20))
+    assert steps_until(driver, 3) == 1
+
+
+def test_one_free_row_is_not_waited_for_long_while_others_leave(llama: LoadedModel) -> None:
+    """Of a queue, only those count for whom there is a row."""
+    driver = decoding(llama, 7, max_rows=8)
+    for i in range(4):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=20))
+    driver.engine.step()
+    assert driver.engine.stats().rows == 7
+    for i in range(3):
+        driver.engine.cancel(1000 + i)
+    driver.engine.step()
+    assert driver.engine.stats().rows == 8
+
+
+def test_a_prompt_that_is_cancelled_while_it_waits_is_gone(llama: LoadedModel) -> None:
+    driver = decoding(llama, 6)
+    driver.engine.submit(generate(1, prompt=PROMPT, max_tokens=20))
+    driver.engine.step()
+    driver.engine.step()
+    driver.engine.cancel(1)
+    driver.engine.step()
+    assert driver.engine.stats().waiting == 0
+    driver.engine.submit(generate(2, prompt=PROMPT, max_tokens=20))
+    assert steps_until(driver, 7) == PATIENT.steps + 1, "who comes later has not waited"
+
+
+def test_prompts_share_more_than_a_chunk_and_long_ones_do_not(llama: LoadedModel) -> None:
+    driver = Driver(llama, sharing=PATIENT, prefill_step_size=32)
+    for i in range(5):
+        driver.engine.submit(generate(i, prompt=[9 + i] * 31, max_tokens=20))
+    driver.engine.submit(generate(9, prompt=[5] * 120, max_tokens=2))
+    driver.engine.step()
+    assert driver.engine.stats().rows == 4, "four of 30 tokens are 120; one more would be 150"
+    steps_until(driver, 5)
+    driver.drain()
+    alone = [Driver(llama).one(prompt=[9 + i] * 31, max_tokens=20).text for i in range(5)]
+    assert [driver.answers[i].text for i in range(5)] == alone
+    assert driver.answers[9].tokens == 2
+
+
+def test_a_wide_call_needs_room(model_folder: ModelFolder) -> None:
+    """Where memory is short, calls are no wider than a long prompt's are."""
+    loaded = load(model_folder("llama"))
+    for granted, joined in ((1 << 30, 4), (1 << 24, 1)):
+        driver = Driver(loaded, sharing=PATIENT, prefill_step_size=32)
+        driver.engine.budget.granted, driver.engine.budget.working = granted, 12 << 20
+        for i in range(4):
+            driver.engine.submit(generate(i, prompt=[9 + i] * 31, max_tokens=4))
+        driver.engine.step()
+        assert driver.engine.stats().rows == joined
+        driver.drain()
+        assert [driver.answers[i].tokens for i in range(4)] == [4] * 4
