@@ -186,6 +186,5 @@ def test_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
         header = product_kernel.header(way, tiles, dtype, epilogue, changes=True)
         source = product_kernel.source(epilogue, changes=True)
         needs = compile_kernel(header, source, arrays, results)
-        print(way, tiles, epilogue, needs, len(source))
         assert needs.local == 0, "nothing has to be put aside"
         assert needs.registers * way.warps * 32 <= 65536
