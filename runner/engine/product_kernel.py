@@ -17,7 +17,9 @@ from typing import Any, Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.product_source import BODY, DEVICE, STORES, SWIGLU
+from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.stack import Stack
+from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -28,6 +30,10 @@ MOST_ROWS: Final = 32
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
+RANKS: Final = 16
+"""How many ranks of a row's change one block computes the inner products of."""
+
+_MOST_RANK: Final = 512
 _TILE: Final = 16
 _CHUNK: Final = 64
 _WARP: Final = 32
@@ -103,14 +109,63 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
     return call
 
 
+Changed = Callable[[mx.array, mx.array, mx.array | None, Stack, RowSlots], mx.array]
+"""From tokens [rows, tokens, inputs], the weight, what is to be added (or None), and each row's change and slot."""
+
+
+def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bool:
+    """Whether there is a kernel for such changes to a weight [outputs, inputs] (of both parts, for "swiglu")."""
+    down, b = stack.down, stack.b
+    return (
+        stack.magnitude is None
+        and b.ndim == 3
+        and down.dtype == b.dtype == dtype
+        and 0 < down.shape[1] <= _MOST_RANK
+        and (b.shape[2], down.shape[2]) == (outputs, inputs)
+        and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
+    )
+
+
+def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Changed:
+    """The product with one weight in which each row has its own low-rank change, prepared."""
+    prepared = [
+        _prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue, changes=True)
+        for tiles in TILES
+    ]
+    by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
+    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
+    mx.eval(rest)
+
+    def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
+        rows, ranks = x.size // inputs, stack.down.shape[1]
+        kernel, (width, _, _), threads = by_rows[rows]
+        first = rows * -(-ranks // RANKS) * threads[0]
+        result: mx.array = kernel(
+            inputs=[
+                *(x, weight, *(rest if added is None else (added,))),
+                *(stack.down, stack.b, stack.span_array, slots.slots, slots.counter()),
+            ],
+            grid=(first + width, 1, 1),
+            threadgroup=threads,
+            output_shapes=[(*x.shape[:-1], outputs), (rows, ranks)],
+            output_dtypes=[dtype, mx.float32],
+        )[0]
+        return result
+
+    return call
+
+
 def usable() -> bool:
     """Whether there is a device for it, and the switch is not off."""
     return cuda_kernels.usable(SWITCH)
 
 
-def source(epilogue: str) -> str:
+def source(epilogue: str, *, changes: bool = False) -> str:
     """The kernel's text."""
-    return cuda_kernels.terse(BODY.replace("STORE", STORES[epilogue]))
+    text = BODY
+    for place, what in (CHANGED if changes else PLAIN).items():
+        text = text.replace(place, what)
+    return cuda_kernels.terse(text.replace("STORE", STORES[epilogue]))
 
 
 def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
@@ -120,40 +175,48 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts}, RANKS = {RANKS};\n"
     )
 
 
-def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
+def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False) -> str:
     """What comes before it."""
-    return constants(way, tiles, dtype, epilogue) + DEVICE + (SWIGLU if epilogue == "swiglu" else "")
+    texts = [constants(way, tiles, dtype, epilogue), DEVICE]
+    texts += [SWIGLU] if epilogue == "swiglu" else []
+    return "".join([*texts, CHANGED_DEVICE] if changes else texts)
 
 
-def inputs_of(epilogue: str) -> list[str]:
+def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
     """What the source calls a call's arrays."""
-    return ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
+    names = ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
+    return [*names, "down", "up", "spans", "slots", "counters"] if changes else names
+
+
+def outputs_of(*, changes: bool = False) -> list[str]:
+    """And its results."""
+    return ["out", "inner"] if changes else ["out"]
 
 
 def _prepare(
-    outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str
+    outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False
 ) -> tuple[Any, tuple[int, int, int], tuple[int, int, int]]:
-    """The kernel, its grid and its block."""
+    """The kernel, the grid of its blocks that multiply, and its block."""
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
     blocks = outputs * parts // (_TILE * way.mtiles)
-    return _kernel(way, tiles, dtype, epilogue), (blocks * threads, 1, 1), (threads, 1, 1)
+    return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
-def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> Any:
+def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Any:
     # Constants are in the text and not a call's template, which would be translated each time.
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
     return mx.fast.cuda_kernel(
-        name=f"product_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
-        input_names=inputs_of(epilogue),
-        output_names=["out"],
-        source=source(epilogue),
-        header=header(way, tiles, dtype, epilogue),
+        name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
+        input_names=inputs_of(epilogue, changes=changes),
+        output_names=outputs_of(changes=changes),
+        source=source(epilogue, changes=changes),
+        header=header(way, tiles, dtype, epilogue, changes=changes),
         shared_memory=way.shared_memory,
     )

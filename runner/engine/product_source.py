@@ -12,6 +12,14 @@ not: the compiler moves them down to where they are used, and a warp waits for e
 
 T, WARPS, STAGES, MTILES, TILES and PARTS (how many weights follow each other in `w`: a gate and its input are two)
 are constants. DEVICE is what only a GPU can do; tests on the host have their own in its place.
+
+CHANGED makes another kernel of it, in which each row has the low-rank change of its slot (`adapters/kernel.py`: the
+rounded product, plus what the rank's inner products and `up` give, rounded). Its first blocks compute the inner
+products, RANKS of a row each, into `inner`. The others meanwhile read their weights, and wait before what the sums
+become. They wait for blocks of a lower index only; blocks start in the order of their index, so those run or have
+ended, whatever the number of multiprocessors, and need nothing from those that wait. `counters` are how many of the
+first have ended, and how many of the others have seen that all have; the last to see it leaves both at zero. The
+order of an inner product depends on K, WARPS and the ranks of the row's own adapter only.
 """
 
 from __future__ import annotations
@@ -66,7 +74,8 @@ BODY: Final = """
     #pragma unroll 1
     for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * (16 * MTILES / PARTS);
+    BEFORE
+    const int first = BLOCK * (16 * MTILES / PARTS);
 
     const T* lines[MTILES];
     #pragma unroll
@@ -139,6 +148,7 @@ BODY: Final = """
     for (int i = 0; i < MTILES * TILES * 4; ++i) {
         sums[warp * APART + i * 32 + lane] = sum[i / 4 / TILES][i / 4 % TILES][i % 4];
     }
+    WAIT
     __syncthreads();
     #pragma unroll
     for (int e = 0; e < EACH; ++e) {
@@ -152,6 +162,7 @@ BODY: Final = """
             total[m] = 0.0f;
             #pragma unroll
             for (int v = 0; v < WARPS; ++v) total[m] += sums[v * APART + m * TILES * 128 + place];
+            CHANGE
         }
         #pragma unroll
         for (int m = 0; m < MTILES; m += PARTS) {
@@ -166,3 +177,119 @@ STORES: Final = {
     "swiglu": "out[to] = swiglu(T(total[m]), T(total[m + 1]));",
 }
 """What becomes of the sums."""
+
+CHANGED_DEVICE: Final = """
+// What other blocks have written before they wrote this is seen then.
+__device__ inline int acquire(const int* from) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+"""
+
+PLAIN: Final = {"BEFORE": "", "BLOCK": "blockIdx.x", "WAIT": "", "CHANGE": ""}
+"""What stands at these places of BODY."""
+
+CHANGED: Final = {
+    "BEFORE": """
+    const int R = down_shape[1], O = N * PARTS, P = spans_shape[1], each = rows / slots_shape[0];
+    const int shares = (R + RANKS - 1) / RANKS, before = rows * shares;
+    int* const ready = const_cast<int*>(counters);
+    if (blockIdx.x < before) {
+        // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.
+        const int row = blockIdx.x / shares, lowest = blockIdx.x % shares * RANKS, slot = slots[row / each];
+        const int* const span = spans + slot * P * 3;
+        int ranks = 0;
+        #pragma unroll 1
+        for (int p = 0; p < P; ++p) ranks = max(ranks, span[p * 3 + 2]);
+        ranks = min(ranks - lowest, RANKS);
+        if (ranks > 0) {
+            // What the others need next comes into the cache that all blocks share.
+            for (int p = 0, begin = 0; p < P; ++p) {
+                const int end = span[p * 3], high = min(span[p * 3 + 2], lowest + ranks);
+                for (int r = max(span[p * 3 + 1], lowest); r < high; ++r) {
+                    const T* const line = up + (size_t(slot) * R + r) * O;
+                    for (int o = begin + threadIdx.x * 64; o < end; o += WARPS * 2048) prefetch(line + o);
+                }
+                begin = end;
+            }
+            const T* const own = down + (size_t(slot) * R + lowest) * K;
+            const T* const token = x + size_t(row) * K;
+            // A warp takes a rank, or, where there are more warps than ranks, an equal part of its product.
+            const int splits = ranks < WARPS ? WARPS / ranks : 1;
+            float* const partial = reinterpret_cast<float*>(ring);
+            for (int from = 0; from < ranks * splits; from += WARPS) {
+                const int item = from + warp, rank = item / splits, split = item % splits;
+                float sum = 0.0f;
+                if (rank < ranks) {
+                    #pragma unroll 4
+                    for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
+                        const uint4 left = *reinterpret_cast<const uint4*>(token + k);
+                        const uint4 right = *reinterpret_cast<const uint4*>(own + size_t(rank) * K + k);
+                        const T* const l = reinterpret_cast<const T*>(&left);
+                        const T* const m = reinterpret_cast<const T*>(&right);
+                        #pragma unroll
+                        for (int i = 0; i < 8; ++i) sum += float(l[i]) * float(m[i]);
+                    }
+                }
+                #pragma unroll
+                for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
+                if (lane == 0 && rank < ranks) partial[item] = sum;
+            }
+            __syncthreads();
+            if (threadIdx.x < ranks) {
+                float sum = 0.0f;
+                for (int split = 0; split < splits; ++split) sum += partial[threadIdx.x * splits + split];
+                inner[row * R + lowest + threadIdx.x] = sum;
+            }
+            __syncthreads();
+        }
+        if (threadIdx.x == 0) {
+            __threadfence();
+            atomicAdd(ready, 1);
+        }
+        return;
+    }
+""",
+    "BLOCK": "(blockIdx.x - before)",
+    "WAIT": """
+    int slot[EACH], low[EACH][MTILES], high[EACH][MTILES];
+    #pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+        const int r = (threadIdx.x + e * THREADS) / 16;
+        slot[e] = r < rows ? slots[r / each] : 0;
+        #pragma unroll
+        for (int m = 0; m < MTILES; ++m) {
+            const int* span = spans + slot[e] * P * 3;
+            #pragma unroll 1
+            while (span[0] <= first + m / PARTS * 16 + m % PARTS * N) span += 3;
+            low[e][m] = span[1], high[e][m] = span[2];
+        }
+    }
+    if (threadIdx.x == 0) {
+        while (acquire(ready) < before) {}
+        if (atomicAdd(ready + 1, 1) == O / (16 * MTILES) - 1) ready[0] = ready[1] = 0;
+    }
+""",
+    "CHANGE": """
+            float changed = float(T(total[m]));
+            const float* const own = inner + r * R;
+            const T* const line = up + size_t(slot[e]) * R * O + first + m / PARTS * 16 + m % PARTS * N + n;
+            // Several ranks' values are on their way at once.
+            for (int from = low[e][m]; from < high[e][m]; from += 8) {
+                float left[8], right[8];
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int rank = min(from + i, high[e][m] - 1);
+                    left[i] = __ldcg(own + rank);
+                    right[i] = float(line[size_t(rank) * O]);
+                }
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (from + i < high[e][m]) changed += left[i] * right[i];
+                }
+            }
+            total[m] = changed;
+""",
+}

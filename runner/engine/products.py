@@ -4,16 +4,18 @@ Upstream's layers stay the objects that they are, and are of a class that derive
 are, wraps them, counts their weights or walks through the model sees no difference. A layer with more than MOST_ROWS
 tokens in a call, or tokens of another type, computes as before. MLPs and blocks that compute, to the bit, what
 upstream's usual ones do are made of fewer launches: a gate, an input and what follows are one, and a residual sum is
-part of the product before it. Where an adapter changes a layer for the rows of a call, that part is as before.
+part of the product before it. Where adapters change a layer for the rows of a call, their changes are part of its
+product as well; DoRA's are not, and that layer's part of the block is as before.
 
 Each shape of weight is tried on the layer's own weight first, which also compiles its kernels before the engine says
-that it is ready.
+that it is ready. With changes it is tried when the first adapter for it is loaded.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any, Final
@@ -22,10 +24,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import product_kernel
-from runner.engine.adapters.layers import AdaptedLinear
+from runner.engine import cuda_kernels, product_kernel
+from runner.engine.adapters import kernel
+from runner.engine.adapters.layers import AdaptedLinear, ChangingLinear, RowSlots
+from runner.engine.adapters.stack import Stack
 from runner.engine.joined import JoinedLayers, PartialLinear
-from runner.engine.product_kernel import MOST_ROWS, Multiply
+from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply
 
 logger = logging.getLogger(__name__)
 
@@ -40,36 +44,84 @@ _BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attentio
 Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products are made: `product_kernel.multiply`."""
 
+MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
+"""How those with changes are: `product_kernel.changed`."""
+
+
+@dataclass(slots=True)
+class _Shape:
+    """The products of layers with weights of one shape. `make` is None where there are none with changes."""
+
+    key: tuple[int, int, mx.Dtype, str]
+    multiply: Multiply
+    make: MakeChanged | None
+    changed: Changed | None = None
+
+    def fits(self, stack: Stack) -> bool:
+        """Whether changes may be part of the product."""
+        outputs, inputs, dtype, epilogue = self.key
+        return product_kernel.fits_changes(outputs * (2 if epilogue == "swiglu" else 1), inputs, dtype, stack)
+
+    def prepare(self, weight: mx.array, stack: Stack) -> None:
+        """Try changes, once."""
+        if self.make is not None and self.fits(stack):
+            self.changed, self.make = _tried_changed(self.make(*self.key), self.key[3], weight, stack), None
+
 
 class _FewRows:
     """What a layer knows of its products with few tokens: `most` values in a call, of type `dtype`. `added` is what the
-    layer's next product is to be added to, and is taken by it if it can."""
+    layer's next product is to be added to, and is taken by it if it can; `added_to_changed` waits for the next one with
+    changes."""
 
-    __slots__ = ("added", "dtype", "most", "multiply")
+    __slots__ = ("added", "added_to_changed", "dtype", "most", "shape")
 
-    def __init__(self, multiply: Multiply, inputs: int, dtype: mx.Dtype) -> None:
-        self.multiply, self.most, self.dtype = multiply, MOST_ROWS * inputs, dtype
+    def __init__(self, shape: _Shape) -> None:
+        _, inputs, self.dtype, _ = shape.key
+        self.shape, self.most = shape, MOST_ROWS * inputs
         self.added: mx.array | None = None
+        self.added_to_changed: mx.array | None = None
+
+    def takes(self, x: mx.array) -> bool:
+        """Whether there is a kernel for these tokens."""
+        return 0 < x.size <= self.most and x.dtype == self.dtype
+
+    def changed(self, x: mx.array, weight: mx.array, stack: Stack, rows: RowSlots) -> mx.array | None:
+        """The product with each row's change, None where it is to be made of several."""
+        changed = self.shape.changed
+        if changed is None or not self.takes(x) or not self.shape.fits(stack):
+            return None
+        added, self.added_to_changed = self.added_to_changed, None
+        return changed(x, weight, added, stack, rows)
 
 
 def _product(few: _FewRows, x: mx.array, weight: mx.array) -> mx.array:
-    if not (0 < x.size <= few.most and x.dtype == few.dtype):
+    if not few.takes(x):
         return x @ weight.T
     added = few.added
     if added is None:
-        return few.multiply(x, weight)
+        return few.shape.multiply(x, weight)
     few.added = None
-    return few.multiply(x, weight, added)
+    return few.shape.multiply(x, weight, added)
 
 
-class FewRowsLinear(nn.Linear):  # type: ignore[misc]
-    """A linear layer without a bias. `few_rows` is set when a layer becomes one."""
+class FewRowsLinear(ChangingLinear):
+    """A linear layer without a bias. `few_rows` is set when a layer becomes one; `gated` where it is a gate and its
+    input of an MLP that computes them at once."""
 
     few_rows: _FewRows
+    gated: _FewRows | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """x is [..., in]."""
         return _product(self.few_rows, x, self["weight"])
+
+    def changed(self, x: mx.array, stack: Stack, rows: RowSlots) -> mx.array | None:
+        """x is [rows, …, in]."""
+        return self.few_rows.changed(x, self["weight"], stack, rows)
+
+    def prepare(self, stack: Stack) -> None:
+        """Compiles kernels, the first time."""
+        (self.gated or self.few_rows).shape.prepare(self["weight"], stack)
 
 
 class FewRowsEmbedding(nn.Embedding):  # type: ignore[misc]
@@ -91,12 +143,13 @@ class _FewRowsGated(nn.Module):  # type: ignore[misc]
     def __call__(self, x: mx.array) -> mx.array:
         """x is [..., in]."""
         few, layer = self.few_rows, self.gate_and_input.layer
-        if isinstance(layer, AdaptedLinear):
-            layer = layer.unchanged
-        if layer is None or not 0 < x.size <= few.most or x.dtype != few.dtype:
-            y: mx.array = super().__call__(x)
-        else:
-            y = self["down_proj"](few.multiply(x, layer["weight"]))
+        change = layer.change if isinstance(layer, AdaptedLinear) else None
+        between: mx.array | None = None
+        if change is not None:
+            between = few.changed(x, layer.base["weight"], *change)
+        elif few.takes(x):
+            between = few.shape.multiply(x, layer.weight)
+        y: mx.array = super().__call__(x) if between is None else self["down_proj"](between)
         return y
 
 
@@ -114,21 +167,22 @@ class _FewRowsBlock(nn.Module):  # type: ignore[misc]
 
 def _sum(x: mx.array, layer: Any, branch: Callable[[], mx.array]) -> mx.array:
     """x + branch(), of which `layer` is the end."""
-    if isinstance(layer, AdaptedLinear):
-        layer = layer.unchanged
-    few = None if layer is None else layer.few_rows
-    if few is None or x.dtype != few.dtype:
+    changed = isinstance(layer, AdaptedLinear) and layer.change is not None
+    few = layer.base.few_rows if isinstance(layer, AdaptedLinear) else layer.few_rows
+    if x.dtype != few.dtype:
         return x + branch()
-    few.added = x
+    few.added, few.added_to_changed = (None, x) if changed else (x, None)
     try:
         y = branch()
     finally:
-        left, few.added = few.added, None
+        left = few.added_to_changed if changed else few.added
+        few.added = few.added_to_changed = None
     return y if left is None else x + y
 
 
-def install(model: Any, make: Make | None = None) -> int:
-    """Let the model's products of few tokens be those that `make` makes: the kernel's, where there is a device for it.
+def install(model: Any, make: Make | None = None, make_changed: MakeChanged | None = None) -> int:
+    """Let the model's products of few tokens be those that `make` makes, and with adapters' changes those that
+    `make_changed` does: the kernel's, where there is a device for it.
 
     To be called when the weights are there and siblings are joined, before any layer is wrapped. Returns how many
     products are made so.
@@ -137,7 +191,8 @@ def install(model: Any, make: Make | None = None) -> int:
         if not product_kernel.usable():
             return 0
         make = product_kernel.multiply
-    made: dict[tuple[int, int, mx.Dtype], Multiply | None] = {}
+        make_changed = product_kernel.changed if cuda_kernels.usable(kernel.SWITCH) else None
+    made: dict[tuple[int, int, mx.Dtype], _Shape | None] = {}
     count = 0
     for layer, kind in _layers(model):
         outputs, inputs = layer.weight.shape
@@ -146,12 +201,13 @@ def install(model: Any, make: Make | None = None) -> int:
             continue
         key = (outputs, inputs, dtype)
         if key not in made:
-            made[key] = _tried(make(*key, "plain"), lambda x, w: x @ w.T, layer.weight)
-        if (multiply := made[key]) is not None:
-            layer.few_rows = _FewRows(multiply, inputs, dtype)
+            multiply = _tried(make(*key, "plain"), lambda x, w: x @ w.T, layer.weight)
+            made[key] = None if multiply is None else _Shape((*key, "plain"), multiply, make_changed)
+        if (shape := made[key]) is not None:
+            layer.few_rows = _FewRows(shape)
             layer.__class__ = kind
             count += 1
-    _install_gated(model, make)
+    _install_gated(model, make, make_changed)
     for module in list(model.modules()):
         if _ends_in_such_products(module) and _is_usual_block(module):
             whole: Any = type(module)
@@ -170,8 +226,8 @@ def _layers(model: Any) -> Iterator[tuple[Any, type[Any]]]:
             yield layer, kind
 
 
-def _install_gated(model: Any, make: Make) -> None:
-    made: dict[tuple[int, int, mx.Dtype], Multiply | None] = {}
+def _install_gated(model: Any, make: Make, make_changed: MakeChanged | None) -> None:
+    made: dict[tuple[int, int, mx.Dtype], _Shape | None] = {}
     for module in list(model.modules()):
         group = _gate_and_input(module)
         if group is None or not _is_swiglu(module):
@@ -179,9 +235,11 @@ def _install_gated(model: Any, make: Make) -> None:
         weight = group.layer.weight
         key = (weight.shape[0] // 2, weight.shape[1], weight.dtype)
         if key not in made:
-            made[key] = _tried(make(*key, "swiglu"), lambda x, w: swiglu(*mx.split(x @ w.T, 2, axis=-1)), weight)
-        if (multiply := made[key]) is not None:
-            module.few_rows, module.gate_and_input = _FewRows(multiply, key[1], key[2]), group
+            multiply = _tried(make(*key, "swiglu"), lambda x, w: _gate(x @ w.T), weight)
+            made[key] = None if multiply is None else _Shape((*key, "swiglu"), multiply, make_changed)
+        if (shape := made[key]) is not None:
+            module.few_rows, module.gate_and_input = _FewRows(shape), group
+            group.layer.gated = module.few_rows
             kind: Any = type(module)
             module.__class__ = _derived(_FewRowsGated, kind)
 
@@ -238,17 +296,46 @@ def _derived(first: Any, kind: Any) -> type[Any]:
     return type(f"FewRows{kind.__name__}", (first, kind), {"__module__": kind.__module__})
 
 
+def _gate(y: mx.array) -> mx.array:
+    result: mx.array = swiglu(*mx.split(y, 2, axis=-1))
+    return result
+
+
 def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:
     """`multiply`, if it gives what is expected for each number of rows that it has a kernel for."""
+    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight) else None
+
+
+def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Stack) -> Changed | None:
+    """The same of products with changes: rows of all slots."""
+    slots = stack.down.shape[0]
+
+    def rows_of(x: mx.array) -> RowSlots:
+        return RowSlots.of([slots - 1 - row % slots for row in range(x.shape[1])])
+
+    def found(x: mx.array) -> mx.array:
+        return changed(x.swapaxes(0, 1), weight, None, stack, rows_of(x)).swapaxes(0, 1)
+
+    def expected(x: mx.array) -> mx.array:
+        which = rows_of(x).slots
+        change = (x.swapaxes(0, 1) @ stack.a[which]) @ stack.b[which]
+        y = x @ weight.T + change.swapaxes(0, 1)
+        return _gate(y) if epilogue == "swiglu" else y
+
+    return changed if _right(found, expected, weight) else None
+
+
+def _right(found: Callable[[mx.array], mx.array], expected: Callable[[mx.array], mx.array], weight: mx.array) -> bool:
+    """Whether both give the same for tokens [1, rows, inputs]."""
     try:
         for rows in _TRIED_ROWS:
             x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
-            exact = expected(x, weight).astype(mx.float32)
-            wrong = mx.linalg.norm(multiply(x, weight).astype(mx.float32) - exact)
+            exact = expected(x).astype(mx.float32)
+            wrong = mx.linalg.norm(found(x).astype(mx.float32) - exact)
             if not (wrong <= _TOLERANCE * mx.linalg.norm(exact)).item():
                 logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "rows": rows})
-                return None
+                return False
     except (ValueError, RuntimeError) as failure:
         logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "reason": str(failure)})
-        return None
-    return multiply
+        return False
+    return True

@@ -55,9 +55,9 @@ AT_ONCE: Final = Sharing()
 """Where a prompt costs what its tokens cost."""
 
 # tests/bench/sharing.py reckons what they bring from what was measured. With prompts and answers of 256 and 128 tokens,
-# give or take a half, 128 clients get 14,800 tokens/s in place of 10,500 (11,800 with wider calls alone), the first
-# token after 34 ms in place of 41; 32 clients 7,000 in place of 6,300, and the first after 18 ms in place of 14.
-TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=4, roomier=4)
+# give or take a half, 128 clients get 15,000 tokens/s in place of 10,500 (11,800 with wider calls alone), the first
+# token after 38 ms in place of 41; 32 clients 7,100 in place of 6,300, and the first after 18 ms in place of 14.
+TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=8, roomier=4)
 """Where a call costs what its launches cost."""
 
 

@@ -56,7 +56,7 @@ class TracedCalls:
         if kept is None:
             return caches.call(self._model, tokens)
         self._caches, self._only = caches, only
-        rows = [] if slots is None else [slots.slots]
+        rows = [] if slots is None else slots.arrays
         try:
             return caches.call_graph(lambda tokens, starts, held: kept(tokens, starts, rows, held), tokens)
         except Exception as error:  # noqa: BLE001 - whatever a model's code trips over when its arrays are not known
@@ -94,5 +94,5 @@ class TracedCalls:
     def _trace(self, tokens: mx.array, starts: mx.array, slots: list[mx.array], held: Held) -> Traced:
         """The call itself; runs when a graph is built, with arrays that stand for those of later calls."""
         assert self._caches is not None
-        self._apply(RowSlots(slots[0], self._only) if slots else None)
+        self._apply(RowSlots.of_arrays(slots, self._only) if slots else None)
         return self._caches.trace(self._model, tokens, starts, held)

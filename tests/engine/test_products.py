@@ -15,8 +15,10 @@ from mlx_lm.models.activations import swiglu
 
 from runner.engine import products
 from runner.engine.adapters.bank import AdapterBank
+from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
-from runner.engine.product_kernel import Multiply, Way
+from runner.engine.product_kernel import Changed, Multiply, Way
 from runner.engine.weights import narrow_model
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
@@ -24,7 +26,7 @@ from tests.engine.conftest import ModelFolder
 from tests.engine.product_on_host import OnHost
 
 PROMPT = mx.array([[7, 3, 11], [4, 4, 8]])
-MLP = ("gate_proj", "up_proj", "down_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 class Spelled:
@@ -44,6 +46,36 @@ class Spelled:
             return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
 
         return call
+
+    def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Changed:
+        def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, rows: RowSlots) -> mx.array:
+            assert x.dtype == weight.dtype == dtype
+            assert stack.b.shape[2] == weight.shape[0] == outputs * (2 if epilogue == "swiglu" else 1)
+            self.calls["changed " + (epilogue if added is None else "sum")] += 1
+            y = x @ weight.T
+            if rows.only is None:
+                change = mx.gather_mm(x, stack.a, rhs_indices=rows.slots)
+                y = y + mx.gather_mm(change, stack.b, rhs_indices=rows.slots)
+            else:
+                a, b, _ = stack.slot(rows.only)
+                y = mx.addmm(y, x @ a, b)
+            if added is not None:
+                return added + y
+            return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
+
+        return call
+
+
+@pytest.fixture
+def gathers_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's CPU has this product in float32 only."""
+    gather = mx.gather_mm
+
+    def wider(x: mx.array, weights: mx.array, rhs_indices: mx.array) -> mx.array:
+        found = gather(x.astype(mx.float32), weights.astype(mx.float32), rhs_indices=rhs_indices)
+        return found.astype(x.dtype)
+
+    monkeypatch.setattr(mx, "gather_mm", wider)
 
 
 def joined(folder: Path, dtype: mx.Dtype = mx.bfloat16, **config: Any) -> Any:
@@ -156,6 +188,66 @@ def test_adapters_change_what_they_did(
     assert not mx.allclose(said[1], said[0])
 
 
+@pytest.mark.usefixtures("gathers_16_bit")
+@pytest.mark.parametrize("adapted", [ATTENTION, MLP, ("self_attn.o_proj", "mlp.down_proj")], ids=str)
+def test_changes_are_part_of_the_products(
+    model_folder: ModelFolder, tmp_path: Path, adapted: tuple[str, ...], llama: Any
+) -> None:
+    """To the bit, for rows of one adapter, of several, and of none."""
+    sources = [
+        AdapterSource(key, str(write_mlx(tmp_path / key, draw(linear_shapes(llama, keys), rank, rank), keys=keys)))
+        for key, rank, keys in (("a", 4, adapted), ("b", 2, adapted[:1]), ("c", 3, adapted[1:]))
+    ]
+    spelled, said = Spelled(), []
+    for fused in (False, True):
+        model = joined(model_folder("llama"))
+        products.install(model, spelled, spelled.changed if fused else None)
+        bank = AdapterBank(model, mx.bfloat16)
+        for source in sources:
+            bank.load(source)
+        said.append([])
+        for keys in ((), ("a", "a"), ("b", "c"), ("", "a")):
+            spelled.calls.clear()
+            bank.apply(bank.slots([bank.acquire(key) for key in keys]))
+            said[-1].append(model(PROMPT))
+            if fused:
+                changed = {key: n for key, n in spelled.calls.items() if key.startswith("changed")}
+                # Of three blocks: joined projections, the two ends with sums, the gate with its input.
+                sites = {"changed plain": 3 * (adapted == ATTENTION), "changed swiglu": 3 * (adapted == MLP)}
+                sites["changed sum"] = 3 * sum(key.endswith(("o_proj", "down_proj")) for key in adapted)
+                assert changed == ({key: n for key, n in sites.items() if n} if keys else {})
+                assert spelled.calls.total() == 12, "no product is apart"
+    assert all(mx.array_equal(one, other).item() for one, other in zip(*said, strict=True))
+    assert not mx.allclose(said[0][0], said[0][1])
+
+
+def test_changes_that_no_kernel_takes_are_made_apart(model_folder: ModelFolder, tmp_path: Path, llama: Any) -> None:
+    """More tokens, and kernels that do not compile: the sums are then apart as well."""
+
+    def broken(*_: Any) -> Changed:
+        def call(*_: Any) -> mx.array:
+            raise RuntimeError("Failed to compile kernel")
+
+        return call
+
+    keys = ("self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj")
+    source = AdapterSource("a", str(write_mlx(tmp_path / "a", draw(linear_shapes(llama, keys), 4, 1), keys=keys)))
+    spelled = Spelled()
+    for change, prompt in ((spelled.changed, mx.ones((3, 11), dtype=mx.int32)), (broken, PROMPT)):
+        said = []
+        for made in (None, change):
+            model = joined(model_folder("llama"))
+            if made is not None:
+                products.install(model, spelled, made)
+            bank = AdapterBank(model, mx.bfloat16)
+            bank.load(source)
+            bank.apply(bank.slots([bank.acquire("a")] * len(prompt)))
+            spelled.calls.clear()
+            said.append(model(prompt))
+        assert not any(key.startswith("changed") for key in spelled.calls)
+        assert mx.array_equal(*said).item()
+
+
 def test_off_without_a_device(model_folder: ModelFolder) -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")
@@ -173,3 +265,23 @@ def test_a_model_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: 
     found = model(PROMPT).astype(mx.float32)
     assert mx.linalg.norm(found - expected).item() < 0.03 * mx.linalg.norm(expected).item()
     assert not mx.array_equal(found, expected), "the sums' order is another"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("gathers_16_bit")
+def test_a_model_with_adapters_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: Path, llama: Any) -> None:
+    host, found = OnHost(tmp_path), []
+    shapes = linear_shapes(llama, (*ATTENTION, *MLP))
+    source = AdapterSource("a", str(write_mlx(tmp_path / "a", draw(shapes, 4, 1), keys=(*ATTENTION, *MLP))))
+    for make in (None, lambda *what: host.changed(*what, lambda *_: Way(1, 2, 2))):
+        model = joined(model_folder("llama"))
+        if make is not None:
+            products.install(model, lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2)), make)
+        bank = AdapterBank(model, mx.bfloat16)
+        bank.load(source)
+        bank.apply(bank.slots([bank.acquire("a"), None]))
+        found.append(model(PROMPT).astype(mx.float32))
+    expected, through = found
+    assert mx.linalg.norm(through - expected).item() < 0.03 * mx.linalg.norm(expected).item()
+    assert not mx.array_equal(through, expected), "the sums' order is another"

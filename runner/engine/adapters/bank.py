@@ -107,8 +107,7 @@ class AdapterBank:
         numbers = [0 if resident is None else resident.slot for resident in rows]
         if not any(numbers):
             return None
-        shared = len(set(numbers)) == 1
-        return RowSlots(mx.array(numbers, dtype=mx.int32), numbers[0] if shared else None)
+        return RowSlots.of(numbers)
 
     def apply(self, rows: RowSlots | None) -> None:
         """Let the next model call's rows have these slots."""
@@ -134,6 +133,9 @@ class AdapterBank:
             if site not in self._wrapped:
                 self._wrapped[site] = self._wrap(site)
             self._wrapped[site].stack = stack
+        for layer in self._wrapped.values():
+            if isinstance(layer, AdaptedLinear):
+                layer.prepare()
         self._residents.append(resident)
         self.generation += 1
         return resident

@@ -8,23 +8,61 @@ nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from runner.engine import cuda_kernels
 from runner.engine.adapters import kernel
 from runner.engine.adapters.stack import Stack
+
+_AT_ONCE: Final = 8
+"""Layers of one model call that may be computed at the same time: those that do not need each other's results."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowSlots:
     """Which adapter each row of a model call has: `slots` [rows] int32, 0 for none. `only` is the slot that all rows
-    share, or None."""
+    share, or None.
+
+    `counters` are zeros that launches leave as they were, [≥ 2] int32 each. They are the rows' own, since calls for
+    other rows may be computed at the same time.
+    """
 
     slots: mx.array
     only: int | None
+    counters: tuple[mx.array, ...] = ()
+    _turns: list[Iterator[mx.array]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> RowSlots:
+        """The rows' slots by their numbers."""
+        only = numbers[0] if len(set(numbers)) == 1 else None
+        counters: list[mx.array] = []
+        if cuda_kernels.usable(kernel.SWITCH):
+            # In lines of the cache of their own: 128 bytes.
+            counters = [*mx.split(mx.zeros((_AT_ONCE * 32,), mx.int32), _AT_ONCE)]
+        return cls(mx.array(numbers, dtype=mx.int32), only, tuple(counters))
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What `of_arrays` takes."""
+        return [self.slots, *self.counters]
+
+    @classmethod
+    def of_arrays(cls, arrays: list[mx.array], only: int | None) -> RowSlots:
+        """The same, or what stands for it in a graph."""
+        return cls(arrays[0], only, tuple(arrays[1:]))
+
+    def counter(self) -> mx.array:
+        """One for a launch."""
+        if not self._turns:
+            self._turns.append(cycle(self.counters))
+        return next(self._turns[0])
 
 
 class CurrentSlots:
@@ -34,6 +72,18 @@ class CurrentSlots:
 
     def __init__(self) -> None:
         self.rows: RowSlots | None = None
+
+
+class ChangingLinear(nn.Linear):  # type: ignore[misc]
+    """A linear layer that can have each row's change in its own product."""
+
+    def changed(self, x: mx.array, stack: Stack, rows: RowSlots) -> mx.array | None:
+        """What an AdaptedLinear over it gives, [rows, …, out], or None where that is to be computed apart."""
+        raise NotImplementedError
+
+    def prepare(self, stack: Stack) -> None:
+        """For changes such as those of a stack."""
+        raise NotImplementedError
 
 
 class AdaptedLinear(nn.Module):  # type: ignore[misc]
@@ -47,15 +97,26 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array) -> mx.array:
         """x is [rows, …, in], or [rows · tokens, in]."""
-        y: mx.array = self.base(x)
-        if self.stack is None or (rows := self._current.rows) is None:
+        if (change := self.change) is None:
+            y: mx.array = self.base(x)
             return y
-        if kernel.applies(x, self.stack):
-            return kernel.add_changes(x, y, self.stack, rows.slots)
+        stack, rows = change
+        if isinstance(self.base, ChangingLinear) and (whole := self.base.changed(x, stack, rows)) is not None:
+            return whole
+        return self._apart(x, self.base(x), stack, rows)
+
+    def prepare(self) -> None:
+        """To be called when the stack has changed."""
+        if isinstance(self.base, ChangingLinear) and self.stack is not None:
+            self.base.prepare(self.stack)
+
+    def _apart(self, x: mx.array, y: mx.array, stack: Stack, rows: RowSlots) -> mx.array:
+        if kernel.applies(x, stack):
+            return kernel.add_changes(x, y, stack, rows.slots)
         if rows.only is not None:
-            a, b, factor = self.stack.slot(rows.only)
+            a, b, factor = stack.slot(rows.only)
             return self._scaled(mx.addmm(y, x @ a, b), factor)
-        return self._adapt_each(self.stack, x, y, rows.slots)
+        return self._adapt_each(stack, x, y, rows.slots)
 
     def _adapt_each(self, stack: Stack, x: mx.array, y: mx.array, slots: mx.array) -> mx.array:
         flat = x.ndim == 2
@@ -81,9 +142,10 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
         return y * factor if bias is None else (y - bias) * factor + bias
 
     @property
-    def unchanged(self) -> Any | None:
-        """The base, where it is all that the call that is being built computes here."""
-        return self.base if self.stack is None or self._current.rows is None else None
+    def change(self) -> tuple[Stack, RowSlots] | None:
+        """What changes the base in the call that is being built, if anything does."""
+        rows = self._current.rows
+        return None if self.stack is None or rows is None else (self.stack, rows)
 
     @property
     def weight(self) -> mx.array:

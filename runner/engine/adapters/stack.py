@@ -104,7 +104,9 @@ class Stack:
 
         magnitude = None if self.magnitude is None else cut(self.magnitude)
         spans = self.spans[:slot] + self.spans[slot + 1 :]
-        return Stack(cut(self.down)[..., :rank, :], cut(self.b)[..., :rank, :], magnitude, spans)
+        # Kernels would copy what is not contiguous in each call.
+        down, b = (mx.contiguous(cut(array)[..., :rank, :]) for array in (self.down, self.b))
+        return Stack(down, b, magnitude, spans)
 
     def _magnitude_with(self, factor: mx.array | None) -> mx.array | None:
         if factor is None and self.magnitude is None:

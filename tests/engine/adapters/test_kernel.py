@@ -7,26 +7,10 @@ import pytest
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters import kernel
-from runner.engine.adapters.stack import Change, Stack
+from runner.engine.adapters.stack import Stack
+from tests.engine.adapters.stacks import draw, joined
 
 pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA device")
-
-
-def draw(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
-    return (mx.random.normal(shape, key=mx.random.key(seed)) / shape[0] ** 0.5).astype(dtype)
-
-
-def joined(inputs: int, parts: list[tuple[int, int]], seed: int, dtype: mx.Dtype) -> Change:
-    """A change to parts of (outputs, rank) each."""
-    rank = sum(r for _, r in parts)
-    b = mx.zeros((rank, sum(outputs for outputs, _ in parts)), dtype)
-    spans, end, low = [], 0, 0
-    for outputs, r in parts:
-        b[low : low + r, end : end + outputs] = draw((max(r, 1), outputs), seed + end, dtype)[:r]
-        end += outputs
-        spans.append((end, low, low + r))
-        low += r
-    return Change(draw((inputs, rank), seed, dtype), b, None, tuple(spans))
 
 
 @pytest.fixture(autouse=True)
