@@ -126,8 +126,12 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
             x = x[:, None]
         elif x.ndim > 3:
             slots = slots.reshape(-1, *[1] * (x.ndim - 3))
-        change = mx.gather_mm(x, stack.a, rhs_indices=slots)
-        change = mx.gather_mm(change, stack.b, rhs_indices=slots)
+        if mx.cuda.is_available() and x.shape[-2] > 1:
+            # MLX's gathering product of many tokens is compiled on the way, for a minute and more.
+            change = (x @ stack.a[slots]) @ stack.b[slots]
+        else:
+            change = mx.gather_mm(x, stack.a, rhs_indices=slots)
+            change = mx.gather_mm(change, stack.b, rhs_indices=slots)
         y = y + (change[:, 0] if flat else change).astype(y.dtype)
         if stack.magnitude is None:
             return y

@@ -8,12 +8,14 @@ from typing import Final
 
 import mlx.core as mx
 
+from runner.engine.arrays import start
 from runner.engine.loader import LoadedModel, load
 from runner.engine.memory import cache_bytes_per_token
 from runner.engine.speculative.costs import Costs, Curve
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.speculation import Speculation
 from runner.engine.tokenizer import Tokenizer
+from runner.engine.traced import TracedCalls
 from runner.errors import EngineLoadError
 
 SLACK: Final = 16
@@ -21,6 +23,13 @@ SLACK: Final = 16
 
 _LARGE: Final = 32
 """Tokens in a call that shows what computing costs, where a small one shows what reading the weights does."""
+
+_SHAPES: Final = ((1, 1), (8, 1), (4, 8), (5, 8), (8, 8))
+"""Rows, and tokens of each, of calls that are timed where graphs are kept. Beyond 32 tokens products are others."""
+
+_WARM: Final = 5
+_COUNTED: Final = 4
+"""Calls that are not counted, until the graph is kept and the device knows it, and those that are."""
 
 _ALIKE: Final = 0.99
 """Share of the target's tokens that the draft's tokenizer has to have under the same number. Of one family, a few
@@ -76,6 +85,9 @@ def start_speculation(target: LoadedModel, draft: LoadedModel, slack: int) -> Sp
 
 def timed(loaded: LoadedModel) -> Curve:
     """What calls of a model cost. On a GPU the first of a size compiles kernels, and does not count."""
+    if loaded.layout.launch is not None:
+        # Steps whose graphs are kept cost much less than the first of their kind, and not in proportion.
+        return Curve({rows * width: _steady(loaded, rows, width) for rows, width in _SHAPES})
     tries = 1 if mx.default_device() == mx.Device(mx.cpu) else 2
     return Curve({size: min(_seconds(loaded, size) for _ in range(tries)) for size in (1, _LARGE)})
 
@@ -85,6 +97,24 @@ def _seconds(loaded: LoadedModel, tokens: int) -> float:
     began = time.perf_counter()
     mx.eval(mx.argmax(caches.call(loaded.model, mx.zeros((1, tokens), dtype=mx.uint32)), axis=-1))
     return time.perf_counter() - began
+
+
+def _steady(loaded: LoadedModel, rows: int, width: int) -> float:
+    """Seconds of a call among others of its kind, each started before the one before it is waited for."""
+    call, caches = TracedCalls(loaded.model), loaded.layout.new(rows)
+    tokens = mx.zeros((rows, width), dtype=mx.uint32)
+    began, before = 0.0, tokens
+    for number in range(_WARM + _COUNTED):
+        if number == _WARM:
+            mx.eval(before)
+            began = time.perf_counter()
+        following = mx.argmax(call(caches, tokens), axis=-1)
+        start(following)
+        caches.dispatched()
+        mx.eval(before)
+        before = following
+    mx.eval(before)
+    return (time.perf_counter() - began) / _COUNTED
 
 
 def _require_same_tokens(folder: Path, draft: Tokenizer, target: Tokenizer) -> None:

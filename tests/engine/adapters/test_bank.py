@@ -71,6 +71,22 @@ def test_rows_with_different_adapters_equal_upstream_runs(
     assert not mx.allclose(mixed[0], plain(mx.array([prompts[0]]))[0, -1], atol=0.5), "the adapter changes nothing"
 
 
+def test_prompts_on_cuda_are_multiplied_by_copies_of_their_adapters(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which need no kernel that is compiled for a minute when the first prompt comes."""
+    loaded = load(model_folder("llama"))
+    bank = AdapterBank(loaded.model, loaded.dtype)
+    for seed, name in enumerate("ab"):
+        folder = write_mlx(tmp_path / name, draw(linear_shapes(loaded, EVERY_LINEAR), 4, seed), keys=EVERY_LINEAR)
+        bank.load(AdapterSource(name, str(folder)))
+    prompts = same_length(PROMPTS)
+    expected = batch_logits(loaded, bank, ["a", "", "b"], prompts)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "gather_mm", None)
+    assert mx.allclose(batch_logits(loaded, bank, ["a", "", "b"], prompts), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [0, 4])
 def test_dora_equals_upstream_and_mixes_with_lora(model_folder: ModelFolder, tmp_path: Path, bits: int) -> None:
     folder = model_folder("llama", bits)
