@@ -77,8 +77,9 @@ def test_prompts_on_cuda_are_multiplied_by_copies_of_their_adapters(
     """Which need no kernel that is compiled for a minute when the first prompt comes."""
     loaded = load(model_folder("llama"))
     bank = AdapterBank(loaded.model, loaded.dtype)
+    shapes = linear_shapes(loaded, EVERY_LINEAR)
     for seed, name in enumerate("ab"):
-        folder = write_mlx(tmp_path / name, draw(linear_shapes(loaded, EVERY_LINEAR), 4, seed), keys=EVERY_LINEAR)
+        folder = write_mlx(tmp_path / name, draw(shapes, 4, seed), keys=EVERY_LINEAR)
         bank.load(AdapterSource(name, str(folder)))
     prompts = same_length(PROMPTS)
     expected = batch_logits(loaded, bank, ["a", "", "b"], prompts)
