@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ from runner.engine.weights import narrow_model
 from runner.errors import EngineLoadError
 
 _CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true beside the source in the manifest."
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,21 +238,24 @@ def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary
 
 def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
     """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
-    layout = Layout(model, slack, quantisation, launch=plain.launch, rotates=plain.rotates)
-    if plain.unknown:
-        reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
-    elif not layout.straight:
-        reason = "none of its layers caches all tokens"
-    else:
-        precise = Layout(model, quantisation=Quantisation(8, quantisation.group_size))
-        reason = why_not_quantised(model, layout, precise, vocabulary)
-    if reason is not None:
-        hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
-        raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
-    if (launch := quantised_kernel.launch()) is not None:
-        fused = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
-        return fused if fuses(model, fused, layout, vocabulary) else layout
-    return layout
+    launches = [None] if (launch := quantised_kernel.launch()) is None else [launch, None]
+    for launch in launches:
+        layout, precise = (
+            Layout(model, slack, how, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
+            for how in (quantisation, Quantisation(8, quantisation.group_size))
+        )
+        if plain.unknown:
+            reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
+        elif not layout.straight:
+            reason = "none of its layers caches all tokens"
+        else:
+            reason = why_not_quantised(model, layout, precise, vocabulary)
+        if reason is None:
+            return layout
+        if launch is not None:
+            logger.warning(f"packed keys take separate operations: {reason}")
+    hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
+    raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
 
 
 def _activation_dtype(model: Any) -> mx.Dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from runner.engine import traced
 from runner.engine.kv import attention_kernel, quantised_kernel
 from runner.engine.kv.quantised import Quantisation
+from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.loader import LoadedModel, load
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
@@ -153,6 +154,19 @@ def test_rows_of_few_bits_say_the_same(
     assert plain.layout.packed_launch is None
     assert found == answers(plain, draft, adapters)
     assert not graphs.calls
+
+
+def test_a_packed_launch_that_is_wrong_is_not_taken(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forgets(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        return packed_separately(call)[0], call.planes
+
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: forgets)
+    loaded = load(model_folder("llama", wide=True), quantisation=Quantisation(8, 32))
+    assert loaded.layout.packed_launch is None
+    assert loaded.batches
+    assert "packed keys take separate operations" in caplog.text
 
 
 @pytest.mark.usefixtures("keeping")
