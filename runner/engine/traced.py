@@ -60,7 +60,7 @@ class TracedCalls:
         try:
             return caches.call_graph(lambda tokens, starts, held: kept(tokens, starts, rows, held), tokens)
         except Exception as error:  # noqa: BLE001 - whatever a model's code trips over when its arrays are not known
-            logger.warning("a step's graph is built each time", extra={"reason": repr(error)})
+            logger.warning("a step's graph is built each time: %r", error)
             self._graphs[key] = None
         finally:
             self._caches = None

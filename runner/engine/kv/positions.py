@@ -120,13 +120,13 @@ class Positions:
     @contextmanager
     def traced(self, starts: mx.array) -> Iterator[None]:
         """The call under way is built with `starts` [rows] int32 for what the rows have, and with nothing else."""
-        same, offsets = self.same, self._offsets
-        self.same, self._offsets = None, starts
+        same, offsets, following = self.same, self._offsets, self._next
+        self.same, self._offsets, self._next = None, starts, None
         self._made.clear()
         try:
             yield
         finally:
-            self.same, self._offsets = same, offsets
+            self.same, self._offsets, self._next = same, offsets, following
             self._made.clear()
 
     def once(self, key: Any, make: Callable[[], T]) -> T:

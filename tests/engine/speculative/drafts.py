@@ -45,6 +45,7 @@ class Scripted:
         self._lengths = lengths
 
     def decide(self, rows: Sequence[Acceptance], most: int, missed: Callable[[], int], *, changed: bool) -> int:
+        assert missed() >= 0
         return min(most, self._lengths())
 
     def took(self, rows: int, length: int, seconds: float, *, steady: bool) -> None:

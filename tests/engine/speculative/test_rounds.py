@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.loader import LoadedModel, load
+from runner.engine.speculative import proposer
 from runner.protocol import AdapterSource, Configure, Step
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
@@ -73,6 +75,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "logit_bias": {40: 3.0},
     },
 }
+
+
+def test_rows_of_which_the_draft_has_missed_too_much_are_read_anew(
+    targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposer, "_READS", 4)
+    lengths = cycle([2, 3, *[0] * 9])
+    target = targets("llama")
+    requests = [generate(i, prompt=PROMPTS[i % len(PROMPTS)], max_tokens=30) for i in range(4)]
+    expected = Driver(target, max_rows=4).run(requests)
+    driver = with_draft(target, drafts("llama", "self"), Scripted(lambda: next(lengths)), max_rows=4)
+    assert same(driver.run(requests), expected)
+    assert driver.engine.stats().drafted_tokens_total > 20
 
 
 @pytest.mark.parametrize("kind", ["self", "perturbed", "unrelated"])
