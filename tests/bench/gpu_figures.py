@@ -72,7 +72,7 @@ _SAMPLED = ("--temperature", "0.7", "--top-p", "0.9")
 _WAYS = ("fast, no mask", "grouped", "8 bits", "8 bits, in parts", "4 bits", "4 bits, in parts")
 _FEW = ("--rows", "1", "4", "--tokens", "32", "--repeat", "2")
 # 128 clients come last: the peer takes its whole limit for them, and is replaced.
-_OVER_HTTP = ("--clients=1,8,32,512,128", "--limit=40")
+_OVER_HTTP = ("--clients=1,8,32,512,128", "--limit=60")
 SECTIONS: Final = (
     Section("levels", _SERVED, 300, 100, _OVER_HTTP, _SCALED_DOWN),
     Section("loop", _SERVED, 70, 100, _OVER_HTTP, _SCALED_DOWN),
