@@ -160,11 +160,15 @@ class Prefiller:
 
     def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
         self._apply_adapters([long.row])
-        long.call(self._model, chunk)
+        long.call(self._model, chunk, self._width)
         if not long.todo:
             self._long = None
             self._store([long.row], long.caches)
             yield [long.row], long.caches
+
+    def _width(self, before: int, tokens: int) -> int:
+        # Where a launch was found to do, padding was as well.
+        return tokens if self._layout.launch is None else self._sharing.width(before, tokens)
 
     def _store(self, rows: list[Row], caches: Caches) -> None:
         if self._prefixes.enabled:
@@ -182,7 +186,8 @@ class Prefiller:
     def _call_together(self, group: list[_Known]) -> Caches:
         todo = [row.prompt[row.cached : -1] for row, _ in group]
         lengths = [len(tokens) for tokens in todo]
-        padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in todo]
+        width = self._width(max(row.cached for row, _ in group), max(lengths))
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
         caches = self._begin(group)
         self._apply_adapters([row for row, _ in group])
         caches.call(self._model, mx.array(padded), lengths)
@@ -203,11 +208,12 @@ class _LongPrompt:
         self.todo = row.prompt[row.cached : -1]
         self._running: list[Any] = []
 
-    def call(self, model: Any, chunk: int) -> None:
-        """Start on the next `chunk` tokens."""
+    def call(self, model: Any, chunk: int, width: Callable[[int, int], int]) -> None:
+        """Start on the next `chunk` tokens, of which `width` says how wide a call they are to be."""
         # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
         mx.eval(self._running)
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
-        self.caches.call(model, mx.array([tokens]))
+        padding = width(self.caches.length(0), len(tokens)) - len(tokens)
+        self.caches.call(model, mx.array([tokens + [0] * padding]), [len(tokens)])
         self._running = self.caches.arrays
         start(self._running)

@@ -15,6 +15,8 @@ from typing import Final
 
 import mlx.core as mx
 
+from runner.engine.kv.masks import FEW
+
 _LEAST: Final = 256
 """Tokens that caches have room for at least."""
 
@@ -26,7 +28,8 @@ class Sharing:
     A call of several short ones may have `times` the tokens of a chunk of a long prompt, up to `most`. While rows
     decode, prompts wait until there is one for every `rows` of these, for `steps` steps at most. With 0 rows nobody
     waits. Prompts get as much room as the batch they will join, where that is at most `roomier` times what they need:
-    nothing has to be cleared behind them then.
+    nothing has to be cleared behind them then. Keys that a call attends to are a multiple of `multiple` where padding
+    does no harm.
     """
 
     times: int = 1
@@ -34,10 +37,15 @@ class Sharing:
     rows: int = 0
     steps: int = 0
     roomier: int = 0
+    multiple: int = 1
 
     def tokens(self, chunk: int) -> int:
         """How many a call of several prompts may have, padding included, where one of a long prompt has `chunk`."""
         return max(chunk, min(self.times * chunk, self.most))
+
+    def width(self, before: int, tokens: int) -> int:
+        """Tokens of a call that has `tokens`, with padding, after at most `before` others of a row."""
+        return tokens if tokens <= FEW else -(-(before + tokens) // self.multiple) * self.multiple - before
 
     def holds(self, decoding: int, ready: int, held: int) -> bool:
         """Whether `ready` prompts, which have been held back in `held` steps, wait for more while `decoding` rows do.
@@ -57,8 +65,9 @@ AT_ONCE: Final = Sharing()
 # tests/bench/sharing.py reckons what they bring from what was measured. With prompts and answers of 256 and 128 tokens,
 # give or take a half, 128 clients get 15,000 tokens/s in place of 10,500 (11,800 with wider calls alone), the first
 # token after 38 ms in place of 41; 32 clients 7,100 in place of 6,300, and the first after 18 ms in place of 14.
-TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=8, roomier=4)
-"""Where a call costs what its launches cost."""
+TOGETHER: Final = Sharing(times=4, most=2048, rows=16, steps=8, roomier=4, multiple=32)
+"""Where a call costs what its launches cost, and cuBLAS has only slow kernels for lines that are no multiple of 16
+bytes: with 255 keys a line of scores is none."""
 
 
 def usual() -> Sharing:

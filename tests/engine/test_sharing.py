@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
+from runner.engine.kv import attention_kernel
+from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
 from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing, usual
 from tests.bench.sharing import Load, Loop, at
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
+from tests.engine.kv.launches import separately
 from tests.engine.tiny import encode
 
 PROMPT = encode("the quick brown fox jumps over the lazy dog")
@@ -36,6 +42,14 @@ def test_large_batches_wait_for_more_prompts_but_not_long(decoding: int, needed:
 def test_prompts_get_the_room_of_the_batch_within_bounds(needed: int, batch: int, room: int) -> None:
     assert TOGETHER.room(needed, batch) == room
     assert AT_ONCE.room(needed, batch) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "width"), [(0, 255, 256), (0, 256, 256), (250, 255, 262), (3, 16, 16), (0, 17, 32), (0, 1, 1)]
+)
+def test_keys_of_a_call_are_a_multiple_where_they_are_many(before: int, tokens: int, width: int) -> None:
+    assert TOGETHER.width(before, tokens) == width
+    assert AT_ONCE.width(before, tokens) == tokens
 
 
 def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +185,32 @@ def test_a_wide_call_needs_room(model_folder: ModelFolder) -> None:
         assert driver.engine.stats().rows == joined
         driver.drain()
         assert [driver.answers[i].tokens for i in range(4)] == [4] * 4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2", "qwen3_moe"])
+def test_calls_that_are_padded_say_the_same(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Short prompts together and alone, long ones in chunks, and such as begin with what is known."""
+    expected = Driver(load(model_folder(model_type)), prefill_step_size=24, prefix_cache_bytes=1 << 22)
+    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
+    loaded = load(model_folder(model_type))
+    widths: list[int] = []
+    healthy = Caches.call
+
+    def call(self: Caches, model: Any, tokens: mx.array, lengths: Sequence[int] | None = None) -> mx.array:
+        widths.append(tokens.shape[1])
+        return healthy(self, model, tokens, lengths)
+
+    monkeypatch.setattr(Caches, "call", call)
+    padded = Driver(
+        loaded, sharing=Sharing(times=4, most=96, multiple=20), prefill_step_size=24, prefix_cache_bytes=1 << 22
+    )
+    for driver in (expected, padded):
+        for first in (0, 10):
+            lengths = (4, 19, 24, 43, 30 + first)
+            driver.run([generate(first + i, prompt=(PROMPT * 8)[:n], max_tokens=12) for i, n in enumerate(lengths)])
+    found = {i: answer.text for i, answer in padded.answers.items()}
+    assert found == {i: answer.text for i, answer in expected.answers.items()}
+    assert 40 in widths
+    assert len(found) == 10
