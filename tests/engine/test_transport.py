@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +128,9 @@ def test_where_an_answer_begins_or_ends_the_frame_is_in_the_socket_when_send_ret
         assert isinstance(event, Connected)
         transport.answer(event.connection)
         assert runner.recv(4096) == encode_frame(HELLO)
+        deadline = time.monotonic() + PATIENCE
+        while transport._unsent:  # the writer has written the greeting, and is about to say so
+            assert time.monotonic() < deadline
         for text in ("a", "b"):
             transport.send(awaited(text))
             assert runner.recv(4096, socket.MSG_DONTWAIT) == encode_frame(awaited(text))

@@ -8,7 +8,6 @@ import mlx.core as mx
 import pytest
 
 from runner.engine.kv.attention import install
-from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import _quantised, _try
 from runner.errors import EngineLoadError
@@ -51,7 +50,7 @@ def _check(model_type: str) -> None:
         assert layout.trimmable == geometry.trimmable
         assert layout.windows == sorted(geometry.windows)
     try:
-        _quantised(model, Layout(model, 0, Quantisation(8, 64)), layout, vocabulary)
+        _quantised(model, 0, Quantisation(8, 64), layout, vocabulary)
     except EngineLoadError:
         assert not (takes_quantised_cache(facts) and geometry.head_dims)
     else:
