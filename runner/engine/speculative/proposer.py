@@ -53,7 +53,7 @@ class Proposer:
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
         known = len(self._rows) if self._knows(rows) else 0
-        behind = sum(_due(row) - at for row, at in zip(rows[:known], self._at[:known], strict=True))
+        behind = sum(max(0, _due(row) - at) for row, at in zip(rows[:known], self._at[:known], strict=True))
         return behind + sum(min(_due(row), _reads(rows)) for row in rows[known:])
 
     def ready(self, rows: Sequence[Row]) -> bool:
