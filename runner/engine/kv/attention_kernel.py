@@ -159,11 +159,17 @@ def _counters(shares: int, blocks: int) -> Iterator[mx.array]:
 
 
 @cache
-def no_frequencies() -> mx.array:
-    """What a kernel is given that has nothing to rotate."""
+def _no_frequencies() -> mx.array:
     none = mx.zeros((1,))
     mx.eval(none)
     return none
+
+
+def rotating(rotation: Rotation | None) -> tuple[mx.array, list[tuple[str, int]]]:
+    """What a kernel is given of a rotation, or of none: its frequencies, and the constants that the source names."""
+    if rotation is None:
+        return _no_frequencies(), [("ROTATED", 0), ("TRADITIONAL", 0)]
+    return rotation.frequencies, [("ROTATED", rotation.dims), ("TRADITIONAL", int(rotation.traditional))]
 
 
 def counters(shares: int, blocks: int) -> mx.array:
@@ -186,7 +192,9 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     way = shape(width, call.queries.dtype.size, heads // groups)
     assert way is not None
     blocks = rows * groups * (heads // groups // way.heads) * tokens
-    shares = splits(blocks, min(call.window or call.planes[0].shape[2], call.planes[0].shape[2]))
+    places = call.planes[0].shape[2]
+    shares = splits(blocks, min(places, call.window or places))
+    frequencies, constants = rotating(call.rotation)
     out, _ = _kernel(call.scale)(
         inputs=[
             *(call.queries, call.keys, call.values),
@@ -194,14 +202,13 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             call.starts,
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
-            no_frequencies() if call.rotation is None else call.rotation.frequencies,
+            frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            *(("ROTATED", 0 if call.rotation is None else call.rotation.dims), ("FEW", FEW)),
-            ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
-            *(("WINDOW", call.window or 0), ("RING", call.ring or 0)),
+            *(("FEW", FEW), ("WINDOW", call.window or 0), ("RING", call.ring or 0)),
+            *constants,
         ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),

@@ -106,7 +106,9 @@ _START: Final = """
     constexpr int WARPS = (THREADS + 31) / 32;
     constexpr int DEPTH = MINE <= 8 ? (HEADS <= 4 ? 4 : 2) : 1;
     constexpr float NONE = -1e30f;
+"""
 
+PLACE: Final = """
     const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
     const int splits = counters_shape[0];
     int block = blockIdx.x;
@@ -125,7 +127,10 @@ _START: Final = """
     // A split's keys: `first` to `stop`.
     const int span = (at - low + splits) / splits, first = low + split * span;
     const int stop = first + span - 1 < at ? first + span - 1 : at;
+"""
+"""Which token, heads and keys are the block's."""
 
+_NEW: Final = """
     const T* new_key = keys + row * keys_strides[0] + g * keys_strides[1];
     const T* new_value = values + row * values_strides[0] + g * values_strides[1];
     const T* old_key = held_keys + row * held_keys_strides[0] + g * held_keys_strides[1];
@@ -259,4 +264,4 @@ _REST: Final = """
     auto column_of = [&](int i) { return (i / EACH * LANES + lane) * EACH + i % EACH; };
 """
 
-SOURCE: Final = _START + ROTATE + _REST + MERGE
+SOURCE: Final = _START + PLACE + _NEW + ROTATE + _REST + MERGE

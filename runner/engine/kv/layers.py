@@ -150,8 +150,7 @@ class Straight:
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
         queries, keys, rotation = together(queries, keys)
-        new = (keys, values)
-        if not (self._planes.take_as_they_are(new) and applies(queries, keys, values)):
+        if not (self._planes.types == [keys.dtype, values.dtype] and applies(queries, keys, values)):
             return None
         self._attended = True
         starts = positions.once("row starts", lambda: positions.row_starts)

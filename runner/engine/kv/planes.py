@@ -66,9 +66,10 @@ class Planes:
         self._arrays = list(arrays[:count])
         self._launched = arrays[count] if len(arrays) > count else None
 
-    def take_as_they_are(self, new: Sequence[mx.array]) -> bool:
-        """Whether `new` arrays are of the types that are held: MLX's writes convert, a launch does not."""
-        return all(array.dtype == part.dtype for array, part in zip(self._arrays, new, strict=True))
+    @property
+    def types(self) -> list[mx.Dtype]:
+        """Of the arrays: MLX's writes convert what is new, a launch does not."""
+        return [array.dtype for array in self._arrays]
 
     def launch(self, run: Callable[[list[mx.array], mx.array | None], tuple[mx.array, Sequence[mx.array]]]) -> mx.array:
         """Write to them and attend to them, in one launch: `run` gets them and the output of the launch before, and

@@ -83,12 +83,15 @@ class Quantised(Straight):
 
     def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
-        like = self._pack(keys.lines if isinstance(keys, Unrotated) else keys, values)
-        self._planes.reserve(positions.slots, positions.capacity, like)
         if self._launches and positions.count <= FEW:
+            # Only the first call has to say what is to be held.
+            like = self._pack(keys.lines if isinstance(keys, Unrotated) else keys, values) if self._planes.empty else ()
+            self._planes.reserve(positions.slots, positions.capacity, like)
             self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
-        self.write(keys, values)
+        new = self._pack(rotated(keys), values)
+        self._planes.reserve(positions.slots, positions.capacity, new)
+        self._planes.write(positions, new)
         return self.keys_and_values()
 
     def write(self, keys: Any, values: mx.array) -> None:
@@ -105,8 +108,9 @@ class Quantised(Straight):
         (window,) = seen
         queries, keys, rotation = together(queries, keys)
         bits, size = quantisation.bits, quantisation.group_size
-        like = self._pack(keys, values)
-        if not (self._planes.take_as_they_are(like) and quantised_kernel.applies(queries, keys, values, bits, size)):
+        # A scale is of the type that was packed.
+        same = self._planes.types[1] == keys.dtype and self._planes.types[4] == values.dtype
+        if not (same and quantised_kernel.applies(queries, keys, values, bits, size)):
             return None
         self._attended = True
         starts = positions.once("row starts", lambda: positions.row_starts)

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, no_frequencies, partial, splits
+from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, partial, rotating, splits
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_source import HEADER, SOURCE
 from runner.engine.kv.rotary import Rotation
@@ -107,20 +107,20 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     way = shape(width, heads // groups)
     blocks = rows * groups * (heads // groups // way.heads) * tokens
     shares = splits(blocks, call.planes[0].shape[2])
+    frequencies, constants = rotating(call.rotation)
     out, _ = _kernel(call.scale)(
         inputs=[
             *(call.queries, call.keys, call.values, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
-            no_frequencies() if call.rotation is None else call.rotation.frequencies,
+            frequencies,
         ],
         template=[
             ("T", call.queries.dtype),
             *(("D", width), ("BITS", call.bits), ("GROUP", call.group_size), ("MINE", _MINE)),
             *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            ("ROTATED", 0 if call.rotation is None else call.rotation.dims),
-            ("TRADITIONAL", int(call.rotation is not None and call.rotation.traditional)),
             *(("FEW", FEW), ("WINDOW", call.window or 0)),
+            *constants,
         ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from runner.engine.kv.attention_source import MERGE, ROTATE
+from runner.engine.kv.attention_source import MERGE, PLACE, ROTATE
 
 HEADER: Final = """
 template <typename A> __device__ inline A lowest(A a, A b) { return a < b ? a : b; }
@@ -30,26 +30,6 @@ _START: Final = """
     constexpr int DEPTH = HEADS <= 4 ? 2 : 1;
     constexpr float NONE = -1e30f;
     constexpr uint32_t MASK = (1u << BITS) - 1u;
-
-    const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
-    const int splits = counters_shape[0];
-    int block = blockIdx.x;
-    const int split = block % splits;
-    block /= splits;
-    const int base_block = block;
-    const int t = block % tokens;
-    block /= tokens;
-    const int part = block % (shared / HEADS);
-    block /= shared / HEADS;
-    const int g = block % groups, row = block / groups;
-    const int head = g * shared + part * HEADS;
-    const int lane = threadIdx.x % LANES, mine = threadIdx.x / LANES;
-    const int start = starts[row], at = start + t;
-    const int low = WINDOW > 0 ? highest(0, at - WINDOW + 1) : 0;
-    // A split's keys: `first` to `stop`.
-    const int span = (at - low + splits) / splits, first = low + split * span;
-    const int stop = first + span - 1 < at ? first + span - 1 : at;
-
 """
 
 _REST: Final = """
@@ -240,4 +220,4 @@ _REST: Final = """
     auto column_of = [&](int i) { return lane * MINE + i; };
 """
 
-SOURCE: Final = _START + ROTATE + _REST + MERGE
+SOURCE: Final = _START + PLACE + ROTATE + _REST + MERGE
