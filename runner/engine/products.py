@@ -192,22 +192,17 @@ def install(model: Any, make: Make | None = None, make_changed: MakeChanged | No
             return 0
         make = product_kernel.multiply
         make_changed = product_kernel.changed if cuda_kernels.usable(kernel.SWITCH) else None
-    made: dict[tuple[int, int, mx.Dtype], _Shape | None] = {}
+    shapes = _Shapes(make, make_changed)
     count = 0
     for layer, kind in _layers(model):
         outputs, inputs = layer.weight.shape
-        dtype = layer.weight.dtype
-        if not product_kernel.fits(outputs, inputs, dtype):
+        if not product_kernel.fits(outputs, inputs, layer.weight.dtype):
             continue
-        key = (outputs, inputs, dtype)
-        if key not in made:
-            multiply = _tried(make(*key, "plain"), lambda x, w: x @ w.T, layer.weight)
-            made[key] = None if multiply is None else _Shape((*key, "plain"), multiply, make_changed)
-        if (shape := made[key]) is not None:
+        if (shape := shapes.of(layer.weight, outputs, "plain", lambda x, w: x @ w.T)) is not None:
             layer.few_rows = _FewRows(shape)
             layer.__class__ = kind
             count += 1
-    _install_gated(model, make, make_changed)
+    _install_gated(model, shapes)
     for module in list(model.modules()):
         if _ends_in_such_products(module) and _is_usual_block(module):
             whole: Any = type(module)
@@ -226,18 +221,30 @@ def _layers(model: Any) -> Iterator[tuple[Any, type[Any]]]:
             yield layer, kind
 
 
-def _install_gated(model: Any, make: Make, make_changed: MakeChanged | None) -> None:
-    made: dict[tuple[int, int, mx.Dtype], _Shape | None] = {}
+class _Shapes:
+    """Products by shape of weight, each tried once."""
+
+    def __init__(self, make: Make, make_changed: MakeChanged | None) -> None:
+        self._make = make
+        self._make_changed = make_changed
+        self._made: dict[tuple[int, int, mx.Dtype, str], _Shape | None] = {}
+
+    def of(self, weight: mx.array, outputs: int, epilogue: str, expected: Multiply) -> _Shape | None:
+        """The one with such a weight, if it gives what is expected."""
+        key = (outputs, weight.shape[1], weight.dtype, epilogue)
+        if key not in self._made:
+            multiply = _tried(self._make(*key), expected, weight)
+            self._made[key] = None if multiply is None else _Shape(key, multiply, self._make_changed)
+        return self._made[key]
+
+
+def _install_gated(model: Any, shapes: _Shapes) -> None:
     for module in list(model.modules()):
         group = _gate_and_input(module)
         if group is None or not _is_swiglu(module):
             continue
         weight = group.layer.weight
-        key = (weight.shape[0] // 2, weight.shape[1], weight.dtype)
-        if key not in made:
-            multiply = _tried(make(*key, "swiglu"), lambda x, w: _gate(x @ w.T), weight)
-            made[key] = None if multiply is None else _Shape((*key, "swiglu"), multiply, make_changed)
-        if (shape := made[key]) is not None:
+        if (shape := shapes.of(weight, weight.shape[0] // 2, "swiglu", lambda x, w: _gate(x @ w.T))) is not None:
             module.few_rows, module.gate_and_input = _FewRows(shape), group
             group.layer.gated = module.few_rows
             kind: Any = type(module)
