@@ -139,7 +139,7 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
     if not heads:
         return None
     warps = _THREADS // _WARP
-    while warps * heads * (width + 2) * 4 + (heads + FEW) * width * itemsize > _SHARED:
+    while warps * heads * (width + 2) * 4 + (heads + 2 * FEW) * width * itemsize > _SHARED:
         warps //= 2
     return Shape(lanes, heads, warps * _WARP)
 

@@ -15,6 +15,7 @@ from typing import Final
 
 HEADER: Final = """
 template <typename A> __device__ inline A highest(A a, A b) { return a > b ? a : b; }
+template <typename A> __device__ inline A lowest(A a, A b) { return a < b ? a : b; }
 """
 
 MERGE: Final = """
@@ -156,16 +157,61 @@ ROTATE: Final = """
 """Defines `rotated`."""
 
 _REST: Final = """
-    // The queries, and the call's own keys up to the token's.
-    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[FEW * D * sizeof(T) / 16];
+    // The queries, and the call's own keys and values up to the token's.
+    __shared__ uint4 asked_raw[HEADS * D * sizeof(T) / 16], fresh_raw[2 * FEW * D * sizeof(T) / 16];
     T* asked = reinterpret_cast<T*>(asked_raw);
     T* fresh = reinterpret_cast<T*>(fresh_raw);
+    T* fresh_value = fresh + FEW * D;
+
+    // A lane's values of a line of D: vectors of 16 bytes, next to those of its neighbours.
+    auto take = [&](const T* line, uint4 (&to)[VECTORS]) {
+        #pragma unroll
+        for (int v = 0; v < VECTORS; ++v) to[v] = *reinterpret_cast<const uint4*>(line + (v * LANES + lane) * EACH);
+    };
+    auto gather = [&](const T* line, long step, uint4 (&to)[VECTORS]) {
+        T* x = reinterpret_cast<T*>(to);
+        #pragma unroll
+        for (int i = 0; i < MINE; ++i) x[i] = line[((i / EACH * LANES + lane) * EACH + i % EACH) * step];
+    };
+    // DEPTH keys of a lane from `base` on, all on their way at once. Behind the last it is the last again.
+    auto fetch = [&](int base, const T* old, const auto& strides, bool vectors, const T* own, auto& to) {
+        if (vectors) {
+            #pragma unroll
+            for (int j = 0; j < DEPTH; ++j) {
+                const int p = lowest(base + j * KEYS + mine, stop);
+                take(p < start ? old + place(p) * strides[2] : own + (p - start) * D, to[j]);
+            }
+            return;
+        }
+        #pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            const int p = lowest(base + j * KEYS + mine, stop);
+            if (p < start) gather(old + place(p) * strides[2], strides[3], to[j]);
+            else take(own + (p - start) * D, to[j]);
+        }
+    };
+    auto whole = [](const T* lines, const auto& strides) {
+        return strides[3] == 1 && strides[2] * sizeof(T) % 16 == 0 && reinterpret_cast<size_t>(lines) % 16 == 0;
+    };
+    const bool keys_whole = whole(old_key, held_keys_strides), values_whole = whole(old_value, held_values_strides);
+    uint4 key_of[DEPTH][VECTORS], value_of[DEPTH][VECTORS];
+    auto fetch_keys = [&](int base) { fetch(base, old_key, held_keys_strides, keys_whole, fresh, key_of); };
+    auto fetch_values = [&](int base) { fetch(base, old_value, held_values_strides, values_whole, fresh_value, value_of); };
+
+    // What is there already is on its way while the queries are rotated.
+    const bool early = first + KEYS * DEPTH <= start && first <= stop;
+    if (early) {
+        fetch_keys(first);
+        fetch_values(first);
+    }
+
     const T* query_line = queries + row * queries_strides[0] + head * queries_strides[1] + t * queries_strides[2];
     for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
         asked[i] = T(rotated(query_line + i / D * queries_strides[1], queries_strides[3], i % D, at));
     }
     for (int i = threadIdx.x; i < (t + 1) * D; i += THREADS) {
         fresh[i] = T(rotated(new_key + i / D * keys_strides[2], keys_strides[3], i % D, start + i / D));
+        fresh_value[i] = new_value[i / D * values_strides[2] + i % D * values_strides[3]];
     }
     __syncthreads();
 
@@ -174,69 +220,46 @@ _REST: Final = """
         T* v = const_cast<T*>(old_value) + place(at) * held_values_strides[2];
         for (int i = threadIdx.x; i < D; i += THREADS) {
             k[i * held_keys_strides[3]] = fresh[t * D + i];
-            v[i * held_values_strides[3]] = new_value[t * values_strides[2] + i * values_strides[3]];
+            v[i * held_values_strides[3]] = fresh_value[t * D + i];
         }
     }
-
-    // A lane's values of a line of D: vectors of 16 bytes, next to those of its neighbours.
-    auto whole = [](const T* line, long next, long step) {
-        return step == 1 && next * sizeof(T) % 16 == 0 && reinterpret_cast<size_t>(line) % 16 == 0;
-    };
-    auto load = [&](const T* line, long step, bool vectors, float (&to)[MINE]) {
-        #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-            const int column = (v * LANES + lane) * EACH;
-            if (vectors) {
-                const uint4 raw = *reinterpret_cast<const uint4*>(line + column);
-                const T* x = reinterpret_cast<const T*>(&raw);
-                #pragma unroll
-                for (int e = 0; e < EACH; ++e) to[v * EACH + e] = float(x[e]);
-            } else {
-                #pragma unroll
-                for (int e = 0; e < EACH; ++e) to[v * EACH + e] = float(line[(column + e) * step]);
-            }
-        }
-    };
-    const bool new_values_whole = whole(new_value, values_strides[2], values_strides[3]);
-    const bool old_keys_whole = whole(old_key, held_keys_strides[2], held_keys_strides[3]);
-    const bool old_values_whole = whole(old_value, held_values_strides[2], held_values_strides[3]);
 
     float query[HEADS][MINE], sum[HEADS][MINE], top[HEADS], total[HEADS];
     #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
-        load(asked + h * D, 1, true, query[h]);
+        uint4 raw[VECTORS];
+        take(asked + h * D, raw);
         #pragma unroll
         for (int i = 0; i < MINE; ++i) {
-            query[h][i] *= SCALE;
+            query[h][i] = float(reinterpret_cast<const T*>(raw)[i]) * SCALE;
             sum[h][i] = 0.0f;
         }
         top[h] = NONE;
         total[h] = 0.0f;
     }
+    if (!early && first <= stop) {
+        fetch_keys(first);
+        fetch_values(first);
+    }
 
-    // All lanes of a warp go round equally often: they exchange values.
+    // All lanes of a warp go round equally often: they exchange values. What comes next is fetched as soon as there is
+    // room for it, and arrives during the other half of the work.
     for (int base = first; base <= stop; base += KEYS * DEPTH) {
-        float score[DEPTH][HEADS], value[DEPTH][MINE];
+        const int next = base + KEYS * DEPTH;
+        float score[DEPTH][HEADS];
         #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
-            const int p = base + j * KEYS + mine;
-            float key[MINE];
+            const T* key = reinterpret_cast<const T*>(key_of[j]);
             #pragma unroll
-            for (int i = 0; i < MINE; ++i) key[i] = value[j][i] = 0.0f;
-            if (p <= stop && p < start) {
-                load(old_key + place(p) * held_keys_strides[2], held_keys_strides[3], old_keys_whole, key);
-                load(old_value + place(p) * held_values_strides[2], held_values_strides[3], old_values_whole, value[j]);
-            } else if (p <= stop) {
-                load(fresh + (p - start) * D, 1, true, key);
-                load(new_value + (p - start) * values_strides[2], values_strides[3], new_values_whole, value[j]);
-            }
+            for (int h = 0; h < HEADS; ++h) score[j][h] = 0.0f;
             #pragma unroll
-            for (int h = 0; h < HEADS; ++h) {
-                score[j][h] = 0.0f;
+            for (int i = 0; i < MINE; ++i) {
+                const float x = float(key[i]);
                 #pragma unroll
-                for (int i = 0; i < MINE; ++i) score[j][h] += query[h][i] * key[i];
+                for (int h = 0; h < HEADS; ++h) score[j][h] += query[h][i] * x;
             }
         }
+        if (next <= stop) fetch_keys(next);
         #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
             float best = top[h];
@@ -244,7 +267,8 @@ _REST: Final = """
             for (int j = 0; j < DEPTH; ++j) {
                 #pragma unroll
                 for (int w = LANES / 2; w > 0; w >>= 1) score[j][h] += __shfl_xor_sync(0xffffffffu, score[j][h], w);
-                if (base + j * KEYS + mine <= stop) best = highest(best, score[j][h]);
+                if (base + j * KEYS + mine > stop) score[j][h] = NONE;
+                best = highest(best, score[j][h]);
             }
             const float kept = exp2f(top[h] - best);
             top[h] = best;
@@ -253,12 +277,22 @@ _REST: Final = """
             for (int i = 0; i < MINE; ++i) sum[h][i] *= kept;
             #pragma unroll
             for (int j = 0; j < DEPTH; ++j) {
-                const float weight = base + j * KEYS + mine <= stop ? exp2f(score[j][h] - best) : 0.0f;
-                total[h] += weight;
-                #pragma unroll
-                for (int i = 0; i < MINE; ++i) sum[h][i] += weight * value[j][i];
+                // Where a lane has seen no key yet, `best` is NONE as well, and that is no weight of 1.
+                score[j][h] = score[j][h] > NONE ? exp2f(score[j][h] - best) : 0.0f;
+                total[h] += score[j][h];
             }
         }
+        #pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            const T* value = reinterpret_cast<const T*>(value_of[j]);
+            #pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                const float x = float(value[i]);
+                #pragma unroll
+                for (int h = 0; h < HEADS; ++h) sum[h][i] += score[j][h] * x;
+            }
+        }
+        if (next <= stop) fetch_values(next);
     }
 
     auto column_of = [&](int i) { return (i / EACH * LANES + lane) * EACH + i % EACH; };
