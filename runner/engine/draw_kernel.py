@@ -11,11 +11,12 @@ for the tokens that are left only: the same noise, by token id, as in `runner.en
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.cuda_kernels import Kernel
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -281,13 +282,12 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
         output_shapes=[(rows, count)],
         output_dtypes=[mx.uint32],
     )
-    result: mx.array = tokens
-    return result
+    return tokens
 
 
 @cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
+def _kernel() -> Kernel:
+    return Kernel(
         name="draw_tokens",
         input_names=["logits", "settings", "keys", "positions"],
         output_names=["out"],

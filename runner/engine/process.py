@@ -21,6 +21,7 @@ from runner.engine import environment
 from runner.engine.arrivals import Arrivals
 from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
+from runner.options import cache_dir
 from runner.protocol import (
     VERSION,
     AdapterDropped,
@@ -104,6 +105,7 @@ class EngineProcess:
 
     def _load(self) -> Engine:
         # Imported here: the socket is there, and the runner connected, while this takes its time.
+        from runner.engine import kernel_cache  # noqa: PLC0415
         from runner.engine.kv.quantised import Quantisation  # noqa: PLC0415
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
@@ -115,6 +117,7 @@ class EngineProcess:
 
         spec = self._spec
         self._stage("weights")
+        kernel_cache.settle(cache_dir())
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
