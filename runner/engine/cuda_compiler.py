@@ -74,7 +74,7 @@ def compile_kernel(text: Text, architecture: str) -> Binary:
         _check(nvrtc, nvrtc.nvrtcAddNameExpression(program, expression))
         options = [
             *("--device-as-default-execution-space", f"--gpu-architecture={architecture}"),
-            *(f"--include-path={folder}" for folder in _include_folders()),
+            *(f"--include-path={folder}" for folder in include_folders()),
         ]
         if nvrtc.nvrtcCompileProgram(program, len(options), _strings(options)):
             raise CompileError(_got(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace"))
@@ -130,8 +130,8 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def _include_folders() -> list[Path]:
-    """Where MLX looks, and the wheels wherever they are."""
+def include_folders() -> list[Path]:
+    """Where CUDA's headers are: where MLX looks, and wheels wherever they are. Raises CompileError."""
     mlx = [folder / "include" for folder in _package("mlx")]
     toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     cuda = [folder / "include" for folder in (*_wheels(), *toolkits, Path("/usr/local/cuda"))]

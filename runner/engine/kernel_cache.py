@@ -25,6 +25,7 @@ from runner.engine import cuda_compiler
 from runner.engine.cuda_compiler import CompileError
 from runner.engine.cuda_text import Text
 from runner.machine import mlx_version
+from runner.options import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,17 @@ _DIGEST: Final = "sha256 "
 """Begins a line that MLX passes over, since there is no tab in it."""
 
 
-def settle(cache: Path) -> None:
-    """Have MLX keep compiled kernels in `cache`, unless the user has said where. To be called before any is wanted."""
+def settle() -> None:
+    """Have MLX keep compiled kernels in the user's cache, unless the user has said where. Comes before any kernel."""
     kind = architecture()
     if kind is None or VARIABLE in os.environ:
         return
     try:
-        folder = cache / "cuda" / f"mlx-{mlx_version()}-nvrtc-{cuda_compiler.version()}" / kind
+        folder = cache_dir() / "cuda" / f"mlx-{mlx_version()}-nvrtc-{cuda_compiler.version()}" / kind
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-    except (CompileError, OSError) as reason:
-        logger.info("compiled kernels are not kept", extra={"reason": str(reason)})
+    except (CompileError, OSError, RuntimeError) as reason:  # RuntimeError: nobody knows the user's folder
+        logger.warning("compiled kernels are not kept", extra={"reason": str(reason)})
         return
     os.environ[VARIABLE] = str(folder)
 

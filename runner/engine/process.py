@@ -21,7 +21,6 @@ from runner.engine import environment
 from runner.engine.arrivals import Arrivals
 from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
-from runner.options import cache_dir
 from runner.protocol import (
     VERSION,
     AdapterDropped,
@@ -117,7 +116,7 @@ class EngineProcess:
 
         spec = self._spec
         self._stage("weights")
-        kernel_cache.settle(cache_dir())
+        kernel_cache.settle()
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
