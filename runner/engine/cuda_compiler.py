@@ -2,7 +2,8 @@
 
 MLX includes CUDA's standard library and cooperative groups in every kernel, which takes a second to read. Ours use
 nothing of them but the types of shapes and strides, so those headers are replaced: one of our products is compiled in
-0.14 s in place of 1.4, for the same code. A call leaves the interpreter to other threads, and several may be made.
+0.14 s in place of 1.4, to the same code, byte by byte. A call leaves the interpreter to other threads, and several may
+be made at once.
 """
 
 from __future__ import annotations

@@ -7,13 +7,19 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from queue import Queue
 
 import mlx.core as mx
 import pytest
 
-from runner.engine import cuda_compiler, kernel_cache
+from runner.engine import cuda_compiler, draw_kernel, kernel_cache, loader
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_text import Argument, Definition, Text
+from runner.engine.process import EngineProcess
+from runner.engine.transport import Event
+from runner.errors import EngineLoadError
+from runner.protocol import EngineSpec, LoadFailed
+from tests.engine.conftest import ModelFolder
 from tests.engine.cuda_compiler import ARCHITECTURE, needs_compiler
 
 SCALED = Definition(
@@ -337,3 +343,39 @@ def test_a_type_that_is_not_known() -> None:
     unknown = [Argument(mx.complex64)]
     with pytest.raises(KeyError):
         Definition("k", ["x"], ["y"], "").text(unknown, [mx.float32])
+
+
+class Told:
+    """A transport to nobody."""
+
+    def __init__(self) -> None:
+        self.inbox: Queue[Event] = Queue()
+        self.told: list[object] = []
+
+    def start(self, *_: object) -> None: ...
+
+    def close(self, _: float) -> None: ...
+
+    def announce(self, latest: object, *_: object) -> None:
+        self.told.append(latest)
+
+
+def test_an_engine_settles_it_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle() -> None:
+        raise EngineLoadError("settled first")
+
+    monkeypatch.setattr(kernel_cache, "settle", settle)
+    monkeypatch.setattr(loader, "load_weights", None)
+    transport = Told()
+    spec = EngineSpec(model="m", digest="d", path="/nowhere", orphan_grace=0.01)
+    assert EngineProcess(spec, transport, 0.0).run() == 1  # type: ignore[arg-type]
+    assert isinstance(transport.told[-1], LoadFailed)
+    assert transport.told[-1].reason == "settled first"
+
+
+def test_loading_begins_with_the_draw(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[mx.Dtype | str] = []
+    monkeypatch.setattr(draw_kernel, "prepare", begun.append)
+    monkeypatch.setattr(loader, "install_products", lambda _: begun.append("products"))
+    model = loader.load(model_folder("llama"))
+    assert begun == [model.dtype, "products"]
