@@ -11,11 +11,13 @@ for the tokens that are left only: the same noise, by token id, as in `runner.en
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_text import Template
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -275,19 +277,28 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
     rows, count, _ = logits.shape
     (tokens,) = _kernel()(
         inputs=[logits, settings, keys, positions],
-        template=[("T", logits.dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[logits.dtype])],
+        template=_template(logits.dtype),
         grid=(rows * count * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[(rows, count)],
         output_dtypes=[mx.uint32],
     )
-    result: mx.array = tokens
-    return result
+    return tokens
+
+
+def prepare(dtype: mx.Dtype) -> None:
+    """Begin to compile the kernel for such logits, where it can be used: it takes longer than any other."""
+    if cuda_kernels.usable(SWITCH) and dtype in _LEAST_SHIFTS:
+        _kernel().prepare([dtype, mx.float32, mx.uint32, mx.uint32], [mx.uint32], _template(dtype))
+
+
+def _template(dtype: mx.Dtype) -> Template:
+    return [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])]
 
 
 @cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
+def _kernel() -> Kernel:
+    return Kernel(
         name="draw_tokens",
         input_names=["logits", "settings", "keys", "positions"],
         output_names=["out"],

@@ -13,6 +13,7 @@ import jinja2
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from runner.engine import draw_kernel
 from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
 from runner.engine.compatibility import batches, fuses, understood, why_not_quantised
@@ -90,6 +91,7 @@ def load(
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
         install(model)
+        draw_kernel.prepare(_activation_dtype(model))
         install_products(model)
         layout, vocabulary, together = _try(model, slack, attention_kernel.launch())
         if quantisation is not None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.cuda_kernels import Kernel, Size
 from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
@@ -97,7 +98,7 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         kernel, grid, threads = by_rows[x.size // inputs]
-        result: mx.array = kernel(
+        result: mx.array = kernel.launch(
             inputs=[x, weight, *rest] if added is None else [x, weight, added],
             grid=grid,
             threadgroup=threads,
@@ -140,7 +141,7 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
         rows, ranks = x.size // inputs, stack.down.shape[1]
         kernel, (width, _, _), threads = by_rows[rows]
         first = rows * -(-ranks // RANKS) * threads[0]
-        result: mx.array = kernel(
+        result: mx.array = kernel.launch(
             inputs=[
                 *(x, weight, *(rest if added is None else (added,))),
                 *(stack.down, stack.b, stack.span_array, slots.slots, slots.counter()),
@@ -199,7 +200,7 @@ def outputs_of(*, changes: bool = False) -> list[str]:
 
 def _prepare(
     outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False
-) -> tuple[Any, tuple[int, int, int], tuple[int, int, int]]:
+) -> tuple[Kernel, Size, Size]:
     """The kernel, the grid of its blocks that multiply, and its block."""
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
@@ -209,10 +210,10 @@ def _prepare(
 
 
 @cache
-def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Any:
+def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
     # Constants are in the text and not a call's template, which would be translated each time.
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
-    return mx.fast.cuda_kernel(
+    kernel = Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
         input_names=inputs_of(epilogue, changes=changes),
         output_names=outputs_of(changes=changes),
@@ -220,3 +221,7 @@ def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool)
         header=header(way, tiles, dtype, epilogue, changes=changes),
         shared_memory=way.shared_memory,
     )
+    types = {"spans": mx.int32, "slots": mx.int32, "counters": mx.int32, "inner": mx.float32}
+    inputs, outputs = inputs_of(epilogue, changes=changes), outputs_of(changes=changes)
+    kernel.prepare([types.get(name, dtype) for name in inputs], [types.get(name, dtype) for name in outputs])
+    return kernel

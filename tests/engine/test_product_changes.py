@@ -175,10 +175,9 @@ def test_what_there_is_a_kernel_for() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
-    kind = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}[dtype]
-    other = {"spans": "int32_t", "slots": "int32_t", "counters": "int32_t", "inner": "float"}
+    other = {"spans": mx.int32, "slots": mx.int32, "counters": mx.int32, "inner": mx.float32}
     arrays, results = (
-        {name: other.get(name, kind) for name in names}
+        {name: other.get(name, dtype) for name in names}
         for names in (product_kernel.inputs_of(epilogue, changes=True), product_kernel.outputs_of(changes=True))
     )
     ways = {(product_kernel.way(*shape, tiles, epilogue), tiles) for shape, tiles in itertools.product(SHAPES, TILES)}

@@ -9,12 +9,13 @@ its adapter by the row. The idea of a product that gathers its own weights is Pu
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
+from runner.engine.cuda_kernels import Kernel
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -139,13 +140,12 @@ def add_changes(x: mx.array, y: mx.array, stack: Stack, slots: mx.array) -> mx.a
         output_shapes=[y.shape],
         output_dtypes=[y.dtype],
     )
-    result: mx.array = out
-    return result
+    return out
 
 
 @cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
+def _kernel() -> Kernel:
+    return Kernel(
         name="low_rank_changes",
         input_names=["x", "y", "a", "b", "spans", "slots"],
         output_names=["out"],

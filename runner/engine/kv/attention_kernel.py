@@ -35,11 +35,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -230,10 +231,10 @@ def header(scale: float) -> str:
 
 
 @cache
-def _kernel(scale: float) -> Any:
-    return mx.fast.cuda_kernel(
+def _kernel(scale: float) -> Kernel:
+    return Kernel(
         name="attend_and_write",
-        input_names=list(INPUTS),
+        input_names=INPUTS,
         output_names=["out", "partial"],
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv import attention_source
 from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, partial, rotating, splits
 from runner.engine.kv.masks import FEW
@@ -137,10 +138,10 @@ def header(scale: float) -> str:
 
 
 @cache
-def _kernel(scale: float) -> Any:
-    return mx.fast.cuda_kernel(
+def _kernel(scale: float) -> Kernel:
+    return Kernel(
         name="attend_and_write_packed",
-        input_names=list(INPUTS),
+        input_names=INPUTS,
         output_names=["out", "partial"],
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),

@@ -146,13 +146,12 @@ def test_what_cannot_be_shared_has_no_shape(width: int) -> None:
 @pytest.mark.parametrize("geometry", [(32, 8, 64), (32, 32, 80), (32, 4, 96), (64, 8, 128), (8, 1, 256)], ids=str)
 def test_compiles_for_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
     heads, groups, width = geometry
-    kind = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}[dtype]
     way = attention_kernel.shape(width, dtype.size, heads // groups)
     assert way is not None
-    arrays = dict.fromkeys(attention_kernel.INPUTS, kind) | {
-        "starts": "int32_t",
-        "counters": "int32_t",
-        "frequencies": "float",
+    arrays = dict.fromkeys(attention_kernel.INPUTS, dtype) | {
+        "starts": mx.int32,
+        "counters": mx.int32,
+        "frequencies": mx.float32,
     }
     sizes = [
         ("D", width),
@@ -162,6 +161,6 @@ def test_compiles_for_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
         ("FEW", 16),
     ]
     for window, ring in [(0, 0), (512, 512 + 16)]:
-        template = [("T", kind), *sizes, ("WINDOW", window), ("RING", ring), ("ROTATED", width), ("TRADITIONAL", 0)]
+        template = [("T", dtype), *sizes, ("WINDOW", window), ("RING", ring), ("ROTATED", width), ("TRADITIONAL", 0)]
         header = attention_kernel.header(width**-0.5)
-        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": kind, "partial": "float"}, template)
+        compile_kernel(header, attention_kernel.SOURCE, arrays, {"out": dtype, "partial": mx.float32}, template)

@@ -119,14 +119,14 @@ def test_what_it_takes(width: int, bits: int, size: int, possible: bool) -> None
 def test_compiles_for_the_device(geometry: Geometry, bits: int) -> None:
     heads, groups, width = geometry
     way = quantised_kernel.shape(width, heads // groups)
-    kinds = dict.fromkeys(quantised_kernel.INPUTS, "__nv_bfloat16") | {"starts": "int32_t", "counters": "int32_t"}
-    kinds |= {"held_keys": "uint32_t", "held_values": "uint32_t", "frequencies": "float"}
+    kinds = dict.fromkeys(quantised_kernel.INPUTS, mx.bfloat16) | {"starts": mx.int32, "counters": mx.int32}
+    kinds |= {"held_keys": mx.uint32, "held_values": mx.uint32, "frequencies": mx.float32}
     sizes = {"D": width, "BITS": bits, "GROUP": 32, "MINE": 16, "LANES": way.lanes, "HEADS": way.heads}
     sizes |= {"THREADS": way.threads, "WINDOW": 0, "FEW": 16, "ROTATED": width, "TRADITIONAL": 0}
     compile_kernel(
         quantised_kernel.header(width**-0.5),
         quantised_kernel.SOURCE,
         kinds,
-        {"out": "__nv_bfloat16", "partial": "float"},
-        [("T", "__nv_bfloat16"), *sizes.items()],
+        {"out": mx.bfloat16, "partial": mx.float32},
+        [("T", mx.bfloat16), *sizes.items()],
     )

@@ -1,0 +1,305 @@
+"""Our CUDA kernels as they are called: compiled before, side by side, or by MLX."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel
+from runner.engine.adapters.layers import RowSlots
+from runner.engine.cuda_compiler import Binary, CompileError
+from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_text import Argument, Definition, Text
+from tests.engine.test_product_changes import changes
+
+Compile = Callable[[Text, str], Binary]
+
+
+class Launches:
+    """In place of `mx.fast.cuda_kernel`: what was called, with the text that MLX would make of it."""
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+
+    def __call__(self, **made: Any) -> Callable[..., list[mx.array]]:
+        definition = Definition(made["name"], made["input_names"], made["output_names"], made["source"], made["header"])
+
+        def launch(**call: Any) -> list[mx.array]:
+            arguments = [Argument(array.dtype, array.ndim == 0) for array in call["inputs"]]
+            text = definition.text(arguments, call["output_dtypes"], call.get("template", ()))
+            self.modules.append(text.module)
+            shapes = zip(call["output_shapes"], call["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in shapes]
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
+    """Of a device there might be, with a folder for compiled code."""
+    launches = Launches()
+    monkeypatch.setattr(mx.fast, "cuda_kernel", launches)
+    monkeypatch.setattr(kernel_cache, "architecture", lambda: "sm_90a")
+    monkeypatch.setenv(kernel_cache.VARIABLE, str(tmp_path))
+    return launches
+
+
+@pytest.fixture
+def compiled(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is compiled."""
+    names: list[str] = []
+
+    def compiles(text: Text, _: str) -> Binary:
+        names.append(text.module)
+        return Binary(b"code", "mangled")
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
+    return names
+
+
+def kernel() -> Kernel:
+    return Kernel(name="filled", input_names=["x"], output_names=["y"], source="y[0] = x[0] + x_shape[0] + ADDED;")
+
+
+def call(kernel: Kernel, added: int = 0, x: mx.array | None = None) -> None:
+    kernel(
+        inputs=[mx.zeros((4,)) if x is None else x],
+        template=[("ADDED", added)],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.float32],
+    )
+
+
+def test_a_variant_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
+    made = kernel()
+    call(made, 1)
+    assert compiled == launches.modules
+    call(made, 1)
+    assert len(compiled) == 1
+    call(made, 2)
+    assert compiled == [launches.modules[0], launches.modules[2]]
+    call(kernel(), 1)
+    assert len(compiled) == 2, "it is on disk"
+
+
+def test_devices_are_told_apart_by_the_text(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(kernel())
+    monkeypatch.setattr(kernel_cache, "architecture", lambda: "sm_100a")
+    call(kernel())
+    assert len(set(compiled)) == 2
+    assert compiled == launches.modules
+
+
+def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=20)
+
+    def compiles(*_: object) -> Binary:
+        together.wait()
+        return Binary(b"code", "mangled")
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core compiles one at a time")
+    made = kernel()
+    for added in (1, 2):
+        made.prepare([mx.float32], [mx.float32], [("ADDED", added)])
+    call(made, 1)
+    assert not together.broken
+
+
+def test_a_call_waits_for_what_is_under_way(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = threading.Event()
+
+    def compiles(*_: object) -> Binary:
+        assert finish.wait(20)
+        return Binary(b"code", "mangled")
+
+    monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
+    made, other = kernel(), kernel()
+    made.prepare([mx.float32], [mx.float32], [("ADDED", 1)])
+    other.prepare([mx.float32], [mx.float32], [("ADDED", 2)])
+    calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: other.launch)]
+    for thread in calls:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+    assert not launches.modules
+    finish.set()
+    for thread in calls:
+        thread.join(20)
+    assert len(launches.modules) == 1
+
+
+def no_compiler(*_: object) -> Binary:
+    raise CompileError("no NVRTC")
+
+
+def full_disk(*_: object) -> Binary:
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("fails", [no_compiler, full_disk])
+def test_mlx_compiles_what_we_cannot(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: Compile
+) -> None:
+    monkeypatch.setattr(cuda_compiler, "compile_kernel", fails)
+    made = kernel()
+    for _ in range(2):
+        call(made)
+    assert len(launches.modules) == 2
+    assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
+
+
+def test_types_that_are_not_known_are_left_to_mlx(compiled: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    made = kernel()
+    made.prepare([mx.complex64], [mx.float32])
+    assert made.launch is not None
+    assert not compiled
+    assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
+
+
+def test_nothing_is_compiled_without_a_folder(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX has a temporary one, of which we are not told."""
+    monkeypatch.delenv(kernel_cache.VARIABLE)
+    call(kernel())
+    assert len(launches.modules) == 1
+    assert not compiled
+
+
+# ------------------------------------------------------------- what is prepared is what is called
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is left of another test, and none of this one's is."""
+    monkeypatch.setattr(product_kernel, "_kernel", product_kernel._kernel.__wrapped__)
+    monkeypatch.setattr(draw_kernel, "_kernel", draw_kernel._kernel.__wrapped__)
+    monkeypatch.setattr(cuda_kernels, "usable", lambda _: True)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("epilogue", ["plain", "swiglu"])
+def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], epilogue: str) -> None:
+    outputs, inputs, dtype = 64, 128, mx.bfloat16
+    weight = mx.zeros((outputs * (2 if epilogue == "swiglu" else 1), inputs), dtype)
+    rows = (1, 9, 17)
+    multiply = product_kernel.multiply(outputs, inputs, dtype, epilogue)
+    for count in rows:
+        multiply(mx.zeros((1, count, inputs), dtype), weight)
+    if epilogue == "plain":
+        multiply(mx.zeros((1, 9, inputs), dtype), weight, mx.zeros((1, 9, outputs), dtype))
+    stack = changes(outputs, inputs, dtype, epilogue)
+    changed = product_kernel.changed(outputs, inputs, dtype, epilogue)
+    for count in rows:
+        changed(mx.zeros((count, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * count))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 6
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_draw_is_compiled_as_it_is_called(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = draw_kernel._kernel()
+    monkeypatch.setattr(draw_kernel, "_kernel", lambda: one)
+    draw_kernel.prepare(mx.float16)
+    draw_kernel.prepare(mx.int32)
+    draw_kernel.draw_tokens(
+        mx.zeros((2, 1, 64), mx.float16),
+        mx.zeros((2, 4)),
+        mx.zeros((2, 1, 2), mx.uint32),
+        mx.zeros((2, 1), mx.uint32),
+    )
+    assert compiled == launches.modules
+    assert len(compiled) == 1
+
+
+# ------------------------------------------------------------- on a device
+
+PROCESS = """
+import json, logging, sys, time
+import mlx.core as mx
+from runner.engine import cuda_compiler
+from runner.engine.cuda_compiler import CompileError
+from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_text import Argument
+
+def refuses(*_):
+    raise CompileError("not here")
+
+if "without compiler" in sys.argv:
+    cuda_compiler.compile_kernel = refuses
+x = mx.arange(8, dtype=mx.float32).reshape(2, 4)
+mx.eval(x.T + 1)
+kernel = Kernel(
+    name="scaled",
+    input_names=["x"],
+    output_names=["y"],
+    source="y[threadIdx.x] = T(x[threadIdx.x] * FACTOR + x_shape[1] + x_strides[0] + x_ndim);",
+    header="// for a test\\n",
+)
+call = dict(
+    inputs=[x], template=[("T", mx.bfloat16), ("FACTOR", 3), ("EXACT", False)], grid=(8, 1, 1), threadgroup=(8, 1, 1),
+    output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
+)
+text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], call["template"])
+if "verbose" in sys.argv:
+    kernel._launch(**call, verbose=True)
+    print(json.dumps(text.code))
+    sys.exit()
+began = time.perf_counter()
+launch = kernel._launch if "by mlx" in sys.argv else kernel
+y = launch(**call)[0].tolist()
+print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": text.module}))
+"""
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.timeout(300)
+def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
+    environ = {**os.environ, kernel_cache.VARIABLE: str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", PROCESS, *words]
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=False)
+
+    def right(*words: str) -> dict[str, Any]:
+        process = run(*words)
+        assert process.returncode == 0, process.stderr
+        found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+        assert found["y"] == [i * 3 + 4 + 4 + 2 for i in range(8)]
+        return found
+
+    printed = run("verbose").stdout
+    code = printed.split("```\n", 1)[1].rsplit("\n```", 1)[0]
+    assert code == json.loads(printed.splitlines()[-1]), "the text is MLX's"
+
+    code_of = tmp_path / f"{right()['module']}.ptx"
+    assert code_of.read_bytes().startswith(b"\x7fELF")
+    assert code_of.with_suffix(".txt").is_file()
+    assert right("without compiler")["seconds"] < 0.5, "MLX takes a second to compile it"
+
+    code_of.write_bytes(b"garbage")
+    process = run("by mlx")
+    assert process.returncode != 0
+    assert "Failed to load compiled" in process.stderr, "it is our file that MLX reads"
+    right()
+    assert code_of.read_bytes().startswith(b"\x7fELF"), "and we make it again"
+    code_of.write_bytes(b"garbage")
+    right("without compiler")
+    assert not code_of.exists(), "or leave it to MLX"
