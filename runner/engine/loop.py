@@ -7,6 +7,7 @@ every row is dispatched, and while the device works on that, the tokens of the s
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -98,11 +99,15 @@ class Engine:
 
         Raises EngineDied when nothing can be computed any more; every request has ended then.
         """
+        began = time.perf_counter()
         try:
             self._remove_ended()
             self._take_compiled()
             self._start_waiting()
+            changed = not self._batch.composed
             self._decoding.step(self.limits.num_draft_tokens)
+            if self._batch.rows:
+                self._prefiller.pacing.stepped(time.perf_counter() - began, changed=changed)
         except Exception as error:
             logger.exception("step failed")
             self._abandon(f"the engine failed: {error}")
@@ -140,7 +145,7 @@ class Engine:
         free = (self.limits.max_rows if self._loaded.batches else 1) - decoding
         if free > 0 and self._prefiller.due(free, chunk, decoding):
             self._decoding.disturbed()
-            for rows, caches in self._prefiller.step(free, chunk, self._batch.capacity):
+            for rows, caches in self._prefiller.step(free, chunk, self._batch.capacity, decoding):
                 self._decoding.join(rows, caches)
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)

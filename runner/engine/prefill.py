@@ -1,9 +1,9 @@
-"""Prompts on their way into the batch: everything but their last token, at most one chunk a step.
+"""Prompts on their way into the batch: everything but their last token, at most one chunk at a time.
 
 Prompts that fit into one call together are prefilled together, padded on the right: a model call costs little more
 for several (`sharing.py` says how wide it may be, and how long they wait for each other). A prompt longer than a chunk
-is prefilled alone, chunk by chunk, so that rows which decode wait for one chunk at most. The last token is left to the
-first decode step, so no logits of a prompt are ever computed.
+is prefilled alone, chunk by chunk. A call is started a few layers a step while rows decode (`pacing.py`), so that they
+wait for that much at most. The last token is left to the first decode step, so no logits of a prompt are ever computed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from runner.engine.adapters.bank import AdapterBank
 from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
+from runner.engine.pacing import Pacing
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing
@@ -33,7 +34,7 @@ _Known = tuple[Row, Beginning | None]
 class Prefiller:
     """The waiting queue, first come first served, and the rows that are being prefilled.
 
-    `active` rows have left the queue and have not joined the batch.
+    `active` rows have left the queue and have not joined the batch. `pacing` is to be told of every step.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Prefiller:
         """`layout` is the model's; `has_room` says whether there is memory for a row, in a call of so many tokens."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
+        self.pacing = Pacing()
         self._model = model
         self._bank = bank
         self._prefixes = prefixes
@@ -56,6 +58,8 @@ class Prefiller:
         self._sharing = sharing
         self._held = 0
         self._room = 0
+        self._decoding = 0
+        self._call: _Call | None = None
         self._long: _LongPrompt | None = None
         self._others_turn = False
 
@@ -65,19 +69,23 @@ class Prefiller:
         return [*self.waiting, *self.active]
 
     def remove_ended(self) -> list[Row]:
-        """Forget the rows that are done, and return them."""
-        ended = [row for row in self.rows if row.done]
-        if ended:
-            self.waiting = deque(row for row in self.waiting if not row.done)
-            self.active = [row for row in self.active if not row.done]
-            if self._long is not None and self._long.row.done:
-                self._store([self._long.row], self._long.caches)
-                self._long = None
+        """Forget the rows that are done, and return them; not those that share a call with others that are not."""
+        if not any(row.done for row in self.rows):
+            return []
+        if self._call is not None and all(row.done for row in self._call.rows):
+            self._call = None
+        kept = [] if self._call is None else self._call.rows
+        ended = [row for row in self.rows if row.done and row not in kept]
+        self.waiting = deque(row for row in self.waiting if not row.done)
+        self.active = [row for row in self.active if row not in ended]
+        if self._long is not None and self._long.row.done:
+            self._store([self._long.row], self._long.caches)
+            self._long = None
         return ended
 
     def abandon(self) -> list[Row]:
         """Give up what is being prefilled, after a failure; returns its rows."""
-        rows, self.active, self._long = self.active, [], None
+        rows, self.active, self._call, self._long = self.active, [], None, None
         return rows
 
     def due(self, free_rows: int, chunk: int, decoding: int) -> bool:
@@ -85,7 +93,7 @@ class Prefiller:
 
         Asked once a step of the batch.
         """
-        if self._long is not None:
+        if self._call is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
         if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
@@ -99,29 +107,33 @@ class Prefiller:
         longest = max(len(row.prompt) - 1 for row in islice(self.waiting, ready))
         return longest > chunk or longest * (ready + 1) > self._sharing.tokens(chunk)
 
-    def step(self, free_rows: int, chunk: int, room: int = 0) -> Iterator[Ready]:
-        """Start one model call without waiting for it; yields the rows that it makes ready.
+    def step(self, free_rows: int, chunk: int, room: int = 0, decoding: int = 0) -> Iterator[Ready]:
+        """Start a model call, or some layers of it, without waiting for it; yields the rows that it makes ready.
 
         It has at most `chunk` tokens of a long prompt, or as many of several short ones as may share it. The consumer
-        lets rows join the batch, whose rows have `room` tokens each, before it asks for more.
+        lets rows join the batch, which has `decoding` rows with `room` tokens each, before it asks for more.
         """
-        self._room = room
+        self._room, self._decoding = room, decoding
         for ready in self._advance(free_rows, chunk):
             yield ready
             self.active = [row for row in self.active if row not in ready[0]]
 
     def _advance(self, free_rows: int, chunk: int) -> Iterator[Ready]:
+        if self._call is not None:
+            yield from self._start_layers(self._call)
+            return
         # Prompts that fit into one call need not wait for all the calls of a long one: they take turns with it.
         self._others_turn = not self._others_turn
         long = self._long
         if long is None or self._others_turn:
             group = self._take(free_rows - len(self.active), chunk)
             if group:
-                yield from self._start(group, chunk)
+                yield from self._begin_group(group, chunk)
                 if self._long is long:
                     return
         if self._long is not None:
-            yield from self._continue(self._long, chunk)
+            self._apply_adapters([self._long.row])
+            yield from self._start_layers(self._begun(self._long.call(self._model, chunk, self._width)))
 
     def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
@@ -144,27 +156,42 @@ class Prefiller:
             group.append((row, beginning))
         return group
 
-    def _start(self, group: list[_Known], chunk: int) -> Iterator[Ready]:
+    def _begin_group(self, group: list[_Known], chunk: int) -> Iterator[Ready]:
         if whole := [known for known in group if not known[0].uncached]:
             yield [row for row, _ in whole], self._begin(whole)
         rest = [known for known in group if known[0].uncached]
         if len(rest) == 1 and (row := rest[0][0]).uncached > chunk:
             self._long = _LongPrompt(row, self._begin(rest, len(row.prompt)))
         elif rest:
-            yield [row for row, _ in rest], self._call_together(rest)
+            yield from self._start_layers(self._begun(self._call_together(rest)))
+
+    def _begun(self, call: _Call) -> _Call:
+        self._call = call
+        self.pacing.begun(call.tokens, call.layers)
+        return call
+
+    def _start_layers(self, call: _Call) -> Iterator[Ready]:
+        """Start as many layers of the call under way as fit into this step."""
+        waiting = len(call.rows) + len(self.waiting)
+        call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
+        if not call.started:
+            return
+        self._call = None
+        self.pacing.started()
+        alone, long = len(call.rows) == 1, self._long
+        if long is not None and call.rows == [long.row]:
+            if long.todo:
+                return
+            self._long = None
+        # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
+        if alone or not self._layout.cuttable:
+            self._store(call.rows, call.caches)
+        yield call.rows, call.caches
 
     def _begin(self, group: list[_Known], reserve: int = 0) -> Caches:
         longest = max(len(row.prompt) for row, _ in group)
         reserve = max(reserve, self._sharing.room(longest, self._room))
         return self._layout.restore([beginning for _, beginning in group], reserve)
-
-    def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
-        self._apply_adapters([long.row])
-        long.call(self._model, chunk, self._width)
-        if not long.todo:
-            self._long = None
-            self._store([long.row], long.caches)
-            yield [long.row], long.caches
 
     def _width(self, before: int, tokens: int) -> int:
         # Where a launch was found to do, padding was as well.
@@ -183,19 +210,39 @@ class Prefiller:
     def _apply_adapters(self, rows: list[Row]) -> None:
         self._bank.apply(self._bank.slots([row.adapter for row in rows]))
 
-    def _call_together(self, group: list[_Known]) -> Caches:
-        todo = [row.prompt[row.cached : -1] for row, _ in group]
+    def _call_together(self, group: list[_Known]) -> _Call:
+        rows = [row for row, _ in group]
+        todo = [row.prompt[row.cached : -1] for row in rows]
         lengths = [len(tokens) for tokens in todo]
-        width = self._width(max(row.cached for row, _ in group), max(lengths))
-        padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
+        width = self._width(max(row.cached for row in rows), max(lengths))
         caches = self._begin(group)
-        self._apply_adapters([row for row, _ in group])
-        caches.call(self._model, mx.array(padded), lengths)
-        start(caches.arrays)
-        # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
-        if len(group) == 1 or not self._layout.cuttable:
-            self._store([row for row, _ in group], caches)
-        return caches
+        self._apply_adapters(rows)
+        return _Call(rows, caches, self._model, [tokens + [0] * (width - len(tokens)) for tokens in todo], lengths)
+
+
+class _Call:
+    """A model call on prompts, of which layers are started one after the other."""
+
+    def __init__(
+        self, rows: list[Row], caches: Caches, model: Any, tokens: list[list[int]], lengths: list[int]
+    ) -> None:
+        """`tokens` [rows, width], of which those of row i after the first `lengths[i]` are padding."""
+        self.rows = rows
+        self.caches = caches
+        self.tokens = len(rows) * len(tokens[0])
+        caches.call(model, mx.array(tokens), lengths)
+        self.layers = len(caches.by_layer)
+        self._next = 0
+
+    def start(self, layers: int) -> None:
+        """Start computing what so many more layers write."""
+        start(self.caches.by_layer[self._next : self._next + layers])
+        self._next += layers
+
+    @property
+    def started(self) -> bool:
+        """Whether all of it is."""
+        return self._next >= self.layers
 
 
 class _LongPrompt:
@@ -206,14 +253,11 @@ class _LongPrompt:
         self.row = row
         self.caches = caches
         self.todo = row.prompt[row.cached : -1]
-        self._running: list[Any] = []
 
-    def call(self, model: Any, chunk: int, width: Callable[[int, int], int]) -> None:
-        """Start on the next `chunk` tokens, of which `width` says how wide a call they are to be."""
+    def call(self, model: Any, chunk: int, width: Callable[[int, int], int]) -> _Call:
+        """The next `chunk` tokens, of which `width` says how wide a call they are to be."""
         # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
-        mx.eval(self._running)
+        mx.eval(self.caches.arrays)
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
         padding = width(self.caches.length(0), len(tokens)) - len(tokens)
-        self.caches.call(model, mx.array([tokens + [0] * padding]), [len(tokens)])
-        self._running = self.caches.arrays
-        start(self._running)
+        return _Call([self.row], self.caches, model, [tokens + [0] * padding], [len(tokens)])

@@ -196,7 +196,9 @@ _REST: Final = """
     const bool keys_whole = whole(old_key, held_keys_strides), values_whole = whole(old_value, held_values_strides);
     uint4 key_of[DEPTH][VECTORS], value_of[DEPTH][VECTORS];
     auto fetch_keys = [&](int base) { fetch(base, old_key, held_keys_strides, keys_whole, fresh, key_of); };
-    auto fetch_values = [&](int base) { fetch(base, old_value, held_values_strides, values_whole, fresh_value, value_of); };
+    auto fetch_values = [&](int base) {
+        fetch(base, old_value, held_values_strides, values_whole, fresh_value, value_of);
+    };
 
     // What is there already is on its way while the queries are rotated.
     const bool early = first + KEYS * DEPTH <= start && first <= stop;

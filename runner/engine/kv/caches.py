@@ -138,6 +138,11 @@ class Caches:
         return [array for leaf in self._leaves for array in leaf.arrays]
 
     @property
+    def by_layer(self) -> list[list[mx.array]]:
+        """`arrays`, apart: computing those of the first layers computes no more than they need."""
+        return [leaf.arrays for leaf in self._leaves]
+
+    @property
     def nbytes(self) -> int:
         """Bytes, room for tokens to come included."""
         return sum(array.nbytes for array in self.arrays)
@@ -304,6 +309,10 @@ class Foreign(Caches):
     @property
     def arrays(self) -> list[mx.array]:
         return [array for layer in self.layers for array in _flat(layer.state)]
+
+    @property
+    def by_layer(self) -> list[list[mx.array]]:
+        return [self.arrays]
 
     def join(self, other: Caches) -> None:
         raise AssertionError("a row in these caches is alone")

@@ -15,7 +15,6 @@ from typing import Final
 from runner.engine.kv.attention_source import MERGE, PLACE, ROTATE
 
 HEADER: Final = """
-template <typename A> __device__ inline A lowest(A a, A b) { return a < b ? a : b; }
 template <typename A, typename B> __device__ inline void assign(A& to, B value) { to = A(value); }
 template <typename A> __device__ inline A* writable(const A* held) { return const_cast<A*>(held); }
 """

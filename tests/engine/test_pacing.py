@@ -1,0 +1,195 @@
+"""A prompt's model call is started layer by layer, so that running rows wait for a part of it at most."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import pytest
+
+from runner.engine.limits import Limits
+from runner.engine.loader import LoadedModel, load
+from runner.engine.pacing import Pacing
+from runner.protocol import Step
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+from tests.engine.tiny import encode
+
+STEP = 0.002
+"""Seconds of a simulated step."""
+
+PROMPT = encode("the quick brown fox jumps over the lazy dog")
+
+
+class Simulated:
+    """Steps of a batch, longer by the layers started in them: at once, or, as a device is waited for, the next."""
+
+    def __init__(self, layer_seconds: float, layers: int = 16, *, late: bool = False) -> None:
+        self.pacing = Pacing()
+        self.steps: list[float] = []
+        self._layer_seconds, self._layers, self._late = layer_seconds, layers, late
+        self._owed = 0.0
+
+    def step(self, layers: int = 0, *, changed: bool = False) -> None:
+        """One step, in which so many layers are started."""
+        work = layers * self._layer_seconds
+        seconds = STEP + (self._owed if self._late else work)
+        self._owed = work
+        self.steps.append(seconds)
+        self.pacing.stepped(seconds, changed=changed)
+
+    def call(self, tokens: int = 256, decoding: int = 32, waiting: int = 1) -> int:
+        """A prompt's call; returns in how many steps it was started."""
+        self.pacing.begun(tokens, self._layers)
+        steps = left = 0
+        left = self._layers
+        while left > 0:
+            layers = min(left, self.pacing.layers(tokens, self._layers, decoding, waiting))
+            left -= layers
+            steps += 1
+            if not left:
+                self.pacing.started()
+            self.step(layers, changed=not left)
+        self.step()
+        self.step()
+        return steps
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("layer_seconds", "steps"), [(0.00001, 1), (0.0003, 3), (0.002, 16), (0.02, 16)])
+def test_steps_become_twice_as_long_at_most_where_layers_allow(layer_seconds: float, steps: int, late: bool) -> None:
+    simulated = Simulated(layer_seconds, late=late)
+    for _ in range(10):
+        simulated.step()
+    assert simulated.call() == 1, "nothing is known of a layer yet"
+    del simulated.steps[:]
+    assert simulated.call() == pytest.approx(steps, abs=1)
+    assert max(simulated.steps) <= STEP + max(STEP * 1.01, layer_seconds)
+    assert median(simulated.steps) >= STEP
+
+
+def test_nobody_waits_where_nobody_runs_or_nothing_is_known() -> None:
+    simulated = Simulated(0.0009)
+    assert simulated.pacing.layers(256, 16, 32, 1) == 16
+    for _ in range(10):
+        simulated.step()
+    simulated.call()
+    assert simulated.pacing.layers(256, 16, 32, 1) == 2
+    assert simulated.pacing.layers(256, 16, 0, 1) == 16
+
+
+def test_few_rows_wait_longer_for_many_prompts() -> None:
+    simulated = Simulated(0.0009)
+    for _ in range(10):
+        simulated.step()
+    simulated.call()
+    assert [simulated.pacing.layers(256, 16, 8, waiting) for waiting in (1, 8, 16, 32, 120)] == [2, 2, 4, 8, 16]
+
+
+def test_what_is_not_known_of_a_width_is_taken_from_the_nearest() -> None:
+    simulated = Simulated(0.00045)
+    for _ in range(10):
+        simulated.step()
+    simulated.call(tokens=256)
+    assert simulated.pacing.layers(256, 16, 32, 1) == 4
+    assert simulated.pacing.layers(1024, 16, 32, 1) == 1
+    assert simulated.pacing.layers(32, 16, 32, 1) == 4
+
+
+def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
+    simulated = Simulated(0.00018)
+    for _ in range(10):
+        simulated.step()
+    simulated.call()
+    before = simulated.pacing.layers(256, 16, 32, 1)
+    simulated.pacing.begun(256, 16)
+    simulated.pacing.started()
+    for _ in range(2):
+        simulated.pacing.stepped(5.0, changed=False)
+    assert before // 2 <= simulated.pacing.layers(256, 16, 32, 1) < before
+    for _ in range(8):
+        simulated.call()
+    assert simulated.pacing.layers(256, 16, 32, 1) == before
+
+
+class OneLayer(Pacing):
+    """As slow as can be."""
+
+    def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
+        return 1
+
+
+def paced(loaded: LoadedModel, **limits: Any) -> Driver:
+    driver = Driver(loaded, **limits)
+    driver.engine._prefiller.pacing = OneLayer()
+    return driver
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2", "qwen3_moe"])
+@pytest.mark.parametrize("chunk", [512, 16])
+def test_running_rows_go_on_between_layers_and_all_say_the_same(
+    model_folder: ModelFolder, model_type: str, chunk: int
+) -> None:
+    loaded = load(model_folder(model_type))
+    alone = [Driver(loaded).one(prompt=PROMPT[i:], max_tokens=60 - 20 * i, seed=3).text for i in range(3)]
+    driver = paced(loaded, prefill_step_size=chunk)
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=60, seed=3))
+    while driver.engine.stats().rows < 1:
+        driver.engine.step()
+    del driver.frames[:]
+    for i in (1, 2):
+        driver.engine.submit(generate(i, prompt=PROMPT[i:], max_tokens=60 - 20 * i, seed=3))
+    driver.drain()
+    assert [driver.answers[i].text for i in range(3)] == alone
+    before = 0
+    for frame in driver.frames:
+        deltas = frame.deltas if isinstance(frame, Step) else []
+        if any(delta.id for delta in deltas):
+            break
+        before += len(deltas)
+    assert before >= loaded.layout.leaves - 1, "a token of the running row for each layer"
+
+
+def test_cancelled_between_layers(llama: LoadedModel) -> None:
+    driver = paced(llama)
+    text = Driver(llama).one(prompt=PROMPT, max_tokens=30).text
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=30))
+    while driver.engine.stats().rows < 1:
+        driver.engine.step()
+    for i in (1, 2, 3):
+        driver.engine.submit(generate(i, prompt=PROMPT[i:], max_tokens=30))
+    driver.engine.step()
+    assert driver.engine._prefiller._call is not None
+    driver.engine.cancel(2)
+    driver.drain()
+    assert driver.answers[0].text == text
+    assert [driver.answers[i].text for i in (1, 3)] == [
+        Driver(llama).one(prompt=PROMPT[i:], max_tokens=30).text for i in (1, 3)
+    ]
+    assert 2 not in driver.answers
+    assert driver.engine.stats().cancelled_total == 1
+
+
+def test_all_cancelled_between_layers(llama: LoadedModel) -> None:
+    driver = paced(llama)
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=5))
+    driver.engine.step()
+    assert driver.engine._prefiller._call is not None
+    driver.engine.cancel_all()
+    driver.engine.step()
+    assert driver.engine._prefiller._call is None
+    assert not driver.engine.busy
+    assert driver.one(prompt=PROMPT, max_tokens=30).text == Driver(llama).one(prompt=PROMPT, max_tokens=30).text
+
+
+def test_the_engine_learns(llama: LoadedModel) -> None:
+    driver = Driver(llama, max_rows=Limits().max_rows)
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=60))
+    for _ in range(20):
+        driver.engine.step()
+    pacing = driver.engine._prefiller.pacing
+    assert pacing.step is not None
+    assert pacing.step > 0
+    assert pacing.layers(64, 1000, 1, 1) == 1000
+    driver.run([generate(i, prompt=PROMPT, max_tokens=4) for i in (1, 2)])
+    assert pacing._costs
