@@ -1,6 +1,6 @@
 """Attention to packed keys and values that are unpacked for it, a part at a time where that would be much memory.
 
-What is unpacked lives for one layer's attention. A part is some rows, or some key heads of one row: none sees another's.
+What is unpacked lives for one layer's attention. A part is some rows, or some key heads of a row: none sees another's.
 """
 
 from __future__ import annotations
