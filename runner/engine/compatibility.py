@@ -88,6 +88,22 @@ def why_not_quantised(model: Any, layout: Layout, precise: Layout, vocabulary: i
     return None
 
 
+def why_not_packed(model: Any, launched: Layout, apart: Layout, vocabulary: int) -> str | None:
+    """Why rows cannot be left to `launched`, which packs, writes and attends in one launch, or None.
+
+    It is judged by what the model says without quantisation, and may be a little further from that than `apart` is,
+    which does the same in separate operations. So nothing is compiled but what is used then.
+    """
+    prompts = _prompts(vocabulary)
+    expected = _alone(model, apart, prompts)
+    try:
+        allowed = _error(model, apart, prompts, expected) + _TOLERANCE
+        error = max(_error(model, launched, rows, expected[: len(rows)]) for rows in (prompts, prompts[:1]))
+    except _FAILURES as failure:
+        return str(failure)
+    return None if error <= allowed else f"{error:.0%} off what the model says, where {allowed:.0%} would do"
+
+
 def _prompts(vocabulary: int) -> list[list[int]]:
     return [[(7 * row + token) % vocabulary for token in range(length)] for row, length in enumerate(_LENGTHS)]
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from runner.engine import draw_kernel
 from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
-from runner.engine.compatibility import batches, fuses, understood, why_not_quantised
+from runner.engine.compatibility import batches, fuses, understood, why_not_packed, why_not_quantised
 from runner.engine.joined import join_siblings
 from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
@@ -240,24 +240,26 @@ def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary
 
 def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
     """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
-    launches = [None] if (launch := quantised_kernel.launch()) is None else [launch, None]
-    for launch in launches:
-        layout, precise = (
-            Layout(model, slack, how, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
-            for how in (quantisation, Quantisation(8, quantisation.group_size))
-        )
-        if plain.unknown:
-            reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
-        elif not layout.straight:
-            reason = "none of its layers caches all tokens"
-        else:
-            reason = why_not_quantised(model, layout, precise, vocabulary)
-        if reason is None:
-            return layout
-        if launch is not None:
-            logger.warning(f"packed keys take separate operations: {reason}")
-    hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
-    raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
+    apart, precise = (
+        Layout(model, slack, how, launch=plain.launch, rotates=plain.rotates)
+        for how in (quantisation, Quantisation(8, quantisation.group_size))
+    )
+    if plain.unknown:
+        reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
+    elif not plain.straight:
+        reason = "none of its layers caches all tokens"
+    else:
+        reason = why_not_quantised(model, apart, precise, vocabulary)
+    if reason is not None:
+        hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
+        raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
+    if (launch := quantised_kernel.launch()) is None:
+        return apart
+    launched = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
+    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
+        return launched
+    logger.warning(f"packed keys take separate operations: {reason}")
+    return apart
 
 
 def _activation_dtype(model: Any) -> mx.Dtype:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from runner.engine.chat import ChatTemplate, jinja_render
-from runner.engine.compatibility import fuses, why_not_quantised
+from runner.engine.compatibility import fuses, why_not_packed
 from runner.engine.joined import join_siblings
 from runner.engine.kv import attention_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
@@ -49,17 +49,14 @@ def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = N
     rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
     if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
         launch = None
-    layout = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
+    apart = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
     if quantisation is None or packed is None:
-        return layout
-    fused, precise = (
-        Layout(model, quantisation=how, launch=launch, packed_launch=packed, rotates=rotates)
-        for how in (quantisation, Quantisation(8, quantisation.group_size))
-    )
-    reason = why_not_quantised(model, fused, precise, vocabulary)
-    if reason is not None:
-        print(f"packed keys take separate operations: {reason}", flush=True)
-    return layout if reason else fused
+        return apart
+    launched = Layout(model, quantisation=quantisation, launch=launch, packed_launch=packed, rotates=rotates)
+    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
+        return launched
+    print(f"packed keys take separate operations: {reason}", flush=True)
+    return apart
 
 
 def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisation | None = None) -> LoadedModel:

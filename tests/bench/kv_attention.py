@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import mlx.core as mx
 
-from runner.engine.kv.attention import grouped
+from runner.engine.kv.grouped import grouped
 from runner.engine.kv.masks import masked
 from runner.engine.kv.quantised import Quantisation, attend
 from tests.bench.geometry import on_gpu

@@ -168,6 +168,23 @@ def test_a_packed_launch_that_is_wrong_is_not_taken(
     assert loaded.layout.packed_launch is None
     assert loaded.batches
     assert "packed keys take separate operations" in caplog.text
+    assert "off what the model says" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_trial_of_packed_launches_compiles_what_is_used(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    seen = set()
+
+    def noted(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        seen.add((call.bits, call.group_size, call.window, call.rotation is None))
+        return packed_separately(call)
+
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: noted)
+    loaded = load(model_folder("llama", wide=True), quantisation=Quantisation(bits, 32))
+    assert loaded.layout.packed_launch is noted
+    assert seen == {(bits, 32, None, True)}
 
 
 @pytest.mark.usefixtures("keeping")

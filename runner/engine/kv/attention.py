@@ -15,7 +15,8 @@ import mlx.core as mx
 from mlx_lm.models import base
 
 from runner.engine.kv import quantised
-from runner.engine.kv.masks import FEW, Mask, masked
+from runner.engine.kv.grouped import grouped
+from runner.engine.kv.masks import FEW, Mask
 from runner.engine.kv.quantised import Quantised
 from runner.engine.kv.rotary import rotated
 from runner.engine.kv.unwritten import Unwritten
@@ -58,15 +59,3 @@ def attend(
         return grouped(queries, keys, values, scale, mask)
     result: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return result
-
-
-def grouped(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
-    """Attention with the query heads of a key head as one matrix. `mask` is an array or None."""
-    rows, heads, tokens, width = queries.shape
-    groups = keys.shape[1]
-    joined = (queries * scale).reshape(rows, groups, heads // groups * tokens, width)
-    scores = joined @ keys.swapaxes(-1, -2)
-    if isinstance(mask, mx.array):
-        scores = masked(scores, mask, (rows, groups, heads // groups, tokens))
-    attended = mx.softmax(scores, axis=-1, precise=True) @ values
-    return attended.reshape(rows, heads, tokens, values.shape[-1])

@@ -2,19 +2,20 @@
 
 A few new tokens a row are multiplied with the packed arrays as they are: all of a slot's room, so that nothing is
 copied to be contiguous, with the places that hold no tokens masked. Many (a chunk of a prompt) are worth unpacking the
-keys and values for, once a layer. Either way a query sees packed keys only, its own included, so it does not matter in
-which chunks a prompt is computed.
+keys and values for, once a layer. On CUDA, where MLX compiles its products with packed arrays for a minute each, a few
+are as well, if they are not a launch. Either way a query sees packed keys only, its own included, so it does not matter
+in which chunks a prompt is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 
-from runner.engine.kv import masks, quantised_kernel, widened
+from runner.engine.kv import masks, quantised_kernel, unpacked, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
@@ -24,6 +25,8 @@ from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
 """Values, scales and biases."""
+
+_ON_CUDA: Final = bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Quantised(Straight):
         return self.quantisation.group_size
 
     def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
-        if self._positions.count > FEW:
+        if not self._multiplies:
             return super().make_mask(count, return_array, window_size)
         made = lambda: masks.roomy(self._positions, window_size)  # noqa: E731
         return self._given(self._positions.once(("roomy", window_size), made), window_size)
@@ -124,10 +127,15 @@ class Quantised(Straight):
     def _launches(self) -> bool:
         return self._packed_launch is not None
 
+    @property
+    def _multiplies(self) -> bool:
+        """Whether a call's tokens are multiplied with packed arrays."""
+        return self._positions.count <= FEW and not _ON_CUDA
+
     def keys_and_values(self) -> Any:
-        """Keys and values, packed; of all of a slot's room where a call's width is small."""
+        """Keys and values, packed; of all of a slot's room where they are multiplied as they are."""
         positions = self._positions
-        tokens = self._planes.capacity if positions.count <= FEW else positions.reach
+        tokens = self._planes.capacity if self._multiplies else positions.reach
         planes = self._planes.view(positions.rows, tokens)
         return tuple(planes[:3]), tuple(planes[3:])
 
@@ -143,9 +151,8 @@ def attend(
 ) -> mx.array:
     """[rows, heads, tokens, width] of queries of that shape; keys and values are packed from [rows, groups, …]."""
     rows, heads, tokens, width = queries.shape
-    if tokens > FEW or sinks is not None or not (mask is None or isinstance(mask, mx.array)):
-        full = [quantisation.unpack(packed) for packed in (keys, values)]
-        return mx.fast.scaled_dot_product_attention(queries, *full, scale=scale, mask=mask, sinks=sinks)
+    if _ON_CUDA or tokens > FEW or sinks is not None or not (mask is None or isinstance(mask, mx.array)):
+        return unpacked.attend(queries, keys, values, quantisation.unpack, scale, mask, sinks)
     groups = keys[0].shape[1]
     shared = heads // groups
     grouped = (queries * scale).reshape(rows, groups, shared * tokens, width)

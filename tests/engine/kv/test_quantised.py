@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from runner.engine.kv import quantised
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.quantised import Quantisation, attend
@@ -77,6 +78,26 @@ def test_chunks_make_no_difference(llama: LoadedModel, chunk: int) -> None:
     """Not even whether the packed arrays are unpacked for them (wide ones are) or multiplied as they are."""
     whole = prefilled(llama, [PROMPT])[1]
     assert mx.allclose(whole, prefilled(llama, [PROMPT], chunk)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [[PROMPT], [PROMPT[:5], PROMPT[3:63]]], ids=["one row", "rows of other lengths"])
+def test_on_cuda_nothing_is_multiplied_as_it_is_packed(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, rows: list[list[int]]
+) -> None:
+    """MLX compiles such products for a minute there."""
+
+    def answers() -> mx.array:
+        caches, last = prefilled(llama, rows)
+        calls = [[[9]] * len(rows), [[7, 8, 9]] * len(rows)]
+        return mx.concatenate([last, *(caches.call(llama.model, mx.array(call))[:, -1] for call in calls)])
+
+    def compiling(*_: object, **__: object) -> mx.array:
+        raise AssertionError("compiled for a minute")
+
+    expected = answers()
+    monkeypatch.setattr(quantised, "_ON_CUDA", True)
+    monkeypatch.setattr(mx, "quantized_matmul", compiling)
+    assert mx.allclose(answers(), expected, atol=1e-3)
 
 
 def test_rows_are_cut_without_copies(llama: LoadedModel) -> None:
