@@ -2,11 +2,15 @@
 
 As `build_kernel` and `CustomKernel::eval_gpu` in MLX's mlx/backend/cuda/custom_kernel.cpp (0.32) have it: the same text
 gives the same name, by which MLX looks for compiled code. Should MLX do it otherwise one day, it finds none.
+
+MLX hashes the text in each launch, and copies it in each call. Where the code is there already, nobody reads it: so a
+stand-in of a few lines will do, whose name is that of the code.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +24,12 @@ UTILITIES: Final = "mlx/backend/cuda/device/utils.cuh"
 Template = Sequence[tuple[str, bool | int | mx.Dtype]]
 
 _NAMESPACE: Final = "mlx::core::cu"
+_FUNCTION: Final = "custom_kernel_"
 _SEED: Final = 0xC70F6907
 """Of libstdc++'s std::hash."""
+
+_INFOS: Final = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
+"""Parameters that an input has behind it where the source names them, and their types."""
 
 _TYPES: Final = {
     mx.bool_: ("bool", "bool"),
@@ -61,11 +69,11 @@ class Definition:
     def text(self, inputs: Sequence[Argument], outputs: Sequence[mx.Dtype], template: Template = ()) -> Text:
         """The variant for arrays of such types. Raises KeyError for a type that is not known, OSError without
         libstdc++."""
-        function = f"custom_kernel_{self.name}{''.join(f'_{_short(value)}' for _, value in template)}"
+        function = f"{_FUNCTION}{self.name}{''.join(f'_{_short(value)}' for _, value in template)}"
         parameters: list[str] = []
         for name, (dtype, scalar) in zip(self.inputs, inputs, strict=True):
             parameters.append(f"    const {_TYPES[dtype][0]}* {name}")
-            for what, info in (("shape", "Shape"), ("strides", "Strides"), ("ndim", "int")):
+            for what, info in _INFOS.items():
                 if f"{name}_{what}" in self.source and not scalar:
                     parameters.append(f"    const __grid_constant__ {info} {name}_{what}")
         parameters += [f"    {_TYPES[dtype][0]}* {name}" for name, dtype in zip(self.outputs, outputs, strict=True)]
@@ -77,6 +85,21 @@ class Definition:
             f"__global__ void {function}(\n{listed}) {{\n{constants}{self.source}\n}}\n\n}} // namespace {_NAMESPACE}\n"
         )
         return Text(f"{function}_{_hash(code):x}", f"{_NAMESPACE}::{function}", code)
+
+    def stand_in(self, text: Text) -> Definition:
+        """A kernel of the same function and parameters as the variant that `text` is of, without a template.
+
+        It is not to be compiled: whoever finds no code for it is told so by the compiler.
+        """
+        infos = [f"{name}_{what}" for name in self.inputs for what in _INFOS if f"{name}_{what}" in self.source]
+        lines = [
+            f"// {' '.join(infos)}",
+            f"// of {hashlib.sha256(text.code.encode()).hexdigest()}",
+            "#error its compiled code is gone: the engine has to be started again",
+        ]
+        return Definition(
+            text.expression.removeprefix(f"{_NAMESPACE}::{_FUNCTION}"), self.inputs, self.outputs, "\n".join(lines)
+        )
 
 
 def _short(value: bool | int | mx.Dtype) -> str:

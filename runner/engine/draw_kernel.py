@@ -16,8 +16,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
-from runner.engine.cuda_text import Template
+from runner.engine.cuda_kernels import Kernel, Variant
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -275,33 +274,30 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
     [B, 1] of uint32 for the first of T.
     """
     rows, count, _ = logits.shape
-    (tokens,) = _kernel()(
+    tokens: mx.array = _variant(logits.dtype).launch(
         inputs=[logits, settings, keys, positions],
-        template=_template(logits.dtype),
         grid=(rows * count * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[(rows, count)],
         output_dtypes=[mx.uint32],
-    )
+    )[0]
     return tokens
 
 
 def prepare(dtype: mx.Dtype) -> None:
     """Begin to compile the kernel for such logits, where it can be used: it takes longer than any other."""
     if cuda_kernels.usable(SWITCH) and dtype in _LEAST_SHIFTS:
-        _kernel().prepare([dtype, mx.float32, mx.uint32, mx.uint32], [mx.uint32], _template(dtype))
-
-
-def _template(dtype: mx.Dtype) -> Template:
-    return [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])]
+        _variant(dtype)
 
 
 @cache
-def _kernel() -> Kernel:
-    return Kernel(
+def _variant(dtype: mx.Dtype) -> Variant:
+    kernel = Kernel(
         name="draw_tokens",
         input_names=["logits", "settings", "keys", "positions"],
         output_names=["out"],
         source=cuda_kernels.terse(SOURCE),
         header=f"constexpr int THREADS = {THREADS};\n{HEADER}",
     )
+    inputs = [dtype, mx.float32, mx.uint32, mx.uint32]
+    return kernel.variant(inputs, [mx.uint32], [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])])

@@ -81,14 +81,17 @@ def folder() -> Path | None:
     return Path(found) if (found := os.environ.get(VARIABLE)) else None
 
 
-def provide(text: Text, kind: str) -> None:
-    """See to it that MLX finds code for `text` on a device of architecture `kind`. Raises CompileError and OSError."""
+def provide(text: Text, kind: str) -> bool:
+    """See to it that MLX finds code for `text` on a device of architecture `kind`; False if it would not look for it.
+
+    Raises CompileError and OSError.
+    """
     where = folder()
     if where is None or len(text.module) > _LONGEST:
-        return
+        return False
     code, names = where / f"{text.module}.ptx", where / f"{text.module}.txt"
     if _whole(code, names):
-        return
+        return True
     # Nothing is better than something that MLX cannot load.
     code.unlink(missing_ok=True)
     binary = cuda_compiler.compile_kernel(text, kind)
@@ -96,6 +99,7 @@ def provide(text: Text, kind: str) -> None:
     # MLX looks for the code: its function's name has to be there by then.
     _replace(names, f"{_DIGEST}{_digest(binary.code)}\n{text.expression}\t{binary.function}\n".encode())
     _replace(code, binary.code)
+    return True
 
 
 def _whole(code: Path, names: Path) -> bool:

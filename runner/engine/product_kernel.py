@@ -19,7 +19,7 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel, Size
+from runner.engine.cuda_kernels import Kernel, Size, Variant
 from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
@@ -200,18 +200,17 @@ def outputs_of(*, changes: bool = False) -> list[str]:
 
 def _prepare(
     outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False
-) -> tuple[Kernel, Size, Size]:
+) -> tuple[Variant, Size, Size]:
     """The kernel, the grid of its blocks that multiply, and its block."""
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
     blocks = outputs * parts // (_TILE * way.mtiles)
-    return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
+    return _variant(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
-def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
-    # Constants are in the text and not a call's template, which would be translated each time.
+def _variant(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Variant:
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
     kernel = Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
@@ -223,5 +222,4 @@ def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool)
     )
     types = {"spans": mx.int32, "slots": mx.int32, "counters": mx.int32, "inner": mx.float32}
     inputs, outputs = inputs_of(epilogue, changes=changes), outputs_of(changes=changes)
-    kernel.prepare([types.get(name, dtype) for name in inputs], [types.get(name, dtype) for name in outputs])
-    return kernel
+    return kernel.variant([types.get(name, dtype) for name in inputs], [types.get(name, dtype) for name in outputs])

@@ -9,6 +9,7 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from runner.engine import kernel_cache
 from runner.engine.chat import ChatTemplate, jinja_render
 from runner.engine.compatibility import fuses, why_not_packed
 from runner.engine.joined import join_siblings
@@ -29,6 +30,7 @@ ENDLESS: Final[frozenset[int]] = frozenset()
 
 def draw(scratch: Path, geometry: str, seed: int = 0, quantisation: Quantisation | None = None) -> LoadedModel:
     """A model of that geometry. Its tokenizer is made in `scratch`."""
+    kernel_cache.settle()
     return loaded(draw_model(GEOMETRIES[geometry], seed), tokenizer(scratch, geometry), geometry, quantisation)
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -25,40 +26,65 @@ if __name__ == "__main__":
 
 import mlx.core as mx
 
+from runner.engine import kernel_cache
 from runner.engine.arrays import start
+from runner.engine.cuda_kernels import Kernel
 
 WIDTH = 2048
+LONG = 8000
+"""Characters, as many as a kernel of ours has."""
+
 _SOURCE = "const int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < x_shape[0] * x_shape[1]) out[i] = x[i];"
+_CONSTANTS = [("T", mx.bfloat16), *((f"UNUSED_{i}", i) for i in range(11))]
+
+Operation = Callable[[mx.array], mx.array]
 
 
-def kernel(name: str, padding: int) -> Callable[[mx.array], mx.array]:
-    """A copy by a kernel whose source has so many characters more."""
-    made = mx.fast.cuda_kernel(
-        name=name, input_names=["x"], output_names=["out"], source=_SOURCE + "\n//" + "-" * padding
-    )
+def copying(name: str, padding: int) -> dict[str, Any]:
+    """A kernel whose source has so many characters more than it needs."""
+    return {"name": name, "input_names": ["x"], "output_names": ["out"], "source": f"{_SOURCE}\n//{'-' * padding}"}
+
+
+def called(made: Any, **more: Any) -> Operation:
+    """A launch of it."""
 
     def call(x: mx.array) -> mx.array:
         (out,) = made(
             inputs=[x],
-            template=[("T", x.dtype)],
             grid=(x.size, 1, 1),
             threadgroup=(256, 1, 1),
             output_shapes=[x.shape],
             output_dtypes=[x.dtype],
+            **more,
         )
         return out
 
     return call
 
 
-def kinds() -> dict[str, tuple[mx.array, Callable[[mx.array], mx.array]]]:
+def kernels() -> dict[str, Operation]:
+    """Of a short and a long text as MLX has them, and of the same long text as the engine has it launched."""
+    short, long = (mx.fast.cuda_kernel(**copying(f"copy_{length}", length)) for length in (0, LONG))
+    ours = Kernel(**copying("copy_ours", LONG))
+    types = [mx.bfloat16], [mx.bfloat16]
+    return {
+        "kernel of 200 characters": called(short),
+        f"kernel of {LONG:,} characters": called(long),
+        f"{LONG:,} characters, 12 constants": called(long, template=_CONSTANTS),
+        f"{LONG:,} characters, ours": called(ours.variant(*types).launch),
+        f"{LONG:,}, 12 constants, ours": called(ours.variant(*types, _CONSTANTS).launch),
+        "the same, by types and constants": called(ours, template=_CONSTANTS),
+    }
+
+
+def kinds() -> dict[str, tuple[mx.array, Operation]]:
     """An input and an operation that returns one of its kind."""
     one, eight, many = (mx.random.normal((rows, WIDTH)).astype(mx.bfloat16) for rows in (1, 8, 32))
     weight = (mx.random.normal((WIDTH, WIDTH)) * WIDTH**-0.5).astype(mx.bfloat16)
     gain = mx.ones((WIDTH,), dtype=mx.bfloat16)
     table = mx.zeros((8, 4, 512, 64), dtype=mx.bfloat16)
     mx.eval(one, eight, many, weight, gain, table)
-    made = {
+    made: dict[str, tuple[mx.array, Operation]] = {
         "add": (eight, lambda x: x + gain),
         "norm": (eight, lambda x: mx.fast.rms_norm(x, gain, 1e-5)),
         "product, 1 row": (one, lambda x: x @ weight.T),
@@ -66,12 +92,11 @@ def kinds() -> dict[str, tuple[mx.array, Callable[[mx.array], mx.array]]]:
         "product, 32 rows": (many, lambda x: x @ weight.T),
     }
     if mx.cuda.is_available():
-        made["kernel of 200 characters"] = (eight, kernel("copy_short", 0))
-        made["kernel of 8,000 characters"] = (eight, kernel("copy_long", 8000))
+        made |= {name: (eight, operation) for name, operation in kernels().items()}
     return made
 
 
-def measure(x: mx.array, call: Callable[[mx.array], mx.array], count: int, repeat: int) -> list[float]:
+def measure(x: mx.array, call: Operation, count: int, repeat: int) -> list[float]:
     """Median microseconds an operation: build, start, all."""
     times: list[tuple[float, ...]] = []
     for _ in range(repeat + 3):
@@ -94,13 +119,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--kinds", nargs="+")
     arguments = parser.parse_args()
+    kernel_cache.settle()
     shown = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MLX_"))
     print(f"{mx.default_device()}, {arguments.count} operations, median of {arguments.repeat}; {shown}")
-    print(f"{'':28} {'build':>7} {'start':>7} {'all':>7}")
+    print(f"{'':34} {'build':>7} {'start':>7} {'all':>7}")
     for name, (x, call) in kinds().items():
         if not arguments.kinds or any(name.startswith(kind) for kind in arguments.kinds):
             figures = measure(x, call, arguments.count, arguments.repeat)
-            print(f"{name:28} " + " ".join(f"{figure:>7.2f}" for figure in figures), flush=True)
+            print(f"{name:34} " + " ".join(f"{figure:>7.2f}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":

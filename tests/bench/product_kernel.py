@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import product_kernel
+from runner.engine import kernel_cache, product_kernel
 from runner.engine.product_kernel import TILES, Way
 from tests.bench.record import Budget, progress
 
@@ -167,6 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not mx.cuda.is_available():
         raise SystemExit("needs a CUDA device")
+    kernel_cache.settle()
     budget = Budget(arguments.seconds)
     best: list[str] = []
     mx.eval(waiting())

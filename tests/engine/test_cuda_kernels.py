@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,25 @@ from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
+from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv.attention_kernel import Call
+from runner.engine.kv.quantised import Quantisation
+from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.rotary import Rotation
 from tests.engine.test_product_changes import changes
 
 Compile = Callable[[Text, str], Binary]
+
+TRIAL, STAND_INS_ARE_FOUND = cuda_kernels._trial.__wrapped__, cuda_kernels._stand_ins_are_found.__wrapped__
 
 
 class Launches:
     """In place of `mx.fast.cuda_kernel`: what was called, with the text that MLX would make of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.modules: list[str] = []
+        self.codes: list[str] = []
+        self._folder = folder
 
     def __call__(self, **made: Any) -> Callable[..., list[mx.array]]:
         definition = Definition(made["name"], made["input_names"], made["output_names"], made["source"], made["header"])
@@ -36,7 +46,10 @@ class Launches:
         def launch(**call: Any) -> list[mx.array]:
             arguments = [Argument(array.dtype, array.ndim == 0) for array in call["inputs"]]
             text = definition.text(arguments, call["output_dtypes"], call.get("template", ()))
+            if "#error" in text.code and not (self._folder / f"{text.module}.ptx").is_file():
+                raise RuntimeError("Failed to compile kernel")
             self.modules.append(text.module)
+            self.codes.append(text.code)
             shapes = zip(call["output_shapes"], call["output_dtypes"], strict=True)
             return [mx.zeros(shape, dtype) for shape, dtype in shapes]
 
@@ -46,8 +59,10 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
     """Of a device there might be, with a folder for compiled code."""
-    launches = Launches()
+    launches = Launches(tmp_path)
     monkeypatch.setattr(mx.fast, "cuda_kernel", launches)
+    monkeypatch.setattr(cuda_kernels, "_trial", lambda: None)
+    monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", lambda: True)
     monkeypatch.setattr(kernel_cache, "architecture", lambda: "sm_90a")
     monkeypatch.setenv(kernel_cache.VARIABLE, str(tmp_path))
     return launches
@@ -93,6 +108,58 @@ def test_a_variant_is_compiled_once_before_its_first_call(launches: Launches, co
     assert len(compiled) == 2, "it is on disk"
 
 
+def test_mlx_gets_a_short_text_of_the_same_function(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    call(kernel(), 1)
+    monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", lambda: False)
+    call(kernel(), 1)
+    short, whole = launches.codes
+    assert "ADDED" in whole
+    assert "ADDED" not in short
+    assert _function(short) == _function(whole)
+    assert "x_shape" in _function(short), "MLX gives parameters that the text names"
+    names = (tmp_path / f"{launches.modules[0]}.txt").read_text()
+    assert "\nmlx::core::cu::custom_kernel_filled_1\tmangled\n" in names
+
+
+def _function(code: str) -> str:
+    return code.split("__global__", 1)[1].split("{", 1)[0]
+
+
+def test_code_that_is_gone_is_an_error(launches: Launches, compiled: list[str], tmp_path: Path) -> None:
+    made = kernel()
+    call(made)
+    (tmp_path / f"{compiled[0]}.ptx").unlink()
+    with pytest.raises(RuntimeError, match="Failed to compile"):
+        call(made)
+
+
+def test_arrays_of_other_types_are_another_variant(launches: Launches, compiled: list[str]) -> None:
+    made = kernel()
+    for x in (mx.zeros((4,)), mx.zeros((4,), mx.float16), mx.array(1.0)):
+        call(made, x=x)
+    assert len(set(compiled)) == 3
+    assert compiled == launches.modules
+
+
+@pytest.mark.usefixtures("compiled")
+def test_where_stand_ins_are_not_found_mlx_has_the_text(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "_trial", cache(TRIAL))
+    monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", cache(STAND_INS_ARE_FOUND))
+    call(kernel())
+    assert ["#error" in code for code in launches.codes] == [True, True], "the trial, and the call"
+    assert not caplog.records
+    cuda_kernels._stand_ins_are_found.cache_clear()
+    monkeypatch.setattr(launches, "_folder", Path("/elsewhere"))
+    for _ in range(2):
+        call(kernel())
+    assert all("ADDED" in code for code in launches.codes[2:])
+    assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
+
+
 def test_devices_are_told_apart_by_the_text(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +182,7 @@ def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pyt
         pytest.skip("one core compiles one at a time")
     made = kernel()
     for added in (1, 2):
-        made.prepare([mx.float32], [mx.float32], [("ADDED", added)])
+        made.variant([mx.float32], [mx.float32], [("ADDED", added)])
     call(made, 1)
     assert not together.broken
 
@@ -129,9 +196,9 @@ def test_a_call_waits_for_what_is_under_way(launches: Launches, monkeypatch: pyt
 
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
     made, other = kernel(), kernel()
-    made.prepare([mx.float32], [mx.float32], [("ADDED", 1)])
-    other.prepare([mx.float32], [mx.float32], [("ADDED", 2)])
-    calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: other.launch)]
+    made.variant([mx.float32], [mx.float32], [("ADDED", 1)])
+    variant = other.variant([mx.float32], [mx.float32], [("ADDED", 2)])
+    calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: variant.launch)]
     for thread in calls:
         thread.start()
         thread.join(0.1)
@@ -160,13 +227,13 @@ def test_mlx_compiles_what_we_cannot(
     for _ in range(2):
         call(made)
     assert len(launches.modules) == 2
+    assert all("y[0] = x[0] + x_shape[0] + ADDED;" in code for code in launches.codes), "it has the whole text"
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
 
 def test_types_that_are_not_known_are_left_to_mlx(compiled: list[str], caplog: pytest.LogCaptureFixture) -> None:
     made = kernel()
-    made.prepare([mx.complex64], [mx.float32])
-    assert made.launch is not None
+    assert made.variant([mx.complex64], [mx.float32]).launch is not None
     assert not compiled
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
@@ -187,8 +254,8 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    monkeypatch.setattr(product_kernel, "_kernel", product_kernel._kernel.__wrapped__)
-    monkeypatch.setattr(draw_kernel, "_kernel", draw_kernel._kernel.__wrapped__)
+    for module in (product_kernel, draw_kernel, attention_kernel, quantised_kernel):
+        monkeypatch.setattr(module, "_variant", cache(module._variant.__wrapped__))
     monkeypatch.setattr(cuda_kernels, "usable", lambda _: True)
 
 
@@ -212,11 +279,7 @@ def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: 
 
 
 @pytest.mark.usefixtures("fresh")
-def test_the_draw_is_compiled_as_it_is_called(
-    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = draw_kernel._kernel()
-    monkeypatch.setattr(draw_kernel, "_kernel", lambda: one)
+def test_the_draw_is_compiled_as_it_is_called(launches: Launches, compiled: list[str]) -> None:
     draw_kernel.prepare(mx.float16)
     draw_kernel.prepare(mx.int32)
     draw_kernel.draw_tokens(
@@ -227,6 +290,23 @@ def test_the_draw_is_compiled_as_it_is_called(
     )
     assert compiled == launches.modules
     assert len(compiled) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=str)
+def test_attention_is_compiled_as_it_is_called(launches: Launches, compiled: list[str], dtype: mx.Dtype) -> None:
+    queries, keys = mx.zeros((2, 4, 1, 64), dtype), mx.zeros((2, 2, 1, 64), dtype)
+    plane, starts = mx.zeros((2, 2, 256, 64), dtype), mx.zeros((2,), mx.int32)
+    rotation = Rotation(64, False, mx.zeros((32,)), lambda lines, _: lines)
+    for how in (None, rotation):
+        after = None
+        for _ in range(2):
+            call = Call(queries, keys, keys, (plane, plane), starts, 0.1, None, None, after, how)
+            after, _ = attention_kernel.attend_and_write(call)
+    planes = [*Quantisation(8, 64).pack(plane)] * 2
+    quantised_kernel.attend_and_write(PackedCall(queries, keys, keys, planes, starts, 0.1, None, 8, 64, None, rotation))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
 
 
 # ------------------------------------------------------------- on a device
@@ -258,14 +338,19 @@ call = dict(
     output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
 )
 text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], call["template"])
+stand_in = kernel._definition.stand_in(text)
 if "verbose" in sys.argv:
-    kernel._launch(**call, verbose=True)
+    kernel._options.made(kernel._definition)(**call, verbose=True)
     print(json.dumps(text.code))
     sys.exit()
+module = stand_in.text([Argument(mx.float32)], call["output_dtypes"]).module
 began = time.perf_counter()
-launch = kernel._launch if "by mlx" in sys.argv else kernel
-y = launch(**call)[0].tolist()
-print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": text.module}))
+if "by mlx" in sys.argv:
+    call.pop("template")
+    y = kernel._options.made(stand_in)(**call)[0].tolist()
+else:
+    y = kernel(**call)[0].tolist()
+print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": module}))
 """
 
 
@@ -294,10 +379,15 @@ def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
     assert code_of.with_suffix(".txt").is_file()
     assert right("without compiler")["seconds"] < 0.5, "MLX takes a second to compile it"
 
+    right("by mlx")
     code_of.write_bytes(b"garbage")
     process = run("by mlx")
     assert process.returncode != 0
     assert "Failed to load compiled" in process.stderr, "it is our file that MLX reads"
+    code_of.unlink()
+    process = run("by mlx")
+    assert process.returncode != 0
+    assert "its compiled code is gone" in process.stderr
     right()
     assert code_of.read_bytes().startswith(b"\x7fELF"), "and we make it again"
     code_of.write_bytes(b"garbage")

@@ -40,7 +40,8 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_text import Template
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -166,11 +167,15 @@ def _no_frequencies() -> mx.array:
     return none
 
 
-def rotating(rotation: Rotation | None) -> tuple[mx.array, list[tuple[str, int]]]:
-    """What a kernel is given of a rotation, or of none: its frequencies, and the constants that the source names."""
+Rotating = tuple[tuple[str, int], ...]
+"""The constants that a kernel's source names of a rotation."""
+
+
+def rotating(rotation: Rotation | None) -> tuple[mx.array, Rotating]:
+    """What a kernel is given of a rotation, or of none: its frequencies, and the constants."""
     if rotation is None:
-        return _no_frequencies(), [("ROTATED", 0), ("TRADITIONAL", 0)]
-    return rotation.frequencies, [("ROTATED", rotation.dims), ("TRADITIONAL", int(rotation.traditional))]
+        return _no_frequencies(), (("ROTATED", 0), ("TRADITIONAL", 0))
+    return rotation.frequencies, (("ROTATED", rotation.dims), ("TRADITIONAL", int(rotation.traditional)))
 
 
 def counters(shares: int, blocks: int) -> mx.array:
@@ -196,7 +201,8 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     places = call.planes[0].shape[2]
     shares = splits(blocks, min(places, call.window or places))
     frequencies, constants = rotating(call.rotation)
-    out, _ = _kernel(call.scale)(
+    dtype = call.queries.dtype
+    out, _ = _variant(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -205,16 +211,10 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             counters(shares, blocks),
             frequencies,
         ],
-        template=[
-            ("T", call.queries.dtype),
-            *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            *(("FEW", FEW), ("WINDOW", call.window or 0), ("RING", call.ring or 0)),
-            *constants,
-        ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),
         output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
-        output_dtypes=[call.queries.dtype, mx.float32],
+        output_dtypes=[dtype, mx.float32],
     )
     # In this order upstream's next transposition makes it contiguous.
     return out.swapaxes(1, 2), call.planes
@@ -231,8 +231,10 @@ def header(scale: float) -> str:
 
 
 @cache
-def _kernel(scale: float) -> Kernel:
-    return Kernel(
+def _variant(
+    scale: float, dtype: mx.Dtype, width: int, way: Shape, window: int, ring: int, rotating: Rotating
+) -> Variant:
+    kernel = Kernel(
         name="attend_and_write",
         input_names=INPUTS,
         output_names=["out", "partial"],
@@ -241,3 +243,11 @@ def _kernel(scale: float) -> Kernel:
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
     )
+    template: Template = [
+        ("T", dtype),
+        *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+        *(("FEW", FEW), ("WINDOW", window), ("RING", ring)),
+        *rotating,
+    ]
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)

@@ -15,9 +15,10 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_text import Template
 from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Shape, counters, partial, rotating, splits
+from runner.engine.kv.attention_kernel import SWITCH, Rotating, Shape, counters, partial, rotating, splits
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_source import HEADER, SOURCE
 from runner.engine.kv.rotary import Rotation
@@ -109,24 +110,18 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     blocks = rows * groups * (heads // groups // way.heads) * tokens
     shares = splits(blocks, call.planes[0].shape[2])
     frequencies, constants = rotating(call.rotation)
-    out, _ = _kernel(call.scale)(
+    dtype, window = call.queries.dtype, call.window or 0
+    out, _ = _variant(call.scale, dtype, width, way, window, call.bits, call.group_size, constants).launch(
         inputs=[
             *(call.queries, call.keys, call.values, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
             frequencies,
         ],
-        template=[
-            ("T", call.queries.dtype),
-            *(("D", width), ("BITS", call.bits), ("GROUP", call.group_size), ("MINE", _MINE)),
-            *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-            *(("FEW", FEW), ("WINDOW", call.window or 0)),
-            *constants,
-        ],
         grid=(blocks * shares * way.threads, 1, 1),
         threadgroup=(way.threads, 1, 1),
         output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
-        output_dtypes=[call.queries.dtype, mx.float32],
+        output_dtypes=[dtype, mx.float32],
     )
     return out.swapaxes(1, 2), call.planes
 
@@ -138,8 +133,17 @@ def header(scale: float) -> str:
 
 
 @cache
-def _kernel(scale: float) -> Kernel:
-    return Kernel(
+def _variant(
+    scale: float,
+    dtype: mx.Dtype,
+    width: int,
+    way: Shape,
+    window: int,
+    bits: int,
+    group_size: int,
+    rotating: Rotating,
+) -> Variant:
+    kernel = Kernel(
         name="attend_and_write_packed",
         input_names=INPUTS,
         output_names=["out", "partial"],
@@ -147,3 +151,13 @@ def _kernel(scale: float) -> Kernel:
         header=header(scale),
         ensure_row_contiguous=False,
     )
+    template: Template = [
+        ("T", dtype),
+        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("MINE", _MINE)),
+        *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+        *(("FEW", FEW), ("WINDOW", window)),
+        *rotating,
+    ]
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    types |= {"held_keys": mx.uint32, "held_values": mx.uint32}
+    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)
