@@ -10,9 +10,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from runner.engine.chat import ChatTemplate, jinja_render
-from runner.engine.compatibility import fuses, why_not_quantised
+from runner.engine.compatibility import fuses, fuses_prompts, why_not_quantised
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, quantised_kernel, rotary
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
@@ -49,11 +49,15 @@ def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = N
     rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
     if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
         launch = None
-    layout = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
+    prompts = prompt_kernel.launch()
+    wide = Layout(model, launch=launch, prompt_launch=prompts, rotates=rotates)
+    if launch is None or not fuses_prompts(model, wide, Layout(model), vocabulary):
+        prompts = None
+    layout = Layout(model, quantisation=quantisation, launch=launch, prompt_launch=prompts, rotates=rotates)
     if quantisation is None or packed is None:
         return layout
     fused, precise = (
-        Layout(model, quantisation=how, launch=launch, packed_launch=packed, rotates=rotates)
+        Layout(model, 0, how, launch=launch, packed_launch=packed, prompt_launch=prompts, rotates=rotates)
         for how in (quantisation, Quantisation(8, quantisation.group_size))
     )
     reason = why_not_quantised(model, fused, precise, vocabulary)
