@@ -21,7 +21,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, rotating
+from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
 from runner.engine.product_source import DEVICE as PRODUCTS
@@ -41,8 +41,16 @@ _THREADS: Final = 256
 _KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
 """What CUDA calls a type, and what its tensor cores do."""
 
+_PROCESSORS: Final = 132
+"""An H100's, or H200's. Where rows, heads and tokens make fewer blocks, several share a row's keys."""
+
+_SHARE: Final = 512
+"""Places that are worth a block."""
+
+_MOST_SPLITS: Final = 32
+
 WRITE_INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after", "frequencies")
-ATTEND_INPUTS: Final = ("queries", "held_keys", "held_values", "starts")
+ATTEND_INPUTS: Final = ("queries", "held_keys", "held_values", "starts", "counters")
 """What the sources call a call's arrays."""
 
 
@@ -88,15 +96,24 @@ def write_and_attend(call: Call) -> tuple[mx.array, Planes]:
         output_shapes=[(rows, heads, tokens, width)],
         output_dtypes=[dtype],
     )[0]
-    out = _attend(dtype, width, call.window or 0, call.scale)(
-        inputs=[queries, *call.planes, call.starts],
-        grid=(rows * heads * -(-tokens // (_TILE * WARPS)) * WARPS * _WARP, 1, 1),
+    blocks = rows * heads * -(-tokens // (_TILE * WARPS))
+    shares = splits(blocks, call.planes[0].shape[2], tokens, call.window)
+    out, _ = _attend(dtype, width, call.window or 0, call.scale)(
+        inputs=[queries, *call.planes, call.starts, counters(shares, blocks)],
+        grid=(blocks * shares * WARPS * _WARP, 1, 1),
         threadgroup=(WARPS * _WARP, 1, 1),
-        output_shapes=[(rows, tokens, heads, width)],
-        output_dtypes=[dtype],
-    )[0]
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, WARPS * _TILE, width)],
+        output_dtypes=[dtype, mx.float32],
+    )
     # In this order upstream's next transposition makes it contiguous.
     return out.swapaxes(1, 2), call.planes
+
+
+def splits(blocks: int, places: int, tokens: int, window: int | None) -> int:
+    """How many blocks share the keys of a row that has room for so many, where there are `blocks` without that."""
+    keys = places if window is None else min(places, tokens + window)
+    wanted = min(_PROCESSORS // blocks, keys // _SHARE, _MOST_SPLITS)
+    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 
 def lines(width: int) -> int:
@@ -151,7 +168,7 @@ def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Any:
         # MLX tells kernels apart by their names.
         name=f"attend_prompt_{_KINDS[dtype][1]}_{width}_{window}_{struct.pack('>f', scale).hex()}",
         input_names=list(ATTEND_INPUTS),
-        output_names=["out"],
+        output_names=["out", "partial"],
         source=cuda_kernels.terse(ATTEND),
         header=attend_header(dtype, width, window, scale),
         ensure_row_contiguous=False,

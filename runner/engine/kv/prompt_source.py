@@ -8,7 +8,8 @@ ATTEND: FlashAttention-2 (Dao, arXiv:2307.08691). A block takes 16 · WARPS quer
 and values come KEYS at a time into shared memory, while those before are used. Scores are a product of the tensor
 cores, which is summed up in float32 and stays in registers: what a thread has of it is just what it needs as the
 operand of the product with the values, in 16 bits (PTX ISA, mma.m16n8k16). Lines are 16 bytes longer there than their
-values, so that eight of them, of which each gives 16 bytes, lie in different banks. T, D, WARPS, KEYS and WINDOW (0 for
+values, so that eight of them, of which each gives 16 bytes, lie in different banks. Several blocks may share the keys,
+as in `attention_source`. T, D, WARPS, KEYS and WINDOW (0 for
 none) are constants, and so is SCALE, of powers of two. DEVICE is what only a GPU can do, beside that of
 `product_source`; tests on the host have their own in its place.
 """
@@ -83,22 +84,26 @@ ATTEND: Final = """
     const int rows = queries_shape[0], heads = queries_shape[1], tokens = queries_shape[2], groups = held_keys_shape[1];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // The last queries of a prompt have most to read, so they come first.
-    const int block = blockIdx.x, head = block % heads, row = block / heads % rows, g = head / (heads / groups);
+    const int splits = counters_shape[0], split = blockIdx.x % splits, block = blockIdx.x / splits;
+    const int head = block % heads, row = block / heads % rows, g = head / (heads / groups);
     const int first = ((tokens + QUERIES - 1) / QUERIES - 1 - block / heads / rows) * QUERIES;
     const int start = starts[row], last = start + (first + QUERIES < tokens ? first + QUERIES : tokens) - 1;
     const int lowest = WINDOW > 0 && start + first >= WINDOW ? (start + first - WINDOW + 1) / KEYS * KEYS : 0;
+    // A split's keys: `from` to `end`.
+    const int span = ((last - lowest) / KEYS + splits) / splits * KEYS, from = lowest + split * span;
+    const int end = from + span - 1 < last ? from + span - 1 : last;
 
     const T* const old_keys = held_keys + row * held_keys_strides[0] + g * held_keys_strides[1];
     const T* const old_values = held_values + row * held_values_strides[0] + g * held_values_strides[1];
     T* const asked = reinterpret_cast<T*>(ring);
     T* const tiles = asked + QUERIES * LINE;
     // Lines `base` to base + count - 1 into shared memory, zeros for those from `stop` on.
-    auto fetch = [&](T* to, const T* from, long next, long step, int base, int count, int stop) {
-        const bool whole = step == 1 && next % 8 == 0 && reinterpret_cast<size_t>(from) % 16 == 0;
+    auto fetch = [&](T* to, const T* plane, long next, long step, int base, int count, int stop) {
+        const bool whole = step == 1 && next % 8 == 0 && reinterpret_cast<size_t>(plane) % 16 == 0;
         for (int i = threadIdx.x; i < count * VECTORS; i += THREADS) {
             const int line = i / VECTORS, column = i % VECTORS * 8;
             T* const into = to + line * LINE + column;
-            const T* const its = from + (base + line) * next + column * step;
+            const T* const its = plane + (base + line) * next + column * step;
             if (whole) {
                 copy(reinterpret_cast<uint4*>(into), its, base + line < stop);
             } else {
@@ -108,23 +113,23 @@ ATTEND: Final = """
     };
     auto fetch_both = [&](int base) {
         T* const to = tiles + (base / KEYS & 1) * 2 * TILE;
-        fetch(to, old_keys, held_keys_strides[2], held_keys_strides[3], base, KEYS, last + 1);
-        fetch(to + TILE, old_values, held_values_strides[2], held_values_strides[3], base, KEYS, last + 1);
+        fetch(to, old_keys, held_keys_strides[2], held_keys_strides[3], base, KEYS, end + 1);
+        fetch(to + TILE, old_values, held_values_strides[2], held_values_strides[3], base, KEYS, end + 1);
         close_group();
     };
     fetch(asked, queries + (long(row) * heads + head) * tokens * D, D, 1, first, QUERIES, tokens);
-    fetch_both(lowest);
+    fetch_both(from);
 
     // A thread has queries lane / 4 and lane / 4 + 8 of its warp's, and of each 8 columns lane % 4 * 2 and the next.
     float sum[D / 8][4], top[2] = {NONE, NONE}, total[2] = {0.0f, 0.0f};
     #pragma unroll
     for (int d = 0; d < D / 8; ++d) sum[d][0] = sum[d][1] = sum[d][2] = sum[d][3] = 0.0f;
     const int lines = start + first + warp * 16, line = lines + lane / 4;
-    for (int base = lowest; base <= last; base += KEYS) {
+    for (int base = from; base <= end; base += KEYS) {
         wait_for_groups<0>();
         // What comes next takes the place of what every warp is done with by now.
         __syncthreads();
-        if (base + KEYS <= last) fetch_both(base + KEYS);
+        if (base + KEYS <= end) fetch_both(base + KEYS);
         const T* const tile = tiles + (base / KEYS & 1) * 2 * TILE;
         float score[KEYS / 8][4];
         #pragma unroll
@@ -194,12 +199,54 @@ ATTEND: Final = """
     for (int h = 0; h < 2; ++h) {
         #pragma unroll
         for (int w = 1; w < 4; w <<= 1) total[h] += __shfl_xor_sync(0xffffffffu, total[h], w);
-        const int t = line + h * 8 - start;
-        if (t >= tokens) continue;
-        T* const to = out + ((long(row) * tokens + t) * heads + head) * D + lane % 4 * 2;
-        #pragma unroll
-        for (int d = 0; d < D / 8; ++d) {
-            *reinterpret_cast<unsigned*>(to + d * 8) = pair(sum[d][h * 2] / total[h], sum[d][h * 2 + 1] / total[h]);
+        const int query = warp * 16 + lane / 4 + h * 8;
+        if (first + query >= tokens) continue;
+        if (splits == 1) {
+            T* const to = out + ((long(row) * tokens + first + query) * heads + head) * D + lane % 4 * 2;
+            #pragma unroll
+            for (int d = 0; d < D / 8; ++d) {
+                *reinterpret_cast<unsigned*>(to + d * 8) = pair(sum[d][h * 2] / total[h], sum[d][h * 2 + 1] / total[h]);
+            }
+        } else {
+            // What a split has: for each query its sums, its highest score, and its total.
+            float* const mine = partial + ((long(block) * splits + split) * QUERIES + query) * (D + 2);
+            #pragma unroll
+            for (int d = 0; d < D / 8; ++d) {
+                mine[d * 8 + lane % 4 * 2] = sum[d][h * 2];
+                mine[d * 8 + lane % 4 * 2 + 1] = sum[d][h * 2 + 1];
+            }
+            if (lane % 4 == 0) mine[D] = top[h], mine[D + 1] = total[h];
         }
+    }
+    if (splits == 1) return;
+
+    // The block that comes last puts the splits together, always in one order, and leaves the counter as it was.
+    __shared__ int latest;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int* const counter = const_cast<int*>(counters) + block;
+        latest = atomicAdd(counter, 1) == splits - 1;
+        if (latest) *counter = 0;
+    }
+    __syncthreads();
+    if (!latest) return;
+    __threadfence();
+    for (int i = threadIdx.x * 2; i < QUERIES * D; i += THREADS * 2) {
+        const int query = i / D, column = i % D;
+        if (first + query >= tokens) continue;
+        const float* const of = partial + (long(block) * splits * QUERIES + query) * (D + 2);
+        float best = NONE, over = 0.0f, next = 0.0f, under = 0.0f;
+        for (int s = 0; s < splits; ++s) {
+            const float* const its = of + long(s) * QUERIES * (D + 2);
+            const float high = __ldcg(its + D), higher = high > best ? high : best;
+            const float kept = power_of_two(best - higher), more = power_of_two(high - higher);
+            over = over * kept + __ldcg(its + column) * more;
+            next = next * kept + __ldcg(its + column + 1) * more;
+            under = under * kept + __ldcg(its + D + 1) * more;
+            best = higher;
+        }
+        T* const to = out + ((long(row) * tokens + first + query) * heads + head) * D + column;
+        *reinterpret_cast<unsigned*>(to) = pair(over / under, next / under);
     }
 """

@@ -17,17 +17,18 @@ from tests.engine.tensor_cores_on_host import DEVICE, TYPES
 
 Array = np.ndarray[Any, Any]
 
-_TYPES = {"starts": "int", "frequencies": "float"}
+_TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial": "float"}
 """Those that are not the tokens'."""
 
 
 class PromptsOnHost:
-    """Does what `prompt_kernel.write_and_attend` does, in blocks of so many warps."""
+    """Does what `prompt_kernel.write_and_attend` does, in blocks of so many warps, of which `splits` share keys."""
 
-    def __init__(self, folder: Path, warps: int = 1) -> None:
+    def __init__(self, folder: Path, warps: int = 1, splits: int = 1) -> None:
         self.launches = 0
         self._folder = folder
         self._warps = warps
+        self._splits = splits
         self._built: dict[tuple[Any, ...], Run] = {}
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
@@ -43,11 +44,17 @@ class PromptsOnHost:
         queries = np.zeros((rows, heads, tokens, width), dtype=arrays["queries"].dtype)
         header = TYPES + prompt_kernel.write_header(dtype, width, *constants, 1)
         self._run(header, prompt_kernel.WRITE, arrays, {"rotated": queries}, rows * tokens, width // 2)
-        arrays = {"queries": queries} | {name: arrays[name] for name in prompt_kernel.ATTEND_INPUTS[1:]}
-        out = np.zeros((rows, tokens, heads, width), dtype=queries.dtype)
-        header = prompt_kernel.attend_constants(dtype, width, call.window or 0, call.scale, self._warps)
         blocks = rows * heads * -(-tokens // (16 * self._warps))
-        self._run(TYPES + header + DEVICE, prompt_kernel.ATTEND, arrays, {"out": out}, blocks, 32 * self._warps)
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        arrays |= {"queries": queries, "counters": counters}
+        arrays = {name: arrays[name] for name in prompt_kernel.ATTEND_INPUTS}
+        out = np.zeros((rows, tokens, heads, width), dtype=queries.dtype)
+        partial = np.full((blocks, self._splits, 16 * self._warps, width + 2), np.nan, dtype=np.float32)
+        outputs = {"out": out, "partial": partial}
+        header = TYPES + prompt_kernel.attend_constants(dtype, width, call.window or 0, call.scale, self._warps)
+        blocks *= self._splits
+        self._run(header + DEVICE, prompt_kernel.ATTEND, arrays, outputs, blocks, 32 * self._warps)
+        assert not counters.any(), "the next launch finds zeros"
         result = mx.array(out)
         return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
 
@@ -67,7 +74,7 @@ class PromptsOnHost:
             arguments[f"{name}_strides"] = "const int64_t*"
             strides = np.array(array.strides, dtype=np.int64) // array.itemsize
             passed += [array, np.array(array.shape, dtype=np.int32), strides]
-        arguments |= dict.fromkeys(outputs, "T*")
+        arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
         passed += outputs.values()
         key = (header, *outputs)
         if key not in self._built:
