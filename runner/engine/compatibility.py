@@ -7,6 +7,7 @@ when it is loaded: three short rows together, padded as the loop pads them, agai
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -17,6 +18,10 @@ from runner.engine.kv.caches import Layout
 logger = logging.getLogger(__name__)
 
 _LENGTHS: Final = (5, 2, 3)
+_BEFORE: Final = (4, 1)
+_LONG: Final = (90, 50)
+"""Tokens of two rows, and how many of them come first: a wide call then goes on with rows of different lengths."""
+
 _TOLERANCE: Final = 0.25
 """Relative error of a row's logits. Low-precision kernels that differ by batch size stay below a tenth of it; rows that
 see each other's padding are well above."""
@@ -57,16 +62,33 @@ def fuses(model: Any, layout: Layout, plain: Layout, vocabulary: int) -> bool:
     They do not where a model uses its keys itself, and where there is no kernel for it that compiles.
     """
     prompts = _prompts(vocabulary)
+    cases = [(rows, None) for rows in (prompts, prompts[:1], prompts[:1] * 2)]
+    return _same(model, layout, plain, cases, "attention takes separate operations")
+
+
+def fuses_prompts(model: Any, layout: Layout, plain: Layout, vocabulary: int) -> bool:
+    """The same for wide calls, which `layout` has other launches for."""
+    cases = [(_prompts(vocabulary, _LONG), _BEFORE)]
+    return _same(model, layout, plain, cases, "prompts' attention takes separate operations")
+
+
+def _same(
+    model: Any,
+    layout: Layout,
+    plain: Layout,
+    cases: Sequence[tuple[list[list[int]], Sequence[int] | None]],
+    otherwise: str,
+) -> bool:
+    """Whether rows come out of both, which is logged where not; a case is prompts and what is called of them before."""
     try:
         error = max(
-            _error(model, layout, rows, _together(model, plain, rows))
-            for rows in (prompts, prompts[:1], prompts[:1] * 2)
+            _error(model, layout, rows, _together(model, plain, rows, before), before) for rows, before in cases
         )
     except _FAILURES as failure:
-        logger.warning("attention takes separate operations", extra={"reason": str(failure)})
+        logger.warning(otherwise, extra={"reason": str(failure)})
         return False
     if not error <= _TOLERANCE:
-        logger.warning("attention takes separate operations", extra={"relative_error": round(error, 3)})
+        logger.warning(otherwise, extra={"relative_error": round(error, 3)})
         return False
     return True
 
@@ -104,8 +126,8 @@ def why_not_packed(model: Any, launched: Layout, apart: Layout, vocabulary: int)
     return None if error <= allowed else f"{error:.0%} off what the model says, where {allowed:.0%} would do"
 
 
-def _prompts(vocabulary: int) -> list[list[int]]:
-    return [[(7 * row + token) % vocabulary for token in range(length)] for row, length in enumerate(_LENGTHS)]
+def _prompts(vocabulary: int, lengths: Sequence[int] = _LENGTHS) -> list[list[int]]:
+    return [[(7 * row + token) % vocabulary for token in range(length)] for row, length in enumerate(lengths)]
 
 
 def _alone(model: Any, layout: Layout, prompts: list[list[int]]) -> mx.array:
@@ -115,17 +137,26 @@ def _alone(model: Any, layout: Layout, prompts: list[list[int]]) -> mx.array:
     return logits
 
 
-def _error(model: Any, layout: Layout, prompts: list[list[int]], expected: mx.array) -> float:
-    errors: list[float] = to_list(_relative_error(_together(model, layout, prompts), expected))
+def _error(
+    model: Any, layout: Layout, prompts: list[list[int]], expected: mx.array, before: Sequence[int] | None = None
+) -> float:
+    errors: list[float] = to_list(_relative_error(_together(model, layout, prompts, before), expected))
     return max(errors)
 
 
-def _together(model: Any, layout: Layout, prompts: list[list[int]]) -> mx.array:
-    """[rows, vocabulary]: last logits, all but the last tokens prefilled together and the last ones decoded."""
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    padded = [prompt[:-1] + [0] * (max(lengths) - len(prompt) + 1) for prompt in prompts]
+def _together(model: Any, layout: Layout, prompts: list[list[int]], before: Sequence[int] | None = None) -> mx.array:
+    """[rows, vocabulary]: last logits, all but the last tokens prefilled together and the last ones decoded.
+
+    The first `before` of them are prefilled in a call of their own.
+    """
     caches = layout.new(len(prompts))
-    caches.call(model, mx.array(padded), lengths)
+    starts: Sequence[int] = [0] * len(prompts)
+    for ends in (before, [len(prompt) - 1 for prompt in prompts]):
+        if ends is not None:
+            parts = [prompt[i:j] for prompt, i, j in zip(prompts, starts, ends, strict=True)]
+            lengths = [len(part) for part in parts]
+            caches.call(model, mx.array([part + [0] * (max(lengths) - len(part)) for part in parts]), lengths)
+            starts = ends
     return caches.call(model, mx.array([[prompt[-1]] for prompt in prompts]))[:, -1]
 
 

@@ -16,9 +16,16 @@ from mlx.utils import tree_flatten
 from runner.engine import draw_kernel
 from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
-from runner.engine.compatibility import batches, fuses, understood, why_not_packed, why_not_quantised
+from runner.engine.compatibility import (
+    batches,
+    fuses,
+    fuses_prompts,
+    understood,
+    why_not_packed,
+    why_not_quantised,
+)
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, quantised_kernel, rotary
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Layout
@@ -93,7 +100,7 @@ def load(
         install(model)
         draw_kernel.prepare(_activation_dtype(model))
         install_products(model)
-        layout, vocabulary, together = _try(model, slack, attention_kernel.launch())
+        layout, vocabulary, together = _try(model, slack, attention_kernel.launch(), prompt_kernel.launch())
         if quantisation is not None:
             layout = _quantised(model, slack, quantisation, layout, vocabulary)
     except EngineLoadError:
@@ -214,34 +221,40 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _try(model: Any, slack: int, launch: Launch | None = None) -> tuple[Layout, int, bool]:
+def _try(
+    model: Any, slack: int, launch: Launch | None = None, prompt_launch: Launch | None = None
+) -> tuple[Layout, int, bool]:
     """How the model caches, the width of its logits, and whether rows can share a call.
 
-    `launch` writes and attends at once where the model lets it.
+    `launch` writes and attends at once where the model lets it, and `prompt_launch` in wider calls.
     """
     layout = Layout(model, slack)
     vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
     if launch is not None and not layout.unknown:
-        layout = _launching(model, slack, launch, layout, vocabulary)
+        layout = _launching(model, slack, launch, prompt_launch, layout, vocabulary)
     if batches(model, layout, vocabulary):
         return layout, vocabulary, True
     return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
 
 
-def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary: int) -> Layout:
-    """The layout that leaves most to `launch`: the rotation of queries and keys as well, if the model lets it."""
+def _launching(
+    model: Any, slack: int, launch: Launch, prompt_launch: Launch | None, plain: Layout, vocabulary: int
+) -> Layout:
+    """The layout that leaves most to launches: the rotation of queries and keys as well, if the model lets it."""
     rotary.install(model)
     for rotates in (True, False):
         fused = Layout(model, slack, launch=launch, rotates=rotates)
-        if fuses(model, fused, plain, vocabulary):
-            return fused
+        if not fuses(model, fused, plain, vocabulary):
+            continue
+        wide = Layout(model, slack, launch=launch, prompt_launch=prompt_launch, rotates=rotates)
+        return wide if prompt_launch is not None and fuses_prompts(model, wide, plain, vocabulary) else fused
     return plain
 
 
 def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
     """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
     apart, precise = (
-        Layout(model, slack, how, launch=plain.launch, rotates=plain.rotates)
+        Layout(model, slack, how, launch=plain.launch, prompt_launch=plain.prompt_launch, rotates=plain.rotates)
         for how in (quantisation, Quantisation(8, quantisation.group_size))
     )
     if plain.unknown:
@@ -255,7 +268,13 @@ def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout
         raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
     if (launch := quantised_kernel.launch()) is None:
         return apart
-    launched = Layout(model, slack, quantisation, launch=plain.launch, packed_launch=launch, rotates=plain.rotates)
+    launched = Layout(
+        *(model, slack, quantisation),
+        launch=plain.launch,
+        packed_launch=launch,
+        prompt_launch=plain.prompt_launch,
+        rotates=plain.rotates,
+    )
     if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
         return launched
     logger.warning(f"packed keys take separate operations: {reason}")

@@ -238,6 +238,8 @@ class _Call:
         """Start computing what so many more layers write."""
         start(self.caches.by_layer[self._next : self._next + layers])
         self._next += layers
+        if self.started:
+            self.caches.dispatched()
 
     @property
     def started(self) -> bool:

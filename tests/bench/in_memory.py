@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 
 from runner.engine import kernel_cache
 from runner.engine.chat import ChatTemplate, jinja_render
-from runner.engine.compatibility import fuses, why_not_packed
+from runner.engine.compatibility import fuses, fuses_prompts, why_not_packed
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, quantised_kernel, rotary
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
 from runner.engine.kv.caches import Layout
 from runner.engine.kv.quantised import Quantisation
@@ -51,10 +51,16 @@ def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = N
     rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
     if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
         launch = None
-    apart = Layout(model, quantisation=quantisation, launch=launch, rotates=rotates)
+    prompts = prompt_kernel.launch()
+    wide = Layout(model, launch=launch, prompt_launch=prompts, rotates=rotates)
+    if launch is None or not fuses_prompts(model, wide, Layout(model), vocabulary):
+        prompts = None
+    apart = Layout(model, quantisation=quantisation, launch=launch, prompt_launch=prompts, rotates=rotates)
     if quantisation is None or packed is None:
         return apart
-    launched = Layout(model, quantisation=quantisation, launch=launch, packed_launch=packed, rotates=rotates)
+    launched = Layout(
+        *(model, 0, quantisation), launch=launch, packed_launch=packed, prompt_launch=prompts, rotates=rotates
+    )
     if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
         return launched
     print(f"packed keys take separate operations: {reason}", flush=True)

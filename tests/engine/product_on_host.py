@@ -1,4 +1,4 @@
-"""`product_kernel`'s source on the host: what only a GPU can do is spelled out after NVIDIA's description of it."""
+"""`product_kernel`'s source on the host."""
 
 from __future__ import annotations
 
@@ -15,49 +15,7 @@ from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import RANKS, TILES, Changed, Choose, Multiply, Way
 from runner.engine.product_source import SWIGLU
 from tests.engine.cuda_on_host import Run, compiled
-
-_DEVICE = """
-using __nv_bfloat16 = bfloat16;
-using __half = _Float16;
-static uint4 ring[14 * 1024];
-static uint4 load(const void* from, bool there) {
-    uint4 v = {0, 0, 0, 0};
-    if (there) v = *static_cast<const uint4*>(from);
-    return v;
-}
-static void copy(uint4* to, const void* from, bool there) { *to = load(from, there); }
-static int acquire(const int* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
-static void prefetch(const void*) {}
-static void close_group() {}
-template <int> static void wait_for_groups() {}
-static void __syncwarp() { __syncthreads(); }
-static bfloat16 hexp(bfloat16 x) { return bfloat16(std::exp(float(x))); }
-static _Float16 hexp(_Float16 x) { return _Float16(std::exp(float(x))); }
-
-struct Operands { uint32_t a[4], b[2]; };
-static Operands operands[1024];
-static float value(uint32_t word, int which) {
-    const uint16_t bits = uint16_t(word >> (16 * which));
-    T x;
-    std::memcpy(&x, &bits, 2);
-    return float(x);
-}
-static void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    operands[threadIdx.x] = {{a0, a1, a2, a3}, {b0, b1}};
-    __syncthreads();
-    const int lane = threadIdx.x % 32;
-    const Operands* warp = operands + (threadIdx.x - lane);
-    for (int c = 0; c < 4; ++c) {
-        const int line = lane / 4 + c / 2 * 8, column = lane % 4 * 2 + c % 2;
-        for (int k = 0; k < 16; ++k) {
-            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
-            const Operands& right = warp[column * 4 + k % 8 / 2];
-            sum[c] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
-        }
-    }
-    __syncthreads();
-}
-"""
+from tests.engine.tensor_cores_on_host import DEVICE, TYPES
 
 
 class OnHost:
@@ -117,9 +75,7 @@ class OnHost:
             arguments |= {name: f"{_TYPES.get(name, kind)}*" for name in product_kernel.outputs_of(changes=changes)}
             arguments |= {f"{name}_shape": "const int*" for name in inputs} | {f"{name}_ndim": "int" for name in inputs}
             constants = product_kernel.constants(way, tiles, dtype, epilogue)
-            # The types' names come first, then what they and the constants are used in.
-            before, after = _DEVICE.split("struct Operands", 1)
-            header = f"{before}\n{constants}\nstruct Operands{after}" + (SWIGLU if epilogue == "swiglu" else "")
+            header = TYPES + constants + DEVICE + (SWIGLU if epilogue == "swiglu" else "")
             source = product_kernel.source(epilogue, changes=changes)
             self._built[key] = compiled(folder, header, source, arguments, "")
         return self._built[key]

@@ -243,7 +243,7 @@ def test_a_layer_that_attends_otherwise_is_no_graph(model_folder: ModelFolder, g
     # Long contexts of few rows are not left to a launch.
     assert loaded.layout.launch is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runner.engine.kv.layers.applies", lambda *_: False)
+        patch.setattr("runner.engine.kv.attention_kernel.applies", lambda *_: False)
         graphs.calls = graphs.kept = 0
         assert answers(loaded, None, []) == expected
     assert 0 < graphs.calls == graphs.kept

@@ -16,10 +16,10 @@ planes are inputs, and the kernel casts `const` away. MLX takes arrays for value
   different graphs, which every evaluation ends with, by the stream. So each launch takes the output of the layer's
   launch before (`Call.after`) as an input: whether they are in one graph (a draft's proposals, chunks of a prompt that
   nobody has asked for yet) or not, the planes are complete when they are read.
-- *All other readers and writers* of the planes (they grow, shrink, move, are copied from and pasted into, and a wide
-  call writes and reads them in separate operations) begin with `Planes.land`, which has the launch before dispatched:
-  theirs is then a later graph. `Caches.arrays` lists the launches' outputs, so that whoever starts the caches' arrays
-  starts them, even if nobody wants what they have attended to.
+- *All other readers and writers* of the planes (they grow, shrink, move, are copied from, pasted into, and calls that
+  no launch can do write and read them in separate operations) begin with `Planes.land`, which has the launch before
+  dispatched: theirs is then a later graph. `Caches.arrays` lists the launches' outputs, so that whoever starts the
+  caches' arrays starts them, even if nobody wants what they have attended to.
 - *Who holds an older value* of the planes sees the write. For layers that cache all tokens it is dead to them: places
   at or behind a row's length mean nothing to anyone, tokens are cut off only after what attended to them was needed to
   know how many, and a slot is given to another row by copying into it, which as all of MLX's own writing copies an

@@ -49,6 +49,7 @@ class Layout:
         understood: bool = True,
         launch: Launch | None = None,
         packed_launch: PackedLaunch | None = None,
+        prompt_launch: Launch | None = None,
         *,
         rotates: bool = False,
     ) -> None:
@@ -56,12 +57,13 @@ class Layout:
 
         With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
         caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them,
-        `packed_launch` for those that are quantised. With `rotates`, `launch` also rotates queries and keys, for models
-        that let it (`rotary.install`).
+        `packed_launch` for those that are quantised, `prompt_launch` for the former in wider calls. With `rotates`,
+        they also rotate queries and keys, for models that let them (`rotary.install`).
         """
         self.quantisation = quantisation
         self.launch = launch
         self.packed_launch = packed_launch
+        self.prompt_launch = prompt_launch
         self.rotates = rotates
         self._model = model
         self._slack = slack
@@ -111,11 +113,13 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(positions, template.max_size, self._slack, self.launch, rotates=self.rotates)
+            return Window(
+                positions, template.max_size, self._slack, self.launch, self.prompt_launch, rotates=self.rotates
+            )
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
-            return Straight(positions, self.launch, rotates=self.rotates)
+            return Straight(positions, self.launch, self.prompt_launch, rotates=self.rotates)
         return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from runner.engine.arrays import start
-from runner.engine.kv import masks
-from runner.engine.kv.attention_kernel import Call, Launch, applies
+from runner.engine.kv import attention_kernel, masks, prompt_kernel
+from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Planes, Slots
 from runner.engine.kv.positions import Positions
@@ -89,25 +89,34 @@ class Layer(Protocol):
 class Straight:
     """Keys and values of all tokens. [slots, heads, capacity, width]
 
-    With a `launch`, a call of a few tokens a row writes and attends in one operation, where it can.
+    With a `launch`, a call of a few tokens a row writes and attends in one operation, where it can; with a
+    `prompt_launch`, a wider one in two.
     """
 
     _window: int | None = None
     _ring: int | None = None
 
-    def __init__(self, positions: Positions, launch: Launch | None = None, *, rotates: bool = False) -> None:
+    def __init__(
+        self,
+        positions: Positions,
+        launch: Launch | None = None,
+        prompt_launch: Launch | None = None,
+        *,
+        rotates: bool = False,
+    ) -> None:
         """With `rotates`, launches also rotate what a model leaves to them."""
         self._rotates = rotates
         self._positions = positions
         self._planes = Planes()
         self._launch = launch
+        self._prompt_launch = prompt_launch
         self._unwritten: Unwritten | None = None
         self._attended = False
 
     @property
     def offset(self) -> Any:
         offset = self._positions.offset
-        return Deferred(offset) if self._rotates and self._positions.count <= FEW else offset
+        return Deferred(offset) if self._rotates and self._launches else offset
 
     @property
     def keys(self) -> mx.array:
@@ -127,7 +136,7 @@ class Straight:
     def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         lines = keys.lines if isinstance(keys, Unrotated) else keys
         self._planes.reserve(self._positions.slots, self._room(), (lines, values))
-        if self._launches and self._positions.count <= FEW:
+        if self._launches:
             self._unwritten = Unwritten(self, keys, values)
             return self._unwritten, self._unwritten
         self.write(keys, values)
@@ -138,23 +147,26 @@ class Straight:
         self._planes.write(self._positions, (rotated(keys), values), self._ring)
 
     def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
-        """`write`, and what `queries` [rows, heads, count, width] see, in one launch; None if that cannot be.
+        """`write`, and what `queries` [rows, heads, count, width] see, by launches alone; None if that cannot be.
 
         Then nothing is done.
         """
         seen = self._seen(mask)
-        if self._launch is None or seen is None:
+        launch, kernel = self._launch, attention_kernel.applies
+        if self._positions.count > FEW:
+            launch, kernel = self._prompt_launch, prompt_kernel.applies
+        if launch is None or seen is None:
             return None
         (window,) = seen
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
         positions = self._positions
         queries, keys, rotation = together(queries, keys)
-        if not (self._planes.types == [keys.dtype, values.dtype] and applies(queries, keys, values)):
+        if not (self._planes.types == [keys.dtype, values.dtype] and kernel(queries, keys, values)):
             return None
         self._attended = True
         starts = positions.once("row starts", lambda: positions.row_starts)
-        launch, ring = self._launch, self._ring
+        ring = self._ring
 
         def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
             held = planes[0], planes[1]
@@ -219,8 +231,11 @@ class Straight:
 
     @property
     def _launches(self) -> bool:
-        """Whether calls of a few tokens may be launches."""
-        return self._launch is not None
+        """Whether the call may be launches."""
+        if self._positions.count <= FEW:
+            return self._launch is not None
+        # Those for prompts take a position for its place.
+        return self._prompt_launch is not None and (self._ring is None or self._positions.reach <= self._ring)
 
     def _room(self) -> int:
         return self._positions.capacity
@@ -258,9 +273,16 @@ class Window(Straight):
     """
 
     def __init__(
-        self, positions: Positions, window: int, slack: int, launch: Launch | None = None, *, rotates: bool = False
+        self,
+        positions: Positions,
+        window: int,
+        slack: int,
+        launch: Launch | None = None,
+        prompt_launch: Launch | None = None,
+        *,
+        rotates: bool = False,
     ) -> None:
-        super().__init__(positions, launch, rotates=rotates)
+        super().__init__(positions, launch, prompt_launch, rotates=rotates)
         self._window: int = window
         self._size = self._ring = window + slack
         self._slack = slack

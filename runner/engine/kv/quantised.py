@@ -86,7 +86,7 @@ class Quantised(Straight):
 
     def update_and_fetch(self, keys: Any, values: mx.array) -> Any:
         positions = self._positions
-        if self._launches and positions.count <= FEW:
+        if self._launches:
             # Only the first call has to say what is to be held.
             like = self._pack(keys.lines if isinstance(keys, Unrotated) else keys, values) if self._planes.empty else ()
             self._planes.reserve(positions.slots, positions.capacity, like)
@@ -125,7 +125,7 @@ class Quantised(Straight):
 
     @property
     def _launches(self) -> bool:
-        return self._packed_launch is not None
+        return self._packed_launch is not None and self._positions.count <= FEW
 
     @property
     def _multiplies(self) -> bool:

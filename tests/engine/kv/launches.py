@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from runner.engine.kv import attention_kernel, attention_source, quantised_kernel, quantised_source
-from runner.engine.kv.attention_kernel import Call, Planes
+from runner.engine.kv.attention_kernel import Call, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from tests.engine.cuda_on_host import Run, compiled
@@ -90,14 +90,15 @@ def only_with_arrays_on_the_host() -> None:
 
 
 class OnDevice:
-    """The kernel itself."""
+    """The kernel itself, or those for prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch = attention_kernel.attend_and_write) -> None:
         self.launches = 0
+        self._launch = launch
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         self.launches += 1
-        return attention_kernel.attend_and_write(call)
+        return self._launch(call)
 
 
 class OnHost:

@@ -119,11 +119,13 @@ def test_an_engine_says_the_same(
 VIEWS = {"Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "AsStrided"}
 
 
-def operations(model: LoadedModel, layout: Layout, scratch: Path) -> Counter[str]:
-    """What the graph of a step of rows of different lengths has, but for views."""
+def operations(
+    model: LoadedModel, layout: Layout, scratch: Path, tokens: mx.array | None = None, lengths: list[int] | None = None
+) -> Counter[str]:
+    """What the graph of a call of rows of different lengths has, but for views: of a step, if it says no `tokens`."""
     caches = layout.new(3)
     mx.eval(caches.call(model.model, mx.array([[1] * 20] * 3), [20, 4, 9]), caches.arrays)
-    logits = caches.call(model.model, mx.array([[1]] * 3))
+    logits = caches.call(model.model, mx.array([[1]] * 3) if tokens is None else tokens, lengths)
     mx.export_to_dot(str(scratch / "step.dot"), logits)  # type: ignore[attr-defined]
     labels = re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "step.dot").read_text())
     return Counter(label for label in labels if label not in VIEWS)

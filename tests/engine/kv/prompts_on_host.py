@@ -1,0 +1,93 @@
+"""`prompt_kernel`'s sources compiled for the host: at once, and in place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.engine.kv import prompt_kernel
+from runner.engine.kv.attention_kernel import Call, Planes, rotating
+from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.tensor_cores_on_host import DEVICE, TYPES
+
+Array = np.ndarray[Any, Any]
+
+_TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial": "float"}
+"""Those that are not the tokens'."""
+
+
+class PromptsOnHost:
+    """Does what `prompt_kernel.write_and_attend` does, in blocks of so many warps, of which `splits` share keys."""
+
+    def __init__(self, folder: Path, warps: int = 1, splits: int = 1) -> None:
+        self.launches = 0
+        self._folder = folder
+        self._warps = warps
+        self._splits = splits
+        self._built: dict[tuple[Any, ...], Run] = {}
+
+    def __call__(self, call: Call) -> tuple[mx.array, Planes]:
+        self.launches += 1
+        rows, heads, tokens, width = call.queries.shape
+        dtype = call.queries.dtype
+        frequencies, rotation = rotating(call.rotation)
+        given = (call.queries, call.keys, call.values, *call.planes, call.starts, call.starts, frequencies)
+        mx.eval(*given, *(() if call.after is None else (call.after,)))
+        mx.synchronize()
+        arrays = dict(zip(prompt_kernel.WRITE_INPUTS, map(_view, given), strict=True))
+        constants = [value for _, value in rotation]
+        queries = np.zeros((rows, heads, tokens, width), dtype=arrays["queries"].dtype)
+        header = TYPES + prompt_kernel.write_header(dtype, width, *constants, 1)
+        self._run(header, prompt_kernel.WRITE, arrays, {"rotated": queries}, rows * tokens, width // 2)
+        blocks = rows * heads * -(-tokens // (16 * self._warps))
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        arrays |= {"queries": queries, "counters": counters}
+        arrays = {name: arrays[name] for name in prompt_kernel.ATTEND_INPUTS}
+        out = np.zeros((rows, tokens, heads, width), dtype=queries.dtype)
+        partial = np.full((blocks, self._splits, 16 * self._warps, width + 2), np.nan, dtype=np.float32)
+        outputs = {"out": out, "partial": partial}
+        header = TYPES + prompt_kernel.attend_constants(dtype, width, call.window or 0, call.scale, self._warps)
+        blocks *= self._splits
+        self._run(header + DEVICE, prompt_kernel.ATTEND, arrays, outputs, blocks, 32 * self._warps)
+        assert not counters.any(), "the next launch finds zeros"
+        result = mx.array(out)
+        return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+
+    def _run(
+        self,
+        header: str,
+        source: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        blocks: int,
+        threads: int,
+    ) -> None:
+        arguments: dict[str, str] = {}
+        passed: list[Array] = []
+        for name, array in inputs.items():
+            arguments |= {name: f"const {_TYPES.get(name, 'T')}*", f"{name}_shape": "const int*"}
+            arguments[f"{name}_strides"] = "const int64_t*"
+            strides = np.array(array.strides, dtype=np.int64) // array.itemsize
+            passed += [array, np.array(array.shape, dtype=np.int32), strides]
+        arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
+        passed += outputs.values()
+        key = (header, *outputs)
+        if key not in self._built:
+            folder = self._folder / str(len(self._built))
+            folder.mkdir(parents=True)
+            self._built[key] = compiled(folder, header, source, arguments, "")
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in passed]
+        self._built[key](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
+
+
+def _view(array: mx.array) -> Array:
+    """The array's own memory."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+        mx.eval(array)
+    return np.asarray(array)
