@@ -107,7 +107,7 @@ class Engine:
             changed = not self._batch.composed
             self._decoding.step(self.limits.num_draft_tokens)
             if self._batch.rows:
-                self._prefiller.pacing.stepped(time.perf_counter() - began, changed=changed)
+                self._prefiller.pacing.stepped(time.perf_counter() - began, len(self._batch.rows), changed=changed)
         except Exception as error:
             logger.exception("step failed")
             self._abandon(f"the engine failed: {error}")

@@ -8,34 +8,44 @@ neither tokens nor operations say it: with few tokens the host is what takes lon
 
 from __future__ import annotations
 
-from collections import deque
-from statistics import median
+from dataclasses import dataclass
 from typing import Final
 
-_KEPT: Final = 31
-"""Steps without a prompt, of which the median says how long a step is."""
-
-_LEAST: Final = 5
-
 _WEIGHT: Final = 0.3
-"""Of the last call, in what a layer takes."""
+"""Of the last observation, in what is known of steps and layers."""
 
 _MOST_TIMES: Final = 3.0
 """What a call took counts as at most so many times what it was thought to: something else may have held it up."""
+
+_OLD: Final = 64
+"""Steps after which it is worth two without a prompt to see again how long such a step is."""
+
+_SETTLED: Final = 2
+"""Steps, the last with layers included, after which a call has taken all the time that it takes."""
+
+_OTHER: Final = 2
+"""Batches are of different sizes if one has so many times the rows of the other."""
 
 
 class Pacing:
     """Learns how long steps and layers take, and says how many layers fit between two steps."""
 
     def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=_KEPT)
+        self._plain: _Plain | None = None
         self._costs: dict[int, float] = {}
         self._call: _Call | None = None
+        self._age = 0
+        self._alone = 0
 
     @property
     def step(self) -> float | None:
         """Seconds of a step without prompts, None until that is known."""
-        return median(self._steps) if len(self._steps) >= _LEAST else None
+        return None if self._plain is None else self._plain.seconds
+
+    def knows(self, decoding: int) -> bool:
+        """Whether it is known how long a step of so many rows is. If not, a few steps without prompts will tell."""
+        plain = self._plain
+        return plain is not None and self._age < _OLD and not plain.other(decoding)
 
     def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
         """How many of a call's `layers` to start in each step, where it has so many `tokens`, padding included.
@@ -59,17 +69,32 @@ class Pacing:
         if self._call is not None:
             self._call.started = True
 
-    def stepped(self, seconds: float, *, changed: bool) -> None:
-        """A step of the batch took so long; `changed` says that rows had come or gone in it."""
+    def stepped(self, seconds: float, decoding: int, *, changed: bool) -> None:
+        """A step of so many rows took so long; `changed` says that rows had come or gone in it."""
+        self._age += 1
         if (call := self._call) is not None:
+            self._alone = 0
             call.seconds += seconds
             call.steps += 1
             # The host waits for the device's work of one step in the next.
             call.settled += call.started
-            if call.settled == 2:
+            if call.settled == _SETTLED:
                 self._close()
-        elif not changed:
-            self._steps.append(seconds)
+            return
+        # The first step after a call, or with other rows, has what is left of that.
+        self._alone = 0 if changed else self._alone + 1
+        if self._alone > 1:
+            self._observe(seconds, decoding)
+
+    def _observe(self, seconds: float, decoding: int) -> None:
+        plain = self._plain
+        if plain is None or plain.other(decoding) or self._age >= _OLD:
+            self._plain = _Plain(seconds, decoding)
+        else:
+            # What takes much longer than it did is no step's own.
+            found = min(seconds, _MOST_TIMES * plain.seconds)
+            self._plain = _Plain(plain.seconds + _WEIGHT * (found - plain.seconds), decoding)
+        self._age = 0
 
     def _close(self) -> None:
         call, self._call, step = self._call, None, self.step
@@ -90,6 +115,18 @@ class Pacing:
         key = tokens.bit_length()
         nearest = min(self._costs, key=lambda known: abs(known - key))
         return max(1e-9, self._costs[nearest] * 2.0 ** max(0, key - nearest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A step without prompts: how long it takes with so many rows."""
+
+    seconds: float
+    rows: int
+
+    def other(self, rows: int) -> bool:
+        """Whether a batch of so many rows says nothing of it."""
+        return max(rows, self.rows) > _OTHER * min(rows, self.rows) + 1
 
 
 class _Call:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
 
@@ -29,6 +29,10 @@ Ready = tuple[list[Row], Caches]
 
 _Known = tuple[Row, Beginning | None]
 """A row, and what is known of its prompt."""
+
+
+_LOOKING: Final = 3
+"""Steps that prompts wait at most for it to be seen how long steps are without them."""
 
 
 class Prefiller:
@@ -96,6 +100,9 @@ class Prefiller:
         if self._call is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
+        if ready and decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
+            self._held += 1
+            return False
         if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
             self._held += 1
             return False

@@ -36,7 +36,7 @@ class Simulated:
         seconds = STEP + (self._owed if self._late else work)
         self._owed = work
         self.steps.append(seconds)
-        self.pacing.stepped(seconds, changed=changed)
+        self.pacing.stepped(seconds, 32, changed=changed)
 
     def call(self, tokens: int = 256, decoding: int = 32, waiting: int = 1) -> int:
         """A prompt's call; returns in how many steps it was started."""
@@ -96,6 +96,37 @@ def test_what_is_not_known_of_a_width_is_taken_from_the_nearest() -> None:
     assert simulated.pacing.layers(32, 16, 32, 1) == 4
 
 
+def test_it_is_seen_again_how_long_steps_are() -> None:
+    simulated = Simulated(0.0001)
+    assert not simulated.pacing.knows(32)
+    for _ in range(3):
+        simulated.step()
+    assert [rows for rows in range(100) if simulated.pacing.knows(rows)] == list(range(16, 66))
+    for _ in range(16):
+        simulated.call()
+    assert simulated.pacing.knows(32)
+    for _ in range(64):  # never without a prompt
+        simulated.pacing.begun(256, 16)
+        simulated.step(1)
+    assert not simulated.pacing.knows(32)
+    simulated.pacing.started()
+    for _ in range(4):
+        simulated.step()
+    assert simulated.pacing.knows(32)
+    assert simulated.pacing.step == pytest.approx(STEP)
+
+
+def test_prompts_wait_for_that_but_not_long(llama: LoadedModel) -> None:
+    driver = Driver(llama)
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=40))
+    driver.engine.step()
+    driver.engine.submit(generate(1, prompt=PROMPT, max_tokens=3))
+    began = driver.engine.stats().steps_total
+    while 1 not in driver.answers:
+        driver.engine.step()
+    assert 3 <= driver.engine.stats().steps_total - began <= 6
+
+
 def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
     simulated = Simulated(0.00018)
     for _ in range(10):
@@ -105,7 +136,7 @@ def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
     simulated.pacing.begun(256, 16)
     simulated.pacing.started()
     for _ in range(2):
-        simulated.pacing.stepped(5.0, changed=False)
+        simulated.pacing.stepped(5.0, 32, changed=False)
     assert before // 2 <= simulated.pacing.layers(256, 16, 32, 1) < before
     for _ in range(8):
         simulated.call()
@@ -158,7 +189,8 @@ def test_cancelled_between_layers(llama: LoadedModel) -> None:
         driver.engine.step()
     for i in (1, 2, 3):
         driver.engine.submit(generate(i, prompt=PROMPT[i:], max_tokens=30))
-    driver.engine.step()
+    for _ in range(4):
+        driver.engine.step()
     assert driver.engine._prefiller._call is not None
     driver.engine.cancel(2)
     driver.drain()
