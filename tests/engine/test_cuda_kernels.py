@@ -21,7 +21,7 @@ from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
@@ -321,6 +321,23 @@ def test_attention_is_compiled_as_it_is_called(launches: Launches, compiled: lis
             after, _ = attention_kernel.attend_and_write(call)
     planes = [*Quantisation(8, 64).pack(plane)] * 2
     quantised_kernel.attend_and_write(PackedCall(queries, keys, keys, planes, starts, 0.1, None, 8, 64, None, rotation))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_a_prompt_s_attention_is_compiled_as_it_is_called(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
+) -> None:
+    for name in ("_write", "_attend"):
+        monkeypatch.setattr(prompt_kernel, name, cache(getattr(prompt_kernel, name).__wrapped__))
+    queries, keys = mx.zeros((2, 4, 20, 64), dtype), mx.zeros((2, 2, 20, 64), dtype)
+    plane, starts = mx.zeros((2, 2, 256, 64), dtype), mx.zeros((2,), mx.int32)
+    rotation, after = Rotation(64, False, mx.zeros((32,)), lambda lines, _: lines), None
+    for how in (None, rotation, rotation):
+        call = Call(queries, keys, keys, (plane, plane), starts, 0.1, None, None, after, how)
+        after, _ = prompt_kernel.write_and_attend(call)
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == 3
 
