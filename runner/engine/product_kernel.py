@@ -17,10 +17,10 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import Kernel, Size, Variant
-from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, PLAIN, STORES, SWIGLU
+from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -34,7 +34,8 @@ TILES: Final = (1, 2, 4)
 RANKS: Final = 16
 """How many ranks of a row's change one block computes the inner products of."""
 
-_MOST_RANK: Final = 512
+GATE_THREADS: Final = 256
+
 _TILE: Final = 16
 _CHUNK: Final = 64
 _WARP: Final = 32
@@ -118,10 +119,9 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
     """Whether there is a kernel for such changes to a weight [outputs, inputs] (of both parts, for "swiglu")."""
     down, b = stack.down, stack.b
     return (
-        stack.magnitude is None
-        and b.ndim == 3
+        stack.packed is not None
         and down.dtype == b.dtype == dtype
-        and 0 < down.shape[1] <= _MOST_RANK
+        and 0 < down.shape[1] <= ROOM // MOST_ROWS
         and (b.shape[2], down.shape[2]) == (outputs, inputs)
         and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
     )
@@ -134,26 +134,39 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
         for tiles in TILES
     ]
     by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
+    dtypes = [dtype]
     rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
     mx.eval(rest)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-        rows, ranks = x.size // inputs, stack.down.shape[1]
+        rows = x.size // inputs
         kernel, (width, _, _), threads = by_rows[rows]
-        first = rows * -(-ranks // RANKS) * threads[0]
+        first = rows * -(-stack.down.shape[1] // RANKS) * threads[0]
         result: mx.array = kernel.launch(
-            inputs=[
-                *(x, weight, *(rest if added is None else (added,))),
-                *(stack.down, stack.b, stack.span_array, slots.slots, slots.counter()),
-            ],
+            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
             grid=(first + width, 1, 1),
             threadgroup=threads,
-            output_shapes=[(*x.shape[:-1], outputs), (rows, ranks)],
-            output_dtypes=[dtype, mx.float32],
+            output_shapes=[(*x.shape[:-1], outputs)],
+            output_dtypes=dtypes,
         )[0]
         return result
 
     return call
+
+
+def gate(y: mx.array) -> mx.array:
+    """What is between an MLP's input and its output, [..., n], from the product of its gate and input [..., 2 · n].
+
+    To the bit as within such a product. n is a multiple of 8.
+    """
+    result: mx.array = _gate_variant(y.dtype).launch(
+        inputs=[y],
+        grid=(y.size // 16, 1, 1),
+        threadgroup=(GATE_THREADS, 1, 1),
+        output_shapes=[(*y.shape[:-1], y.shape[-1] // 2)],
+        output_dtypes=[y.dtype],
+    )[0]
+    return result
 
 
 def usable() -> bool:
@@ -190,12 +203,7 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: boo
 def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
     """What the source calls a call's arrays."""
     names = ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
-    return [*names, "down", "up", "spans", "slots", "counters"] if changes else names
-
-
-def outputs_of(*, changes: bool = False) -> list[str]:
-    """And its results."""
-    return ["out", "inner"] if changes else ["out"]
+    return [*names, "changes", "board"] if changes else names
 
 
 def _prepare(
@@ -215,11 +223,27 @@ def _variant(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool
     kernel = Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
         input_names=inputs_of(epilogue, changes=changes),
-        output_names=outputs_of(changes=changes),
+        output_names=["out"],
         source=source(epilogue, changes=changes),
         header=header(way, tiles, dtype, epilogue, changes=changes),
         shared_memory=way.shared_memory,
     )
-    types = {"spans": mx.int32, "slots": mx.int32, "counters": mx.int32, "inner": mx.float32}
-    inputs, outputs = inputs_of(epilogue, changes=changes), outputs_of(changes=changes)
-    return kernel.variant([types.get(name, dtype) for name in inputs], [types.get(name, dtype) for name in outputs])
+    names = inputs_of(epilogue, changes=changes)
+    return kernel.variant([mx.int32 if name == "board" else dtype for name in names], [dtype])
+
+
+def gate_header(dtype: mx.Dtype) -> str:
+    """What comes before GATE."""
+    return f"using T = {_KINDS[dtype][0]};\nconstexpr int THREADS = {GATE_THREADS};\n"
+
+
+@cache
+def _gate_variant(dtype: mx.Dtype) -> Variant:
+    kernel = Kernel(
+        name=f"gate_{_KINDS[dtype][1]}",
+        input_names=["y"],
+        output_names=["out"],
+        source=cuda_kernels.terse(GATE),
+        header=gate_header(dtype) + SWIGLU,
+    )
+    return kernel.variant([dtype], [dtype])

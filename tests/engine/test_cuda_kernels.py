@@ -16,11 +16,12 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel
+from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
@@ -81,12 +82,12 @@ def compiled(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def kernel() -> Kernel:
+def filled() -> Kernel:
     return Kernel(name="filled", input_names=["x"], output_names=["y"], source="y[0] = x[0] + x_shape[0] + ADDED;")
 
 
-def call(kernel: Kernel, added: int = 0, x: mx.array | None = None) -> None:
-    kernel(
+def call(made: Kernel, added: int = 0, x: mx.array | None = None) -> None:
+    made(
         inputs=[mx.zeros((4,)) if x is None else x],
         template=[("ADDED", added)],
         grid=(1, 1, 1),
@@ -97,23 +98,23 @@ def call(kernel: Kernel, added: int = 0, x: mx.array | None = None) -> None:
 
 
 def test_a_variant_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
-    made = kernel()
+    made = filled()
     call(made, 1)
     assert compiled == launches.modules
     call(made, 1)
     assert len(compiled) == 1
     call(made, 2)
     assert compiled == [launches.modules[0], launches.modules[2]]
-    call(kernel(), 1)
+    call(filled(), 1)
     assert len(compiled) == 2, "it is on disk"
 
 
 def test_mlx_gets_a_short_text_of_the_same_function(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    call(kernel(), 1)
+    call(filled(), 1)
     monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", lambda: False)
-    call(kernel(), 1)
+    call(filled(), 1)
     short, whole = launches.codes
     assert "ADDED" in whole
     assert "ADDED" not in short
@@ -128,7 +129,7 @@ def _function(code: str) -> str:
 
 
 def test_code_that_is_gone_is_an_error(launches: Launches, compiled: list[str], tmp_path: Path) -> None:
-    made = kernel()
+    made = filled()
     call(made)
     (tmp_path / f"{compiled[0]}.ptx").unlink()
     with pytest.raises(RuntimeError, match="Failed to compile"):
@@ -136,7 +137,7 @@ def test_code_that_is_gone_is_an_error(launches: Launches, compiled: list[str], 
 
 
 def test_arrays_of_other_types_are_another_variant(launches: Launches, compiled: list[str]) -> None:
-    made = kernel()
+    made = filled()
     for x in (mx.zeros((4,)), mx.zeros((4,), mx.float16), mx.array(1.0)):
         call(made, x=x)
     assert len(set(compiled)) == 3
@@ -149,13 +150,13 @@ def test_where_stand_ins_are_not_found_mlx_has_the_text(
 ) -> None:
     monkeypatch.setattr(cuda_kernels, "_trial", cache(TRIAL))
     monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", cache(STAND_INS_ARE_FOUND))
-    call(kernel())
+    call(filled())
     assert ["#error" in code for code in launches.codes] == [True, True], "the trial, and the call"
     assert not caplog.records
     cuda_kernels._stand_ins_are_found.cache_clear()
     monkeypatch.setattr(launches, "_folder", Path("/elsewhere"))
     for _ in range(2):
-        call(kernel())
+        call(filled())
     assert all("ADDED" in code for code in launches.codes[2:])
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
@@ -163,9 +164,9 @@ def test_where_stand_ins_are_not_found_mlx_has_the_text(
 def test_devices_are_told_apart_by_the_text(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(kernel())
+    call(filled())
     monkeypatch.setattr(kernel_cache, "architecture", lambda: "sm_100a")
-    call(kernel())
+    call(filled())
     assert len(set(compiled)) == 2
     assert compiled == launches.modules
 
@@ -180,7 +181,7 @@ def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pyt
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core compiles one at a time")
-    made = kernel()
+    made = filled()
     for added in (1, 2):
         made.variant([mx.float32], [mx.float32], [("ADDED", added)])
     call(made, 1)
@@ -195,7 +196,7 @@ def test_a_call_waits_for_what_is_under_way(launches: Launches, monkeypatch: pyt
         return Binary(b"code", "mangled")
 
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
-    made, other = kernel(), kernel()
+    made, other = filled(), filled()
     made.variant([mx.float32], [mx.float32], [("ADDED", 1)])
     variant = other.variant([mx.float32], [mx.float32], [("ADDED", 2)])
     calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: variant.launch)]
@@ -223,7 +224,7 @@ def test_mlx_compiles_what_we_cannot(
     launches: Launches, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: Compile
 ) -> None:
     monkeypatch.setattr(cuda_compiler, "compile_kernel", fails)
-    made = kernel()
+    made = filled()
     for _ in range(2):
         call(made)
     assert len(launches.modules) == 2
@@ -232,7 +233,7 @@ def test_mlx_compiles_what_we_cannot(
 
 
 def test_types_that_are_not_known_are_left_to_mlx(compiled: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    made = kernel()
+    made = filled()
     assert made.variant([mx.complex64], [mx.float32]).launch is not None
     assert not compiled
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
@@ -243,7 +244,7 @@ def test_nothing_is_compiled_without_a_folder(
 ) -> None:
     """MLX has a temporary one, of which we are not told."""
     monkeypatch.delenv(kernel_cache.VARIABLE)
-    call(kernel())
+    call(filled())
     assert len(launches.modules) == 1
     assert not compiled
 
@@ -254,8 +255,9 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    for module in (product_kernel, draw_kernel, attention_kernel, quantised_kernel):
+    for module in (product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel):
         monkeypatch.setattr(module, "_variant", cache(module._variant.__wrapped__))
+    monkeypatch.setattr(product_kernel, "_gate_variant", cache(product_kernel._gate_variant.__wrapped__))
     monkeypatch.setattr(cuda_kernels, "usable", lambda _: True)
 
 
@@ -276,6 +278,20 @@ def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: 
         changed(mx.zeros((count, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * count))
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == 6
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_follows_a_product_is_compiled_as_it_is_called(launches: Launches, compiled: list[str]) -> None:
+    dtype, outputs, inputs = mx.float16, 64, 128
+    stack, rows = changes(outputs, inputs, dtype, "swiglu"), RowSlots.of([1] * 40)
+    kernel.prepare(stack)
+    x, y = mx.zeros((40, 1, inputs), dtype), mx.zeros((40, 1, 2 * outputs), dtype)
+    for added in (None, y):
+        assert kernel.add_changes(x, y, stack, rows.board(), added).shape == y.shape
+    assert kernel.add_changes(x, y, stack, rows.board(), None, "swiglu").shape == (40, 1, outputs)
+    assert product_kernel.gate(y).shape == (40, 1, outputs)
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
 
 
 @pytest.mark.usefixtures("fresh")
@@ -305,6 +321,23 @@ def test_attention_is_compiled_as_it_is_called(launches: Launches, compiled: lis
             after, _ = attention_kernel.attend_and_write(call)
     planes = [*Quantisation(8, 64).pack(plane)] * 2
     quantised_kernel.attend_and_write(PackedCall(queries, keys, keys, planes, starts, 0.1, None, 8, 64, None, rotation))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_a_prompt_s_attention_is_compiled_as_it_is_called(
+    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
+) -> None:
+    for name in ("_write", "_attend"):
+        monkeypatch.setattr(prompt_kernel, name, cache(getattr(prompt_kernel, name).__wrapped__))
+    queries, keys = mx.zeros((2, 4, 20, 64), dtype), mx.zeros((2, 2, 20, 64), dtype)
+    plane, starts = mx.zeros((2, 2, 256, 64), dtype), mx.zeros((2,), mx.int32)
+    rotation, after = Rotation(64, False, mx.zeros((32,)), lambda lines, _: lines), None
+    for how in (None, rotation, rotation):
+        call = Call(queries, keys, keys, (plane, plane), starts, 0.1, None, None, after, how)
+        after, _ = prompt_kernel.write_and_attend(call)
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == 3
 
