@@ -16,12 +16,14 @@ from typing import Any
 import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
+from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing
+from runner.engine.traced import TracedCalls
 
 Ready = tuple[list[Row], Caches]
 """Rows and their caches, for the batch to take."""
@@ -48,7 +50,7 @@ class Prefiller:
         """`layout` is the model's; `has_room` says whether there is memory for a row, in a call of so many tokens."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
-        self._model = model
+        self._call = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
         self._layout = layout
@@ -159,8 +161,7 @@ class Prefiller:
         return self._layout.restore([beginning for _, beginning in group], reserve)
 
     def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
-        self._apply_adapters([long.row])
-        long.call(self._model, chunk, self._width)
+        long.call(self._call, self._slots([long.row]), chunk, self._width)
         if not long.todo:
             self._long = None
             self._store([long.row], long.caches)
@@ -180,8 +181,8 @@ class Prefiller:
         row.cached = 0 if hit is None else hit.length
         return hit
 
-    def _apply_adapters(self, rows: list[Row]) -> None:
-        self._bank.apply(self._bank.slots([row.adapter for row in rows]))
+    def _slots(self, rows: list[Row]) -> RowSlots | None:
+        return self._bank.slots([row.adapter for row in rows])
 
     def _call_together(self, group: list[_Known]) -> Caches:
         todo = [row.prompt[row.cached : -1] for row, _ in group]
@@ -189,8 +190,7 @@ class Prefiller:
         width = self._width(max(row.cached for row, _ in group), max(lengths))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
         caches = self._begin(group)
-        self._apply_adapters([row for row, _ in group])
-        caches.call(self._model, mx.array(padded), lengths)
+        self._call(caches, mx.array(padded), self._slots([row for row, _ in group]), lengths)
         start(caches.arrays)
         caches.dispatched()
         # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
@@ -209,13 +209,13 @@ class _LongPrompt:
         self.todo = row.prompt[row.cached : -1]
         self._running: list[Any] = []
 
-    def call(self, model: Any, chunk: int, width: Callable[[int, int], int]) -> None:
+    def call(self, call: TracedCalls, slots: RowSlots | None, chunk: int, width: Callable[[int, int], int]) -> None:
         """Start on the next `chunk` tokens, of which `width` says how wide a call they are to be."""
         # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
         mx.eval(self._running)
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
         padding = width(self.caches.length(0), len(tokens)) - len(tokens)
-        self.caches.call(model, mx.array([tokens + [0] * padding]), [len(tokens)])
+        call(self.caches, mx.array([tokens + [0] * padding]), slots, [len(tokens)])
         self._running = self.caches.arrays
         start(self._running)
         self.caches.dispatched()

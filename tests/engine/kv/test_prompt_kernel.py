@@ -133,14 +133,14 @@ def test_on_the_host_as_on_the_device(scratch: Path, geometry: Geometry) -> None
     ("geometry", "dtype"),
     [
         *(((32, 8, 64), mx.bfloat16), ((8, 1, 128), mx.bfloat16), ((6, 2, 96), mx.bfloat16)),
-        *(((12, 12, 80), mx.float16), ((4, 2, 16), mx.float16), ((32, 8, 128), mx.float16)),
+        *(((12, 12, 80), mx.float16), ((4, 2, 16), mx.float16)),
     ],
     ids=str,
 )
 def test_on_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
     """Each rotation and each window takes a second to compile, so not all are tried with each geometry."""
     shapes: list[Shape] = [
-        *HERE,
+        *HERE[:3],
         *((256, [0], None), (255, [0, 33], None), (300, [1000, 64, 0], None), (128, [1, 0, 700], None)),
         *((64, [6000], None), (300, [500, 0], 20), (96, [18, 19, 20], 20)),
     ]
