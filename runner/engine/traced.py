@@ -1,17 +1,17 @@
-"""Model calls of few tokens a row, whose graphs are built once and used again.
+"""Model calls whose graphs are built once and used again.
 
 On a GPU a step of a batch is bound by the host, and a third of its time went by in building the same graph each time:
 upstream's models are Python. What a call depends on is the values of arrays (tokens, the rows' starts, the caches) as
 long as the rows, the room in the caches and the adapters stay what they are, so `mx.compile` may keep the graph for
-each such shape. Only where writing and attending is one launch: in separate operations a mask and the keys grow with
-each token.
+each such shape. Only where writing and attending is left to launches: in separate operations a mask and the keys grow
+with each token. How many of a row's tokens are padding is no matter to what is computed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -47,14 +47,16 @@ class TracedCalls:
         self._caches: Caches | None = None
         self._only: int | None = None
 
-    def __call__(self, caches: Caches, tokens: mx.array, slots: RowSlots | None = None) -> mx.array:
-        """As `caches.call(model, tokens)` with the adapters of `slots` applied."""
+    def __call__(
+        self, caches: Caches, tokens: mx.array, slots: RowSlots | None = None, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """As `caches.call(model, tokens, lengths)` with the adapters of `slots` applied."""
         self._apply(slots)
         only = None if slots is None else slots.only
-        key = (caches.shape(tokens.shape[1]), slots is None, only)
+        key = (caches.shape(tokens.shape[1], lengths), slots is None, only)
         kept = None if key[0] is None else self._kept(key)
         if kept is None:
-            return caches.call(self._model, tokens)
+            return caches.call(self._model, tokens, lengths)
         self._caches, self._only = caches, only
         rows = [] if slots is None else slots.arrays
         try:
@@ -65,7 +67,7 @@ class TracedCalls:
         finally:
             self._caches = None
             self._apply(slots)
-        return caches.call(self._model, tokens)
+        return caches.call(self._model, tokens, lengths)
 
     def _apply(self, slots: RowSlots | None) -> None:
         if self._bank is not None:

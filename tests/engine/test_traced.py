@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import traced
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel
+from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.loader import LoadedModel, load
+from runner.engine.sharing import Sharing
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
@@ -27,12 +30,14 @@ TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are
 
 
 class Graphs:
-    """What `mx.compile` was asked for, and how often a model was called to build a graph."""
+    """What `mx.compile` was asked for, for tokens of which shapes it was called, and how often a model was to build
+    a graph."""
 
     def __init__(self) -> None:
         self.kept = 0
         self.calls = 0
         self.traced = 0
+        self.shapes: Counter[tuple[int, ...]] = Counter()
         self.failing = False
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +55,7 @@ class Graphs:
 
         def call(*arguments: Any) -> Any:
             self.calls += 1
+            self.shapes[arguments[0].shape] += 1
             return compiled(*arguments)
 
         return call
@@ -207,6 +213,47 @@ def test_a_graph_is_built_once_and_used_again(
     assert graphs.calls > 3 * graphs.traced
     monkeypatch.setattr(attention_kernel, "launch", lambda: None)
     assert found == answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
+
+
+def answers_to_prompts(loaded: LoadedModel, adapters: list[AdapterSource]) -> list[str]:
+    """What rows say whose prompts are of few shapes, but not of one length: six pairs of up to 32 tokens that share a
+    call, and five of two chunks of 64 and one of up to 32."""
+    sharing = Sharing(multiple=32)
+    driver = Driver(loaded, max_rows=4, prefix_cache_bytes=0, prefill_step_size=64, sharing=sharing)
+    keys = ["", *(driver.engine.load_adapter(source).key for source in adapters)]
+    text = TEXT * 5
+    for i in range(6):
+        pair = enumerate((text[i : i + 32], text[50 + i : 75 + 2 * i]))
+        driver.run(generate(10 * i + j, prompt=prompt, max_tokens=8, adapter=keys[-j]) for j, prompt in pair)
+    for i in range(5):
+        driver.run([generate(100 + i, prompt=text[i : 150 + 3 * i], max_tokens=8)])
+    return [answer.text for _, answer in sorted(driver.answers.items())]
+
+
+@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize(
+    ("model_type", "pairs", "chunks", "ends"),
+    [("llama", 4, 8, 3), ("qwen3_moe", 4, 8, 3), ("gemma3_text", 0, 0, 0), ("lfm2", 0, 3, 0)],
+)
+def test_prompts_of_a_shape_have_a_graph(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    model_type: str,
+    pairs: int,
+    chunks: int,
+    ends: int,
+) -> None:
+    """Wherever they begin; but not where a window's ring goes round, and states begin, or have to know lengths."""
+    folder = model_folder(model_type)
+    adapters = sources(load(folder), tmp_path)
+    expected = answers_to_prompts(load(folder), adapters)
+    monkeypatch.setattr(prompt_kernel, "launch", lambda: separately)
+    monkeypatch.setattr(prompt_kernel, "applies", lambda queries, *_: queries.shape[2] > FEW)
+    graphs.shapes.clear()
+    assert answers_to_prompts(load(folder), adapters) == expected
+    assert [graphs.shapes[shape] for shape in ((2, 32), (1, 64), (1, 32))] == [pairs, chunks, ends]
 
 
 def test_a_graph_knows_no_other_starts_than_those_it_is_given() -> None:

@@ -18,7 +18,7 @@ from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
-from runner.engine.kv.planes import Slots
+from runner.engine.kv.planes import Form, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
@@ -68,6 +68,7 @@ class Layout:
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
+        self._forms: dict[int, Form] = {}
         leaves = _leaves(self._templates)
         self.unknown = sorted({type(leaf).__name__ for leaf in leaves if not (understood and _known(leaf))})
         """Classes of upstream that are not understood here; rows are then served one at a time in them."""
@@ -113,14 +114,16 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(
-                positions, template.max_size, self._slack, self.launch, self.prompt_launch, rotates=self.rotates
-            )
+            launches = (self.launch, self.prompt_launch, self._form(template))
+            return Window(positions, template.max_size, self._slack, *launches, rotates=self.rotates)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
-            return Straight(positions, self.launch, self.prompt_launch, rotates=self.rotates)
+            return Straight(positions, self.launch, self.prompt_launch, self._form(template), rotates=self.rotates)
         return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
+
+    def _form(self, template: Any) -> Form:
+        return self._forms.setdefault(id(template), [])
 
 
 class Caches:
@@ -179,13 +182,13 @@ class Caches:
         for leaf in self._leaves:
             leaf.dispatched()
 
-    def shape(self, count: int) -> Hashable | None:
+    def shape(self, count: int, lengths: Sequence[int] | None = None) -> Hashable | None:
         """What decides how a call of `count` tokens for each row is computed; None if more does than such a thing.
 
-        Calls of one shape differ by the values of arrays alone: see `call_graph`.
+        Calls of one shape differ by the values of arrays alone: see `call_graph`. Of row i, only `lengths[i]` count.
         """
         positions = self._positions
-        positions.begin(count, None)
+        positions.begin(count, lengths)
         if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
             return None
         return positions.rows, count, positions.slots, positions.capacity
@@ -205,7 +208,8 @@ class Caches:
         finally:
             for leaf, arrays in zip(self._leaves, after, strict=True):
                 leaf.hold(arrays)
-        positions.end(starts)
+        # With lengths, the host knows better.
+        positions.end(starts if positions.lengths is None else None)
         return answer
 
     def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced:

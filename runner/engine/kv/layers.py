@@ -15,7 +15,7 @@ from runner.engine.arrays import start
 from runner.engine.kv import attention_kernel, masks, prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.planes import Planes, Slots
+from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
@@ -101,13 +101,14 @@ class Straight:
         positions: Positions,
         launch: Launch | None = None,
         prompt_launch: Launch | None = None,
+        form: Form | None = None,
         *,
         rotates: bool = False,
     ) -> None:
-        """With `rotates`, launches also rotate what a model leaves to them."""
+        """With `rotates`, launches also rotate what a model leaves to them. `form` is the layer's (see Planes)."""
         self._rotates = rotates
         self._positions = positions
-        self._planes = Planes()
+        self._planes = Planes(form)
         self._launch = launch
         self._prompt_launch = prompt_launch
         self._unwritten: Unwritten | None = None
@@ -204,7 +205,7 @@ class Straight:
         self._planes.dispatched()
 
     def traceable(self) -> bool:
-        if not self._launches or self._planes.empty or self._positions.count > FEW:
+        if not self._launches or not self._planes.known:
             return False
         self._planes.reserve(self._positions.slots, self._room(), ())
         return True
@@ -279,10 +280,11 @@ class Window(Straight):
         slack: int,
         launch: Launch | None = None,
         prompt_launch: Launch | None = None,
+        form: Form | None = None,
         *,
         rotates: bool = False,
     ) -> None:
-        super().__init__(positions, launch, prompt_launch, rotates=rotates)
+        super().__init__(positions, launch, prompt_launch, form, rotates=rotates)
         self._window: int = window
         self._size = self._ring = window + slack
         self._slack = slack
@@ -304,7 +306,8 @@ class Window(Straight):
         return super().update_and_fetch(keys, values)
 
     def traceable(self) -> bool:
-        return self._positions.count <= self._slack + 1 and super().traceable()
+        count = self._positions.count
+        return (count > FEW or count <= self._slack + 1) and super().traceable()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         positions = self._positions

@@ -41,7 +41,8 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
         pass
 
     def traceable(self) -> bool:
-        return all(array is not None for array in self.cache)
+        # Lengths would be constants of a graph.
+        return self._positions.lengths is None and all(array is not None for array in self.cache)
 
     def hold(self, arrays: Sequence[mx.array]) -> None:
         self.cache = list(arrays)
