@@ -16,7 +16,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_kernels import Kernel
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -274,7 +274,7 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
     [B, 1] of uint32 for the first of T.
     """
     rows, count, _ = logits.shape
-    tokens: mx.array = _variant(logits.dtype).launch(
+    tokens: mx.array = _kernel(logits.dtype).launch(
         inputs=[logits, settings, keys, positions],
         grid=(rows * count * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
@@ -287,17 +287,16 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
 def prepare(dtype: mx.Dtype) -> None:
     """Begin to compile the kernel for such logits, where it can be used: it takes longer than any other."""
     if cuda_kernels.usable(SWITCH) and dtype in _LEAST_SHIFTS:
-        _variant(dtype)
+        _kernel(dtype)
 
 
 @cache
-def _variant(dtype: mx.Dtype) -> Variant:
-    kernel = Kernel(
+def _kernel(dtype: mx.Dtype) -> Kernel:
+    return Kernel(
         name="draw_tokens",
-        input_names=["logits", "settings", "keys", "positions"],
-        output_names=["out"],
+        inputs={"logits": dtype, "settings": mx.float32, "keys": mx.uint32, "positions": mx.uint32},
+        outputs={"out": mx.uint32},
         source=cuda_kernels.terse(SOURCE),
         header=f"constexpr int THREADS = {THREADS};\n{HEADER}",
+        template=[("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])],
     )
-    inputs = [dtype, mx.float32, mx.uint32, mx.uint32]
-    return kernel.variant(inputs, [mx.uint32], [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])])

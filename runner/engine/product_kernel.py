@@ -19,7 +19,7 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel, Size, Variant
+from runner.engine.cuda_kernels import Kernel, Size
 from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
@@ -159,7 +159,7 @@ def gate(y: mx.array) -> mx.array:
 
     To the bit as within such a product. n is a multiple of 8.
     """
-    result: mx.array = _gate_variant(y.dtype).launch(
+    result: mx.array = _gate_kernel(y.dtype).launch(
         inputs=[y],
         grid=(y.size // 16, 1, 1),
         threadgroup=(GATE_THREADS, 1, 1),
@@ -208,28 +208,26 @@ def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
 
 def _prepare(
     outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False
-) -> tuple[Variant, Size, Size]:
+) -> tuple[Kernel, Size, Size]:
     """The kernel, the grid of its blocks that multiply, and its block."""
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
     blocks = outputs * parts // (_TILE * way.mtiles)
-    return _variant(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
+    return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
-def _variant(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Variant:
+def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
-    kernel = Kernel(
+    return Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
-        input_names=inputs_of(epilogue, changes=changes),
-        output_names=["out"],
+        inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue, changes=changes)},
+        outputs={"out": dtype},
         source=source(epilogue, changes=changes),
         header=header(way, tiles, dtype, epilogue, changes=changes),
         shared_memory=way.shared_memory,
     )
-    names = inputs_of(epilogue, changes=changes)
-    return kernel.variant([mx.int32 if name == "board" else dtype for name in names], [dtype])
 
 
 def gate_header(dtype: mx.Dtype) -> str:
@@ -238,12 +236,11 @@ def gate_header(dtype: mx.Dtype) -> str:
 
 
 @cache
-def _gate_variant(dtype: mx.Dtype) -> Variant:
-    kernel = Kernel(
+def _gate_kernel(dtype: mx.Dtype) -> Kernel:
+    return Kernel(
         name=f"gate_{_KINDS[dtype][1]}",
-        input_names=["y"],
-        output_names=["out"],
+        inputs={"y": dtype},
+        outputs={"out": dtype},
         source=cuda_kernels.terse(GATE),
         header=gate_header(dtype) + SWIGLU,
     )
-    return kernel.variant([dtype], [dtype])

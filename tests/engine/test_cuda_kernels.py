@@ -82,14 +82,19 @@ def compiled(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def filled() -> Kernel:
-    return Kernel(name="filled", input_names=["x"], output_names=["y"], source="y[0] = x[0] + x_shape[0] + ADDED;")
-
-
-def call(made: Kernel, added: int = 0, x: mx.array | None = None) -> None:
-    made(
-        inputs=[mx.zeros((4,)) if x is None else x],
+def filled(added: int = 0, dtype: mx.Dtype = mx.float32) -> Kernel:
+    return Kernel(
+        name="filled",
+        inputs={"x": dtype},
+        outputs={"y": mx.float32},
+        source="y[0] = x[0] + x_shape[0] + ADDED;",
         template=[("ADDED", added)],
+    )
+
+
+def call(made: Kernel) -> None:
+    made.launch(
+        inputs=[mx.zeros((4,))],
         grid=(1, 1, 1),
         threadgroup=(1, 1, 1),
         output_shapes=[(1,)],
@@ -97,24 +102,24 @@ def call(made: Kernel, added: int = 0, x: mx.array | None = None) -> None:
     )
 
 
-def test_a_variant_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
-    made = filled()
-    call(made, 1)
+def test_a_kernel_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
+    made = filled(1)
+    call(made)
     assert compiled == launches.modules
-    call(made, 1)
+    call(made)
     assert len(compiled) == 1
-    call(made, 2)
+    call(filled(2))
     assert compiled == [launches.modules[0], launches.modules[2]]
-    call(filled(), 1)
+    call(filled(1))
     assert len(compiled) == 2, "it is on disk"
 
 
 def test_mlx_gets_a_short_text_of_the_same_function(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    call(filled(), 1)
+    call(filled(1))
     monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", lambda: False)
-    call(filled(), 1)
+    call(filled(1))
     short, whole = launches.codes
     assert "ADDED" in whole
     assert "ADDED" not in short
@@ -134,14 +139,6 @@ def test_code_that_is_gone_is_an_error(launches: Launches, compiled: list[str], 
     (tmp_path / f"{compiled[0]}.ptx").unlink()
     with pytest.raises(RuntimeError, match="Failed to compile"):
         call(made)
-
-
-def test_arrays_of_other_types_are_another_variant(launches: Launches, compiled: list[str]) -> None:
-    made = filled()
-    for x in (mx.zeros((4,)), mx.zeros((4,), mx.float16), mx.array(1.0)):
-        call(made, x=x)
-    assert len(set(compiled)) == 3
-    assert compiled == launches.modules
 
 
 @pytest.mark.usefixtures("compiled")
@@ -171,7 +168,7 @@ def test_devices_are_told_apart_by_the_text(
     assert compiled == launches.modules
 
 
-def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_side_by_side(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(2, timeout=20)
 
     def compiles(*_: object) -> Binary:
@@ -181,10 +178,8 @@ def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pyt
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core compiles one at a time")
-    made = filled()
-    for added in (1, 2):
-        made.variant([mx.float32], [mx.float32], [("ADDED", added)])
-    call(made, 1)
+    first, _ = filled(1), filled(2)
+    call(first)
     assert not together.broken
 
 
@@ -196,10 +191,8 @@ def test_a_call_waits_for_what_is_under_way(launches: Launches, monkeypatch: pyt
         return Binary(b"code", "mangled")
 
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
-    made, other = filled(), filled()
-    made.variant([mx.float32], [mx.float32], [("ADDED", 1)])
-    variant = other.variant([mx.float32], [mx.float32], [("ADDED", 2)])
-    calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: variant.launch)]
+    made, other = filled(1), filled(2)
+    calls = [threading.Thread(target=lambda: call(made)), threading.Thread(target=lambda: other.launch)]
     for thread in calls:
         thread.start()
         thread.join(0.1)
@@ -233,8 +226,7 @@ def test_mlx_compiles_what_we_cannot(
 
 
 def test_types_that_are_not_known_are_left_to_mlx(compiled: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    made = filled()
-    assert made.variant([mx.complex64], [mx.float32]).launch is not None
+    assert filled(dtype=mx.complex64).launch is not None
     assert not compiled
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
@@ -255,9 +247,11 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    for module in (product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel):
-        monkeypatch.setattr(module, "_variant", cache(module._variant.__wrapped__))
-    monkeypatch.setattr(product_kernel, "_gate_variant", cache(product_kernel._gate_variant.__wrapped__))
+    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
+    made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
+    for name, modules in made.items():
+        for module in modules:
+            monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     monkeypatch.setattr(cuda_kernels, "usable", lambda _: True)
 
 
@@ -328,10 +322,8 @@ def test_attention_is_compiled_as_it_is_called(launches: Launches, compiled: lis
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 def test_a_prompt_s_attention_is_compiled_as_it_is_called(
-    launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype
+    launches: Launches, compiled: list[str], dtype: mx.Dtype
 ) -> None:
-    for name in ("_write", "_attend"):
-        monkeypatch.setattr(prompt_kernel, name, cache(getattr(prompt_kernel, name).__wrapped__))
     queries, keys = mx.zeros((2, 4, 20, 64), dtype), mx.zeros((2, 2, 20, 64), dtype)
     plane, starts = mx.zeros((2, 2, 256, 64), dtype), mx.zeros((2,), mx.int32)
     rotation, after = Rotation(64, False, mx.zeros((32,)), lambda lines, _: lines), None
@@ -347,7 +339,7 @@ def test_a_prompt_s_attention_is_compiled_as_it_is_called(
 PROCESS = """
 import json, logging, sys, time
 import mlx.core as mx
-from runner.engine import cuda_compiler
+from runner.engine import cuda_compiler, kernel_cache
 from runner.engine.cuda_compiler import CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument
@@ -357,32 +349,31 @@ def refuses(*_):
 
 if "without compiler" in sys.argv:
     cuda_compiler.compile_kernel = refuses
+if "by mlx" in sys.argv:
+    kernel_cache.provide = refuses
 x = mx.arange(8, dtype=mx.float32).reshape(2, 4)
 mx.eval(x.T + 1)
 kernel = Kernel(
     name="scaled",
-    input_names=["x"],
-    output_names=["y"],
+    inputs={"x": mx.float32},
+    outputs={"y": mx.bfloat16},
     source="y[threadIdx.x] = T(x[threadIdx.x] * FACTOR + x_shape[1] + x_strides[0] + x_ndim);",
     header="// for a test\\n",
+    template=[("T", mx.bfloat16), ("FACTOR", 3), ("EXACT", False)],
 )
 call = dict(
-    inputs=[x], template=[("T", mx.bfloat16), ("FACTOR", 3), ("EXACT", False)], grid=(8, 1, 1), threadgroup=(8, 1, 1),
-    output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
+    inputs=[x], grid=(8, 1, 1), threadgroup=(8, 1, 1), output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
 )
-text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], call["template"])
+text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], kernel._template)
 stand_in = kernel._definition.stand_in(text)
 if "verbose" in sys.argv:
-    kernel._options.made(kernel._definition)(**call, verbose=True)
+    kernel._made(kernel._definition)(**call, template=kernel._template, verbose=True)
     print(json.dumps(text.code))
     sys.exit()
 module = stand_in.text([Argument(mx.float32)], call["output_dtypes"]).module
+launch = kernel._made(stand_in) if "by mlx" in sys.argv else kernel.launch
 began = time.perf_counter()
-if "by mlx" in sys.argv:
-    call.pop("template")
-    y = kernel._options.made(stand_in)(**call)[0].tolist()
-else:
-    y = kernel(**call)[0].tolist()
+y = launch(**call)[0].tolist()
 print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": module}))
 """
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.product_source import SWIGLU, UNPACK
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
@@ -168,7 +168,7 @@ def add_changes(
     count, tokens, outputs = y.shape
     outputs //= parts(epilogue)
     rest = [] if epilogue == "swiglu" else [_nothing(x.dtype) if added is None else added]
-    result: mx.array = _variant(x.dtype, epilogue).launch(
+    result: mx.array = _kernel(x.dtype, epilogue).launch(
         inputs=[x, y, *rest, stack.packed, board],
         grid=(count * tokens * -(-outputs // _TILE) * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
@@ -182,7 +182,7 @@ def prepare(stack: Stack) -> None:
     """Begin to compile, for such changes."""
     if cuda_kernels.usable(SWITCH) and stack.packed is not None:
         for epilogue in _FOLLOW:
-            _variant(stack.packed.dtype, epilogue)
+            _kernel(stack.packed.dtype, epilogue)
 
 
 def parts(epilogue: str) -> int:
@@ -221,12 +221,11 @@ def _nothing(dtype: mx.Dtype) -> mx.array:
 
 
 @cache
-def _variant(dtype: mx.Dtype, epilogue: str) -> Variant:
-    kernel = Kernel(
+def _kernel(dtype: mx.Dtype, epilogue: str) -> Kernel:
+    return Kernel(
         name=f"changes_{epilogue}_{_KINDS[dtype][1]}",
-        input_names=inputs_of(epilogue),
-        output_names=["out"],
+        inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue)},
+        outputs={"out": dtype},
         source=source(epilogue),
         header=header(dtype, epilogue),
     )
-    return kernel.variant([mx.int32 if name == "board" else dtype for name in inputs_of(epilogue)], [dtype])

@@ -40,8 +40,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
-from runner.engine.cuda_text import Template
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -202,7 +201,7 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     shares = splits(blocks, min(places, call.window or places))
     frequencies, constants = rotating(call.rotation)
     dtype = call.queries.dtype
-    out, _ = _variant(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
+    out, _ = _kernel(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -231,23 +230,22 @@ def header(scale: float) -> str:
 
 
 @cache
-def _variant(
+def _kernel(
     scale: float, dtype: mx.Dtype, width: int, way: Shape, window: int, ring: int, rotating: Rotating
-) -> Variant:
-    kernel = Kernel(
+) -> Kernel:
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    return Kernel(
         name="attend_and_write",
-        input_names=INPUTS,
-        output_names=["out", "partial"],
+        inputs={name: types.get(name, dtype) for name in INPUTS},
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
+        template=[
+            ("T", dtype),
+            *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("FEW", FEW), ("WINDOW", window), ("RING", ring)),
+            *rotating,
+        ],
     )
-    template: Template = [
-        ("T", dtype),
-        *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-        *(("FEW", FEW), ("WINDOW", window), ("RING", ring)),
-        *rotating,
-    ]
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
-    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)

@@ -21,7 +21,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
@@ -154,28 +154,26 @@ def attend_header(dtype: mx.Dtype, width: int, window: int, scale: float) -> str
 
 
 @cache
-def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Variant:
-    kernel = Kernel(
+def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Kernel:
+    return Kernel(
         name=f"write_prompt_{_KINDS[dtype][1]}_{width}_{rotated}_{traditional}",
-        input_names=WRITE_INPUTS,
-        output_names=["rotated"],
+        inputs={name: _TYPES.get(name, dtype) for name in WRITE_INPUTS},
+        outputs={"rotated": dtype},
         source=cuda_kernels.terse(WRITE),
         header=write_header(dtype, width, rotated, traditional, lines(width)),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
     )
-    return kernel.variant([_TYPES.get(name, dtype) for name in WRITE_INPUTS], [dtype])
 
 
 @cache
-def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Variant:
-    kernel = Kernel(
+def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Kernel:
+    return Kernel(
         name=f"attend_prompt_{_KINDS[dtype][1]}_{width}_{window}_{struct.pack('>f', scale).hex()}",
-        input_names=ATTEND_INPUTS,
-        output_names=["out", "partial"],
+        inputs={name: _TYPES.get(name, dtype) for name in ATTEND_INPUTS},
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(ATTEND),
         header=attend_header(dtype, width, window, scale),
         ensure_row_contiguous=False,
         shared_memory=shared_memory(width),
     )
-    return kernel.variant([_TYPES.get(name, dtype) for name in ATTEND_INPUTS], [dtype, mx.float32])

@@ -15,8 +15,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
-from runner.engine.cuda_text import Template
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv import attention_source
 from runner.engine.kv.attention_kernel import SWITCH, Rotating, Shape, counters, partial, rotating, splits
 from runner.engine.kv.masks import FEW
@@ -111,7 +110,7 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     shares = splits(blocks, call.planes[0].shape[2])
     frequencies, constants = rotating(call.rotation)
     dtype, window = call.queries.dtype, call.window or 0
-    out, _ = _variant(call.scale, dtype, width, way, window, call.bits, call.group_size, constants).launch(
+    out, _ = _kernel(call.scale, dtype, width, way, window, call.bits, call.group_size, constants).launch(
         inputs=[
             *(call.queries, call.keys, call.values, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
@@ -133,7 +132,7 @@ def header(scale: float) -> str:
 
 
 @cache
-def _variant(
+def _kernel(
     scale: float,
     dtype: mx.Dtype,
     width: int,
@@ -142,22 +141,21 @@ def _variant(
     bits: int,
     group_size: int,
     rotating: Rotating,
-) -> Variant:
-    kernel = Kernel(
+) -> Kernel:
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    types |= {"held_keys": mx.uint32, "held_values": mx.uint32}
+    return Kernel(
         name="attend_and_write_packed",
-        input_names=INPUTS,
-        output_names=["out", "partial"],
+        inputs={name: types.get(name, dtype) for name in INPUTS},
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         ensure_row_contiguous=False,
+        template=[
+            ("T", dtype),
+            *(("D", width), ("BITS", bits), ("GROUP", group_size), ("MINE", _MINE)),
+            *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("FEW", FEW), ("WINDOW", window)),
+            *rotating,
+        ],
     )
-    template: Template = [
-        ("T", dtype),
-        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("MINE", _MINE)),
-        *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-        *(("FEW", FEW), ("WINDOW", window)),
-        *rotating,
-    ]
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
-    types |= {"held_keys": mx.uint32, "held_values": mx.uint32}
-    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)
