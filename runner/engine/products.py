@@ -69,8 +69,10 @@ class _Product:
         add_changes, few = shape.kernels.add_changes, shape.takes(x)
         if add_changes is None or x.dtype != shape.dtype or not kernel.fits(x, stack):
             return None
-        if few and shape.epilogue != "plain":
-            return None
+        if shape.epilogue != "plain":
+            if shape.takes_changed(x):
+                return None
+            few = False
         y = shape.multiply(x, weight) if few else x @ weight.T
         return add_changes(x, y, stack, rows, self._taken(), shape.epilogue)
 
