@@ -50,7 +50,7 @@ class Prefiller:
         """`layout` is the model's; `has_room` says whether there is memory for a row, in a call of so many tokens."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
-        self._call = TracedCalls(model, bank)
+        self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
         self._layout = layout
@@ -161,7 +161,7 @@ class Prefiller:
         return self._layout.restore([beginning for _, beginning in group], reserve)
 
     def _continue(self, long: _LongPrompt, chunk: int) -> Iterator[Ready]:
-        long.call(self._call, self._slots([long.row]), chunk, self._width)
+        long.call(self._traced, self._slots([long.row]), chunk, self._width)
         if not long.todo:
             self._long = None
             self._store([long.row], long.caches)
@@ -190,7 +190,7 @@ class Prefiller:
         width = self._width(max(row.cached for row, _ in group), max(lengths))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
         caches = self._begin(group)
-        self._call(caches, mx.array(padded), self._slots([row for row, _ in group]), lengths)
+        self._traced(caches, mx.array(padded), self._slots([row for row, _ in group]), lengths)
         start(caches.arrays)
         caches.dispatched()
         # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
