@@ -56,7 +56,7 @@ class Prefiller:
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self.pacing = Pacing()
-        self._call = TracedCalls(model, bank)
+        self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
         self._layout = layout
@@ -142,7 +142,7 @@ class Prefiller:
                     return
         if self._long is not None:
             slots = self._slots([self._long.row])
-            yield from self._start_layers(self._begun(self._long.call(self._call, slots, chunk, self._width)))
+            yield from self._start_layers(self._begun(self._long.call(self._traced, slots, chunk, self._width)))
 
     def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
@@ -226,7 +226,7 @@ class Prefiller:
         width = self._width(max(row.cached for row in rows), max(lengths))
         caches = self._begin(group)
         padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
-        self._call(caches, mx.array(padded), self._slots(rows), lengths)
+        self._traced(caches, mx.array(padded), self._slots(rows), lengths)
         return _Call(rows, caches, len(rows) * width)
 
 

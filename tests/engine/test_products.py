@@ -18,7 +18,7 @@ from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
-from runner.engine.product_kernel import Changed, Multiply, Way
+from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply, Way
 from runner.engine.product_shapes import Kernels
 from runner.engine.weights import narrow_model
 from runner.protocol import AdapterSource
