@@ -381,7 +381,8 @@ print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": modu
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.timeout(300)
 def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
-    environ = {**os.environ, kernel_cache.VARIABLE: str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, kernel_cache.VARIABLE: str(tmp_path), "PYTHONPATH": path}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROCESS, *words]
@@ -394,7 +395,9 @@ def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
         assert found["y"] == [i * 3 + 4 + 4 + 2 for i in range(8)]
         return found
 
-    printed = run("verbose").stdout
+    process = run("verbose")
+    assert process.returncode == 0, process.stderr
+    printed = process.stdout
     code = printed.split("```\n", 1)[1].rsplit("\n```", 1)[0]
     assert code == json.loads(printed.splitlines()[-1]), "the text is MLX's"
 
