@@ -10,6 +10,7 @@ each token.
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Final
@@ -46,9 +47,19 @@ class TracedCalls:
         self._generation = 0
         self._caches: Caches | None = None
         self._only: int | None = None
+        self._building = False
+        self.building = 0.0
+        """Seconds spent so far in calls whose graph was built, where later ones of their shape find it kept."""
 
     def __call__(self, caches: Caches, tokens: mx.array, slots: RowSlots | None = None) -> mx.array:
         """As `caches.call(model, tokens)` with the adapters of `slots` applied."""
+        began, self._building = time.perf_counter(), False
+        answer = self._answer(caches, tokens, slots)
+        if self._building:
+            self.building += time.perf_counter() - began
+        return answer
+
+    def _answer(self, caches: Caches, tokens: mx.array, slots: RowSlots | None) -> mx.array:
         self._apply(slots)
         only = None if slots is None else slots.only
         key = (caches.shape(tokens.shape[1]), slots is None, only)
@@ -80,6 +91,7 @@ class TracedCalls:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
+        self._building = True
         seen = self._counts[key] = self._counts.pop(key, 0) + 1
         if len(self._counts) > _MOST_COUNTED:
             self._counts.popitem(last=False)
@@ -94,5 +106,6 @@ class TracedCalls:
     def _trace(self, tokens: mx.array, starts: mx.array, slots: list[mx.array], held: Held) -> Traced:
         """The call itself; runs when a graph is built, with arrays that stand for those of later calls."""
         assert self._caches is not None
+        self._building = True
         self._apply(RowSlots.of_arrays(slots, self._only) if slots else None)
         return self._caches.trace(self._model, tokens, starts, held)
