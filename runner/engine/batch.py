@@ -190,6 +190,11 @@ class DecodeBatch:
         return 0 if self._caches is None else self._caches.capacity
 
     @property
+    def building(self) -> float:
+        """Seconds spent so far on building graphs that are kept, the draft's included."""
+        return self._call.building + (0.0 if self._proposer is None else self._proposer.building)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
         return 0 if self._caches is None else self._caches.nbytes

@@ -10,6 +10,7 @@ with each token. How many of a row's tokens are padding is no matter to what is 
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
@@ -46,11 +47,23 @@ class TracedCalls:
         self._generation = 0
         self._caches: Caches | None = None
         self._only: int | None = None
+        self._building = False
+        self.building = 0.0
+        """Seconds spent so far in calls whose graph was built, where later ones of their shape find it kept."""
 
     def __call__(
         self, caches: Caches, tokens: mx.array, slots: RowSlots | None = None, lengths: Sequence[int] | None = None
     ) -> mx.array:
         """As `caches.call(model, tokens, lengths)` with the adapters of `slots` applied."""
+        began, self._building = time.perf_counter(), False
+        answer = self._answer(caches, tokens, slots, lengths)
+        if self._building:
+            self.building += time.perf_counter() - began
+        return answer
+
+    def _answer(
+        self, caches: Caches, tokens: mx.array, slots: RowSlots | None, lengths: Sequence[int] | None
+    ) -> mx.array:
         self._apply(slots)
         only = None if slots is None else slots.only
         key = (caches.shape(tokens.shape[1], lengths), slots is None, only)
@@ -82,6 +95,7 @@ class TracedCalls:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
+        self._building = True
         seen = self._counts[key] = self._counts.pop(key, 0) + 1
         if len(self._counts) > _MOST_COUNTED:
             self._counts.popitem(last=False)
@@ -96,5 +110,6 @@ class TracedCalls:
     def _trace(self, tokens: mx.array, starts: mx.array, slots: list[mx.array], held: Held) -> Traced:
         """The call itself; runs when a graph is built, with arrays that stand for those of later calls."""
         assert self._caches is not None
+        self._building = True
         self._apply(RowSlots.of_arrays(slots, self._only) if slots else None)
         return self._caches.trace(self._model, tokens, starts, held)

@@ -256,6 +256,31 @@ def test_prompts_of_a_shape_have_a_graph(
     assert [graphs.shapes[shape] for shape in ((2, 32), (1, 64), (1, 32))] == [pairs, chunks, ends]
 
 
+@pytest.mark.usefixtures("keeping")
+def test_building_is_told_apart_from_calls_whose_graph_is_kept(model_folder: ModelFolder, graphs: Graphs) -> None:
+    loaded = load(model_folder("llama"))
+    call, caches = traced.TracedCalls(loaded.model), loaded.layout.new(2)
+    caches.call(loaded.model, mx.array([[1], [2]]))
+    spent = [0.0]
+    for _ in range(8):
+        mx.eval(call(caches, mx.array([[1], [2]])))
+        caches.dispatched()
+        spent.append(call.building)
+    # Built anew twice, kept by the third; then only used.
+    assert spent[0] < spent[1] < spent[2] < spent[3]
+    assert spent[3:] == [spent[3]] * 6
+    graphs.failing = True
+    mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+    first = call.building
+    for _ in range(4):
+        mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+        caches.dispatched()
+    failed = call.building
+    assert failed > first > spent[-1]
+    mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+    assert call.building == failed, "what is built each time is what a step costs"
+
+
 def test_a_graph_knows_no_other_starts_than_those_it_is_given() -> None:
     """What the call before has made of them would be a constant of the graph."""
     positions = Positions(2)

@@ -50,6 +50,11 @@ class Proposer:
         """Bytes of the caches."""
         return 0 if self._caches is None else self._caches.nbytes
 
+    @property
+    def building(self) -> float:
+        """Seconds spent so far on building graphs that are kept."""
+        return self._call.building
+
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
         known = len(self._rows) if self._knows(rows) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ def test_the_real_policy_speculates_with_a_good_draft_and_not_with_a_bad_one(
         speculation = speculating(target, drafts("llama", kind))
         driver = Driver(target, speculation=speculation, num_draft_tokens=5)
         took = speculation.policy.took
-        flat = lambda rows, length, seconds, *, steady: took(rows, length, 0.01 + 0.002 * length, steady=steady)  # noqa: E731, B023
+        flat = lambda step: took(replace(step, seconds=0.01 + 0.002 * step.length, timed=not step.shared))  # noqa: E731, B023
         speculation.policy.took = flat
         speculation.policy.costs._target = lambda tokens: 0.01
         speculation.policy.costs._draft = lambda tokens: 0.002
