@@ -33,13 +33,15 @@ _BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attentio
 
 
 class _Product:
-    """A layer's product by the kernels of its shape. `added` is what the layer's next product is to be added to, and is
-    taken by it if it can; `added_to_changed` waits for the next one with changes."""
+    """A layer's product by the kernels of its shape, and what follows it; `plain` is the same without that. `added` is
+    what the layer's next product is to be added to, and is taken by it if it can; `added_to_changed` waits for the next
+    one with changes."""
 
-    __slots__ = ("added", "added_to_changed", "shape")
+    __slots__ = ("added", "added_to_changed", "plain", "shape")
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, plain: _Product | None = None) -> None:
         self.shape = shape
+        self.plain = plain or self
         self.added: mx.array | None = None
         self.added_to_changed: mx.array | None = None
 
@@ -66,15 +68,10 @@ class _Product:
         shape = self.shape
         if (changed := shape.changed(x, stack)) is not None:
             return changed(x, weight, self._taken(), stack, rows)
-        add_changes, few = shape.kernels.add_changes, shape.takes(x)
+        add_changes = shape.kernels.add_changes
         if add_changes is None or x.dtype != shape.dtype or not kernel.fits(x, stack):
             return None
-        if shape.epilogue != "plain":
-            if shape.takes_changed(x):
-                return None
-            few = False
-        y = shape.multiply(x, weight) if few else x @ weight.T
-        return add_changes(x, y, stack, rows, self._taken(), shape.epilogue)
+        return add_changes(x, self.plain(x, weight), stack, rows, self._taken(), shape.epilogue)
 
     def _taken(self) -> mx.array | None:
         added, self.added_to_changed = self.added_to_changed, None
@@ -199,7 +196,7 @@ def _install_gated(model: Any, shapes: Shapes) -> None:
         if group is None or not _is_swiglu(module):
             continue
         if (shape := shapes.gated(group.layer.weight)) is not None:
-            module.product, module.gate_and_input = _Product(shape), group
+            module.product, module.gate_and_input = _Product(shape, group.layer.product), group
             group.layer.gated = module.product
             kind: Any = type(module)
             module.__class__ = _derived(_FewRowsGated, kind)

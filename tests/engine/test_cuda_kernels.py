@@ -26,6 +26,7 @@ from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.kv.rotary import Rotation
+from runner.engine.product_kernel import CHANGED_TILES, TILES
 from tests.engine.test_product_changes import changes
 
 Compile = Callable[[Text, str], Binary]
@@ -260,18 +261,17 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], epilogue: str) -> None:
     outputs, inputs, dtype = 64, 128, mx.bfloat16
     weight = mx.zeros((outputs * (2 if epilogue == "swiglu" else 1), inputs), dtype)
-    rows = (1, 9, 17)
     multiply = product_kernel.multiply(outputs, inputs, dtype, epilogue)
-    for count in rows:
-        multiply(mx.zeros((1, count, inputs), dtype), weight)
+    for tiles in TILES:
+        multiply(mx.zeros((1, 8 * tiles, inputs), dtype), weight)
     if epilogue == "plain":
         multiply(mx.zeros((1, 9, inputs), dtype), weight, mx.zeros((1, 9, outputs), dtype))
     stack = changes(outputs, inputs, dtype, epilogue)
     changed = product_kernel.changed(outputs, inputs, dtype, epilogue)
-    for count in rows:
-        changed(mx.zeros((count, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * count))
+    for tiles in CHANGED_TILES:
+        changed(mx.zeros((8 * tiles, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * 8 * tiles))
     assert sorted(set(launches.modules)) == sorted(compiled)
-    assert len(compiled) == 6
+    assert len(compiled) == len(TILES) + len(CHANGED_TILES)
 
 
 @pytest.mark.usefixtures("fresh")
