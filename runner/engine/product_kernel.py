@@ -1,10 +1,10 @@
 """The product of few tokens with a layer's weight, in one launch on CUDA.
 
-With 2 to 64 rows such a product is bound by reading the weight, and cuBLAS takes the host longer to call (20 µs) than
+With 2 to 32 rows such a product is bound by reading the weight, and cuBLAS takes the host longer to call (20 µs) than
 the device to compute it. This kernel is called in half of that, of which the greater part is gone where the step's
 graph is compiled; it reads the weight once, at the memory's speed; and its epilogues save the operations that follow:
 the sum with what the block began with, and an MLP's gate. One row takes it as well, and a row's result is the same
-bits in any batch of up to 32.
+bits in any batch of up to MOST_ROWS.
 """
 
 from __future__ import annotations
@@ -25,18 +25,12 @@ from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-MOST_ROWS: Final = 64
-"""Tokens in a call up to which the kernel is used. Beyond 32 the device takes longer for it than for cuBLAS, but the
-host so much less that a step is shorter by a third."""
+MOST_ROWS: Final = 32
+"""Tokens in a call up to which the kernel is used. With 64 the device takes twice as long for it as for cuBLAS, and a step
+longer than one of 128 rows."""
 
-TILES: Final = (1, 2, 4, 8)
+TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
-
-CHANGED_TILES: Final = (1, 2, 4)
-"""And in which rows have changes."""
-
-MOST_CHANGED: Final = 8 * CHANGED_TILES[-1]
-"""Tokens in a call up to which those are used."""
 
 RANKS: Final = 16
 """How many ranks of a row's change one block computes the inner products of."""
@@ -70,11 +64,8 @@ class Way:
 
 def way(outputs: int, inputs: int, tiles: int, epilogue: str) -> Way:
     """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"); `warps` does not depend on
-    `tiles` up to 4: a row's result is the same bits in any batch of up to 32."""
+    `tiles`."""
     blocks = outputs // _TILE
-    if tiles == 8:
-        # A thread of more warps would not have the registers for the tokens.
-        return Way(8, 2, 2 if epilogue == "swiglu" or (blocks > 3 * _PROCESSORS and not outputs % (2 * _TILE)) else 1)
     if epilogue == "swiglu":
         return Way(8, 1 if tiles == 4 else 2, 2)
     if blocks <= _PROCESSORS and inputs >= 16 * _CHUNK:
@@ -131,7 +122,7 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
     return (
         stack.packed is not None
         and down.dtype == b.dtype == dtype
-        and 0 < down.shape[1] <= ROOM // MOST_CHANGED
+        and 0 < down.shape[1] <= ROOM // MOST_ROWS
         and (b.shape[2], down.shape[2]) == (outputs, inputs)
         and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
     )
@@ -141,9 +132,9 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     """The product with one weight in which each row has its own low-rank change, prepared."""
     prepared = [
         _prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue, changes=True)
-        for tiles in CHANGED_TILES
+        for tiles in TILES
     ]
-    by_rows = [prepared[_place(rows)] for rows in range(MOST_CHANGED + 1)]
+    by_rows = [prepared[_place(rows)] for rows in range(MOST_ROWS + 1)]
     dtypes = [dtype]
     rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
     mx.eval(rest)

@@ -18,7 +18,7 @@ from runner.engine import cuda_kernels, product_kernel
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.product_kernel import CHANGED_TILES, MOST_CHANGED, MOST_ROWS, TILES, Changed, Multiply
+from runner.engine.product_kernel import MOST_ROWS, TILES, Changed, Multiply
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +90,9 @@ class Shape:
         """Whether there is a kernel for these tokens."""
         return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
 
-    def takes_changed(self, x: mx.array) -> bool:
-        """Whether there may be one for these tokens in which rows have changes."""
-        return x.size <= MOST_CHANGED * self.inputs and self.takes(x)
-
     def changed(self, x: mx.array, stack: Stack) -> Changed | None:
         """The product with changes, None where it is to be made of several."""
-        return self._changed if self._changed is not None and self.takes_changed(x) and self._fits(stack) else None
+        return self._changed if self._changed is not None and self.takes(x) and self._fits(stack) else None
 
     def _fits(self, stack: Stack) -> bool:
         outputs = self._outputs * kernel.parts(self.epilogue)
@@ -133,7 +129,7 @@ def _gate(y: mx.array) -> mx.array:
 
 def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:
     """`multiply`, if it gives what is expected for each number of rows that it has a kernel for."""
-    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight, TILES) else None
+    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight) else None
 
 
 def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Stack) -> Changed | None:
@@ -152,18 +148,13 @@ def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Sta
         y = x @ weight.T + change.swapaxes(0, 1)
         return _gate(y) if epilogue == "swiglu" else y
 
-    return changed if _right(found, expected, weight, CHANGED_TILES) else None
+    return changed if _right(found, expected, weight) else None
 
 
-def _right(
-    found: Callable[[mx.array], mx.array],
-    expected: Callable[[mx.array], mx.array],
-    weight: mx.array,
-    tiles: tuple[int, ...],
-) -> bool:
-    """Whether both give the same for tokens [1, rows, inputs], by the kernels for so many eights of rows."""
+def _right(found: Callable[[mx.array], mx.array], expected: Callable[[mx.array], mx.array], weight: mx.array) -> bool:
+    """Whether both give the same for tokens [1, rows, inputs], by each kernel."""
     try:
-        for rows in (8 * (eights - 1) + 1 for eights in tiles):
+        for rows in (8 * (eights - 1) + 1 for eights in TILES):
             x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
             exact = expected(x).astype(mx.float32)
             wrong = mx.linalg.norm(found(x).astype(mx.float32) - exact)

@@ -16,7 +16,10 @@ _PRELUDE = """
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <memory>
 #include <thread>
 #include <vector>
 using std::max;
@@ -24,23 +27,38 @@ using std::min;
 #define __device__
 #define __shared__ static
 static std::barrier<>* everybody;
+static std::barrier<>* warps[32];
 static uint32_t passed[1024];
 struct Index { int x; };
 static thread_local Index threadIdx;
 static Index blockIdx;
 static void __syncthreads() { everybody->arrive_and_wait(); }
+static void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
     std::memcpy(&passed[threadIdx.x], &value, 4);
-    __syncthreads();
+    __syncwarp();
     V other;
     std::memcpy(&other, &passed[threadIdx.x ^ width], 4);
-    __syncthreads();
+    __syncwarp();
     return other;
+}
+static bool __any_sync(unsigned all, bool one) {
+    uint32_t any = one;
+    for (int width = 1; width < 32; width *= 2) any |= __shfl_xor_sync(all, any, width);
+    return any;
 }
 template <typename V> V atomicAdd(V* at, V value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 template <typename V> V __ldcg(const V* at) { return *at; }
 static void __threadfence() {}
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    uint32_t chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= uint32_t(both >> ((which >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+    return chosen;
+}
+struct float2 { float x, y; };
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct bfloat16 {
@@ -77,6 +95,11 @@ static void kernel({declared}) {{
 extern "C" void run(int blocks, int threads, {declared}) {{
     std::barrier<> barrier(threads);
     everybody = &barrier;
+    std::vector<std::unique_ptr<std::barrier<>>> of_warps;
+    for (int first = 0; first < threads; first += 32) {{
+        of_warps.push_back(std::make_unique<std::barrier<>>(std::min(32, threads - first)));
+        warps[first / 32] = of_warps.back().get();
+    }}
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
         std::vector<std::thread> running;
         for (int i = 0; i < threads; ++i) running.emplace_back([&, i] {{ threadIdx.x = i; kernel({passed}); }});

@@ -24,7 +24,6 @@ static int acquire(const int* from) { return __atomic_load_n(from, __ATOMIC_ACQU
 static void prefetch(const void*) {}
 static void close_group() {}
 template <int> static void wait_for_groups() {}
-static void __syncwarp() { __syncthreads(); }
 
 struct Operands { uint32_t a[4], b[2]; };
 static Operands operands[1024];
