@@ -26,8 +26,8 @@ SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
 MOST_ROWS: Final = 32
-"""Tokens in a call up to which the kernel is used. With 64 the device takes twice as long for it as for cuBLAS, and a step
-longer than one of 128 rows."""
+"""Tokens in a call up to which the kernel is used. With 64 the device takes twice as long for it as for cuBLAS, and a
+step is longer than one of 128 rows."""
 
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
