@@ -192,6 +192,7 @@ class Prefiller:
         self._apply_adapters([row for row, _ in group])
         caches.call(self._model, mx.array(padded), lengths)
         start(caches.arrays)
+        caches.dispatched()
         # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
         if len(group) == 1 or not self._layout.cuttable:
             self._store([row for row, _ in group], caches)
@@ -217,3 +218,4 @@ class _LongPrompt:
         self.caches.call(model, mx.array([tokens + [0] * padding]), [len(tokens)])
         self._running = self.caches.arrays
         start(self._running)
+        self.caches.dispatched()

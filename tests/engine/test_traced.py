@@ -192,6 +192,15 @@ def test_a_graph_is_built_once_and_used_again(
 
 
 @pytest.mark.usefixtures("keeping")
+def test_short_prompts_leave_nothing_that_another_graph_would_be_for(model_folder: ModelFolder, graphs: Graphs) -> None:
+    """Those of up to 16 tokens are launches themselves, together or as a long one's last chunk."""
+    driver = Driver(load(model_folder("llama")), prefill_step_size=16)
+    for i, length in enumerate((8, 9, 10, 11, 24, 25)):
+        driver.one(prompt=TEXT[:length], max_tokens=8, temperature=1.0, seed=i)
+    assert graphs.kept == graphs.traced == 1
+
+
+@pytest.mark.usefixtures("keeping")
 def test_all_proposals_of_a_round_are_one_graph(
     model_folder: ModelFolder, graphs: Graphs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
