@@ -8,7 +8,8 @@ al., SC 2011), as MLX has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from functools import cache
 from math import inf, log
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _64_BITS: Final = (1 << 64) - 1
 _PROPOSING: Final = 0x5BD1E995
 """Sets apart the noise of a proposal; any constant does that the other streams do not have."""
+
+_ARRAYS: Final = ("_greedy", "_inverse", "settings", "_keys", "unbound")
+"""Attributes of a Draw, those of its filters aside."""
 
 _BELOW_ONE: Final = 1 - 2**-24
 
@@ -45,7 +49,8 @@ class Draw:
         top_k = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in settings]
         self.settings = mx.array([list(row) for row in zip(inverse, top_p, min_p, top_k, strict=True)])
         """[B, 4]: see `runner.engine.draw_kernel`."""
-        self._filters = Filters(settings, vocabulary)
+        self.filters = Filters(settings, vocabulary)
+        """What rows leave out."""
         self._keys = mx.array([[key_of(row.seed)] for row in rows], dtype=mx.uint32)
         words = (vocabulary + 1) // 2
         self._bits = mx.vmap(lambda key: mx.random.split(key, words))
@@ -56,9 +61,30 @@ class Draw:
         self.bound = any(s.temperature > 0 and s.seed is not None for s in settings)
         """Whether a row draws by its seed."""
 
+    @property
+    def form(self) -> Hashable:
+        """What decides, beside `arrays`, what is drawn."""
+        given = tuple(getattr(self, name) is None for name in _ARRAYS)
+        return self._vocabulary, given, self.filters.form, self.bound
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What its draws depend on."""
+        own = [array for name in _ARRAYS if (array := getattr(self, name)) is not None]
+        return own + self.filters.arrays
+
+    def having(self, arrays: Sequence[mx.array]) -> Draw:
+        """One of the same form with such `arrays`."""
+        other, rest = copy(self), iter(arrays)
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                setattr(other, name, next(rest))
+        other.filters = self.filters.having(list(rest))
+        return other
+
     def weights(self, logits: mx.array) -> mx.array:
         """[B, T, V]: the logarithms, up to a constant of the row, of what is drawn from at logits [B, T, V]."""
-        return self._scaled(logits, Kept(None) if self._filters.none else self._filters(logits))
+        return self._scaled(logits, Kept(None) if self.filters.none else self.filters(logits))
 
     def __call__(self, choice: Choice, position: mx.array, *, proposing: bool) -> mx.array:
         """[B, T]: a draw by the weights of `choice` for rows with a temperature, its tokens for the others.
@@ -71,7 +97,7 @@ class Draw:
         if draw_kernel.applies(logits):
             return draw_kernel.draw_tokens(logits, self.settings, self.keys_of(stream), position)
         bits = self._random(position, logits.shape[1], stream)
-        few = candidates(logits, self._filters, self._greedy)
+        few = candidates(logits, self.filters, self._greedy)
         if few is not None:
             weights = self._scaled(few.logits, few.kept)
             drawn = few.ids(mx.argmax(_fused(_perturbed)(weights, few.take(bits)), axis=-1))

@@ -12,7 +12,8 @@ temperature; then temperature and a draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -171,6 +172,32 @@ class Sampler:
         if self.draw is not None and state.position is not None and (self.draw.bound or not verifying):
             choice.tokens = self.draw(choice, state.position, proposing=proposing)
         return choice
+
+    @property
+    def unbound(self) -> bool:
+        """Whether a row draws without a seed."""
+        return self.draw is not None and self.draw.unbound is not None
+
+    @property
+    def form(self) -> Hashable | None:
+        """What decides, beside `arrays`, how it chooses; None where more does, such as what rows have said."""
+        if self._penalties is not None or self._bias is not None:
+            return None
+        return () if self.draw is None else self.draw.form
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that it chooses by, if it has a `form`: first the position, where rows draw."""
+        if self.draw is None or self.state.position is None:
+            return []
+        return [self.state.position, *self.draw.arrays]
+
+    def having(self, arrays: Sequence[mx.array]) -> Sampler:
+        """One of the same form with such `arrays`."""
+        other = copy(self)
+        if self.draw is not None:
+            other.draw, other.state = self.draw.having(arrays[1:]), State(arrays[0], None)
+        return other
 
     def logprobs(self, logits: mx.array, tokens: mx.array) -> Logprobs | None:
         """Of `tokens` [B, T] and the most likely, by logits [B, T, V]; None when no row asked."""

@@ -23,7 +23,7 @@ from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import packed_separately, separately
-from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
+from tests.engine.speculative.drafts import SLACK, always, draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
@@ -208,8 +208,7 @@ def test_a_graph_is_built_once_and_used_again(
     adapters = sources(load(folder), tmp_path)
     found = answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
     assert "built each time" not in caplog.text
-    # A draft's calls may or may not have one before them that is not dispatched yet: two graphs of one shape.
-    assert graphs.kept <= graphs.traced <= (2 if drafted else 1) * graphs.kept
+    assert graphs.kept == graphs.traced
     assert graphs.calls > 3 * graphs.traced
     monkeypatch.setattr(attention_kernel, "launch", lambda: None)
     assert found == answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
@@ -257,6 +256,85 @@ def test_prompts_of_a_shape_have_a_graph(
 
 
 @pytest.mark.usefixtures("keeping")
+def test_short_prompts_leave_nothing_that_another_graph_would_be_for(model_folder: ModelFolder, graphs: Graphs) -> None:
+    """Those of up to 16 tokens are launches themselves, together or as a long one's last chunk."""
+    driver = Driver(load(model_folder("llama")), prefill_step_size=16)
+    for i, length in enumerate((8, 9, 10, 11, 24, 25)):
+        driver.one(prompt=TEXT[:length], max_tokens=8, temperature=1.0, seed=i)
+    assert graphs.kept == graphs.traced == 1
+
+
+@pytest.mark.usefixtures("keeping")
+def test_all_proposals_of_a_round_are_one_graph(
+    model_folder: ModelFolder, graphs: Graphs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder("llama")
+    target = load(folder, slack=SLACK)
+    speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"), always(3))
+    driver = Driver(target, speculation=speculation, num_draft_tokens=3)
+    graphs.kept = graphs.traced = 0  # of the calls that were timed at loading
+    for i in range(2):
+        driver.engine.submit(generate(i, prompt=TEXT[: 9 + i], max_tokens=200, temperature=0.5 * i, seed=4))
+    for _ in range(8):
+        driver.engine.step()
+    before, drafted = graphs.calls, driver.engine.stats().drafted_tokens_total
+    for _ in range(20):
+        driver.engine.step()
+    assert driver.engine.stats().drafted_tokens_total - drafted == 20 * 3 * 2
+    assert graphs.calls - before == 20 * 2
+    assert graphs.traced == graphs.kept == 2
+    assert "built each time" not in caplog.text
+
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "seeded": [{"temperature": 0.8, "seed": 7}, {"temperature": 1.6, "seed": 8}, {}],
+    "filtered": [
+        {"temperature": 1.1, "top_p": 0.8, "min_p": 0.05, "top_k": 12, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.95, "min_p": 0.01, "top_k": 40, "seed": 4},
+        {},
+    ],
+    # Drawn without a seed from what one token is left of.
+    "unseeded": [{"temperature": 1.0, "top_k": 1}, {"temperature": 0.7, "seed": 9}, {}],
+    "penalised": [{"repetition_penalty": 1.4, "logit_bias": {40: 3.0}}, {"presence_penalty": 0.5}, {}],
+}
+
+
+@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_graph_of_proposals_knows_no_other_settings_than_those_it_is_given(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """Batches of one form, after each other: graphs are kept, and rows say what their own settings make them say."""
+    folder = model_folder("llama")
+    draft = draft_folder(folder, tmp_path / "draft", "perturbed")
+
+    def said() -> tuple[list[str], float]:
+        target = load(folder, slack=SLACK)
+        driver = Driver(target, speculation=speculating(target, draft, always(3)), num_draft_tokens=3)
+        settings, texts = SETTINGS[name], []
+        for turn, order in enumerate(((0, 1), (1, 0), (0, 0), (1, 2), (2, 1))):
+            requests = [
+                generate(2 * turn + i, prompt=TEXT[: 9 + i], max_tokens=40, **settings[n]) for i, n in enumerate(order)
+            ]
+            texts += [answer.text for _, answer in sorted(driver.run(requests).items())]
+        stats = driver.engine.stats()
+        return texts, stats.accepted_tokens_total / stats.drafted_tokens_total
+
+    found = said()
+    assert graphs.calls > 40
+    assert "built each time" not in caplog.text
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    expected = said()
+    assert found[0] == expected[0]
+    assert found[1] == pytest.approx(expected[1], abs=0.02), "and the draft proposes the same"
+
+
+@pytest.mark.usefixtures("keeping")
 def test_building_is_told_apart_from_calls_whose_graph_is_kept(model_folder: ModelFolder, graphs: Graphs) -> None:
     loaded = load(model_folder("llama"))
     call, caches = traced.TracedCalls(loaded.model), loaded.layout.new(2)
@@ -290,10 +368,12 @@ def test_a_graph_knows_no_other_starts_than_those_it_is_given() -> None:
     positions.end(made)
     positions.begin(1, None)
     given = mx.array([7, 8], dtype=mx.int32)
-    with positions.traced(given):
+    with positions.traced(given, 2):
         assert positions.row_starts is given
         assert positions.starts is given
         assert positions.offset is given
+        assert positions.count == 2
+    assert positions.count == 1
     assert positions.row_starts is made
 
 

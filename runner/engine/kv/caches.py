@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
@@ -27,10 +27,12 @@ from runner.engine.kv.recurrent import Recurrent
 Held = list[list[mx.array]]
 """What each layer holds."""
 
-Traced = tuple[mx.array, Held, mx.array]
+Answer = TypeVar("Answer")
+
+Traced = tuple[Answer, Held, mx.array]
 """The answer, what layers hold after the call, and [rows] int32: tokens before the next call."""
 
-Graph = Callable[[mx.array, mx.array, Held], Traced]
+Graph = Callable[[mx.array, mx.array, Held], Traced[Answer]]
 """Of a call with tokens [rows, count], [rows] int32 tokens before them, and what layers hold."""
 
 
@@ -193,7 +195,7 @@ class Caches:
             return None
         return positions.rows, count, positions.slots, positions.capacity
 
-    def call_graph(self, graph: Graph, tokens: mx.array) -> mx.array:
+    def call_graph(self, graph: Graph[Answer], tokens: mx.array) -> Answer:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
 
         Only after `shape` has returned one. When `graph` raises, nothing has changed.
@@ -212,12 +214,13 @@ class Caches:
         positions.end(starts if positions.lengths is None else None)
         return answer
 
-    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced:
+    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced[mx.array]:
         """What a graph of a call consists of, for such arguments as `call_graph` has for it.
 
-        Raises NotTraceableError if a layer has not written and attended by its launch alone.
+        Of several calls that are one graph, each has what the one before has returned. Raises NotTraceableError if a
+        layer has not written and attended by its launch alone.
         """
-        with self._positions.traced(starts):
+        with self._positions.traced(starts, tokens.shape[1]):
             for leaf, arrays in zip(self._leaves, held, strict=True):
                 leaf.hold(arrays)
                 leaf.begin()
@@ -257,15 +260,20 @@ class Caches:
             leaf.take(order, into, moved)
         return order
 
-    def trim(self, counts: mx.array) -> None:
-        """Cut the last `counts` [rows] tokens off the rows: no copy, and no wait for the counts to be computed.
+    def mark(self) -> None:
+        """Of the tokens that come from now on, some will be cut off again: see `keep`."""
+        self._positions.mark()
 
-        Only if the layout is `trimmable`. `settle` has to follow, with the same numbers.
+    def keep(self, counts: mx.array) -> None:
+        """Keep the first `counts` [rows] tokens since the `mark`: no copy, and no wait for the counts to be computed.
+
+        Only if the layout is `trimmable`. `settle` has to follow.
         """
-        self._positions.trim(counts)
+        self._positions.keep(counts)
 
     def settle(self, counts: Sequence[int]) -> None:
-        """The counts of the oldest `trim` that is not settled yet, for the rows as they are now (0 for later ones)."""
+        """How many tokens the oldest `keep` that is not settled yet has cut off, of the rows as they are now (0 for
+        later ones)."""
         self._positions.settle(counts)
 
     def length(self, row: int) -> int:

@@ -7,18 +7,18 @@ row's tokens but for the last two: a round feeds it those, so that a round whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.filters import NONE
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches, Held, Layout, Traced
 from runner.engine.row import Row
 from runner.engine.sampling import Sampler
-from runner.engine.speculative.verify import Proposal
-from runner.engine.traced import TracedCalls
+from runner.engine.speculative.verify import Proposal, sequence
+from runner.engine.traced import KeptGraphs, TracedCalls
 
 _READS: Final = 1024
 """Tokens of a row that the draft reads at most, before it proposes the first."""
@@ -37,6 +37,7 @@ class Proposer:
         """`own` is the width of the draft's logits, `vocabulary` that of the target's."""
         self._model = model
         self._call = TracedCalls(model)
+        self._graphs = KeptGraphs()
         self._layout = layout
         self._own = own
         self._vocabulary = vocabulary
@@ -53,7 +54,7 @@ class Proposer:
     @property
     def building(self) -> float:
         """Seconds spent so far on building graphs that are kept."""
-        return self._call.building
+        return self._call.building + self._graphs.building
 
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
@@ -84,33 +85,66 @@ class Proposer:
         self._rows = list(rows)
         self._at = [_due(row) for row in rows]
 
-    def propose(self, previous: mx.array, fed: mx.array, count: int, sampler: Sampler) -> Proposal:
-        """`count` tokens for each row, to follow `previous` [B, 1] and `fed` [B, 1], its last two."""
-        assert self._caches is not None
-        feeding, new, state = mx.concatenate([previous, fed], axis=1), fed, sampler.state
-        tokens, weights = [], []
+    def propose(self, last: mx.array, count: int, sampler: Sampler) -> Proposal:
+        """`count` tokens for each row, to follow `last` [B, 2], its last two. All of them are one kept graph."""
+        caches = self._caches
+        assert caches is not None
+        caches.mark()
+        shape = caches.shape(count + 1)
+
+        def trace(last: mx.array, starts: mx.array, arrays: list[mx.array], held: Held) -> Traced[list[mx.array]]:
+            # The first call has two tokens, the others one: all that is before them is known at once.
+            places = starts + mx.array([[0], *([number + 2] for number in range(count))], dtype=mx.int32)
+            calls = iter(places)
+
+            def answer(tokens: mx.array) -> mx.array:
+                nonlocal held
+                logits, held, _ = caches.trace(self._model, tokens, next(calls), held)
+                return logits
+
+            return self._proposal(last, count, sampler.having(arrays), answer), held, places[-1]
+
+        def call(graph: Callable[..., Traced[list[mx.array]]]) -> list[mx.array]:
+            return caches.call_graph(lambda last, starts, held: graph(last, starts, sampler.arrays, held), last)
+
+        def build() -> list[mx.array]:
+            if key is None:
+                return self._proposal(last, count, sampler, lambda tokens: self._call(caches, tokens))
+            # Graphs of the calls by themselves would not be used again.
+            return self._proposal(last, count, sampler, lambda tokens: caches.call(self._model, tokens))
+
+        key = None if shape is None or sampler.form is None else (shape, sampler.form)
+        made, *weights = self._graphs.run(key, trace, call, build)
+        return Proposal(made, weights[0] if weights else None)
+
+    def _proposal(
+        self, feeding: mx.array, count: int, sampler: Sampler, answer: Callable[[mx.array], mx.array]
+    ) -> list[mx.array]:
+        """The proposals' sequence, and what they were drawn from where rows draw; `answer` is the model."""
+        fed = new = feeding[:, 1:]
+        state, tokens, weights = sampler.state, [], []
         for _ in range(count):
-            logits = self._call(self._caches, self._readable(feeding))[:, -1:]
+            logits = answer(self._readable(feeding))[:, -1:]
             choice = sampler.choose(self._fitted(logits), new, state, proposing=True)
             state = choice.after()
             feeding = new = choice.tokens
             tokens.append(choice.tokens)
-            if choice.weights is not None:
+            if sampler.unbound and choice.weights is not None:
                 weights.append(choice.weights)
-        return Proposal(mx.concatenate(tokens, axis=1), mx.concatenate(weights, axis=1) if weights else None)
+        return [sequence(fed, tokens), *([mx.concatenate(weights, axis=1)] if weights else ())]
 
     def dispatched(self) -> None:
         """What was proposed has been started, by whoever started what depends on it."""
         if self._caches is not None:
             self._caches.dispatched()
 
-    def trim(self, refused: mx.array) -> None:
-        """Forget the last `refused` [B] tokens of the rows; `settle` follows."""
+    def keep(self, counts: mx.array) -> None:
+        """Of what it has read since it began to propose, keep the first `counts` [B] tokens; `settle` follows."""
         assert self._caches is not None
-        self._caches.trim(refused)
+        self._caches.keep(counts)
 
     def settle(self, refused: Sequence[int], said: Sequence[int]) -> None:
-        """The host has read the oldest trim's counts; row i said `said[i]` tokens."""
+        """The host has read the counts of the oldest `keep`; row i said `said[i]` tokens."""
         assert self._caches is not None
         self._caches.settle(refused)
         self._at = [at + more for at, more in zip(self._at, said, strict=True)]
@@ -143,6 +177,8 @@ class Proposer:
             padded = [part + [0] * (max(lengths) - len(part)) for part in parts]
             caches.call(self._model, self._readable(mx.array(padded, dtype=mx.uint32)), lengths)
             start(caches.arrays)
+            # Else the next graph would have to wait for it, and so would be another one.
+            caches.dispatched()
 
     def _readable(self, tokens: mx.array) -> mx.array:
         """Tokens of the target; those that the draft has no entry for become its last one."""
