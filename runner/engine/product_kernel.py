@@ -32,7 +32,7 @@ step is longer than one of 128 rows."""
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
-RANKS: Final = 16
+RANKS: Final = 8
 """How many ranks of a row's change one block computes the inner products of."""
 
 GATE_THREADS: Final = 256
