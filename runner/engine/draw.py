@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, cached_property
 from math import inf, log
 from typing import TYPE_CHECKING, Final
 
@@ -27,7 +27,7 @@ _64_BITS: Final = (1 << 64) - 1
 _PROPOSING: Final = 0x5BD1E995
 """Sets apart the noise of a proposal; any constant does that the other streams do not have."""
 
-_ARRAYS: Final = ("_greedy", "_inverse", "settings", "_keys", "unbound")
+_ARRAYS: Final = ("_greedy", "_inverse", "settings", "keys", "unbound")
 """Attributes of a Draw, those of its filters aside."""
 
 _BELOW_ONE: Final = 1 - 2**-24
@@ -51,7 +51,8 @@ class Draw:
         """[B, 4]: see `runner.engine.draw_kernel`."""
         self.filters = Filters(settings, vocabulary)
         """What rows leave out."""
-        self._keys = mx.array([[key_of(row.seed)] for row in rows], dtype=mx.uint32)
+        self.keys = mx.array([[key_of(row.seed)] for row in rows], dtype=mx.uint32)
+        """[B, 1, 2]: of the rows' noise at position 0."""
         words = (vocabulary + 1) // 2
         self._bits = mx.vmap(lambda key: mx.random.split(key, words))
         self._uniform = mx.vmap(lambda key: mx.random.uniform(key=key))
@@ -86,17 +87,25 @@ class Draw:
         """[B, T, V]: the logarithms, up to a constant of the row, of what is drawn from at logits [B, T, V]."""
         return self._scaled(logits, Kept(None) if self.filters.none else self.filters(logits))
 
-    def __call__(self, choice: Choice, position: mx.array, *, proposing: bool) -> mx.array:
+    @cached_property
+    def proposing(self) -> Draw:
+        """The same, but that rows which are not bound to their seed draw with noise that nothing else uses."""
+        if self.unbound is None:
+            return self
+        other = copy(self)
+        streams = mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
+        other.keys = self.keys_of(streams)
+        return other
+
+    def __call__(self, choice: Choice, position: mx.array) -> mx.array:
         """[B, T]: a draw by the weights of `choice` for rows with a temperature, its tokens for the others.
 
-        `position` [B, 1] is the index of the first of T. With `proposing`, rows that are not bound to their seed draw
-        with noise that nothing else uses.
+        `position` [B, 1] is the index of the first of T.
         """
         logits = choice.logits
-        stream = self.stream(proposing=proposing)
         if draw_kernel.applies(logits):
-            return draw_kernel.draw_tokens(logits, self.settings, self.keys_of(stream), position)
-        bits = self._random(position, logits.shape[1], stream)
+            return draw_kernel.draw_tokens(logits, self.settings, self.keys, position)
+        bits = self._random(position, logits.shape[1], 0)
         few = candidates(logits, self.filters, self._greedy)
         if few is not None:
             weights = self._scaled(few.logits, few.kept)
@@ -105,12 +114,6 @@ class Draw:
             assert choice.weights is not None
             drawn = mx.argmax(_fused(_perturbed)(choice.weights, bits), axis=-1)
         return drawn if self._greedy is None else mx.where(self._greedy, choice.tokens, drawn)
-
-    def stream(self, *, proposing: bool) -> mx.array | int:
-        """Of the rows' noise: 0, but for rows [B, 1] that are not bound to their seed while they are `proposing`."""
-        if not proposing or self.unbound is None:
-            return 0
-        return mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
 
     def _scaled(self, logits: mx.array, kept: Kept) -> mx.array:
         if kept.least is None:
@@ -143,10 +146,10 @@ class Draw:
     def keys_of(self, stream: mx.array | int) -> mx.array:
         """[B, 1, 2]: of position 0 in a stream, which is a number or [B, 1]."""
         if isinstance(stream, int) and stream == 0:
-            return self._keys
+            return self.keys
         first = mx.array(stream, dtype=mx.uint32)
         first = first[..., None] if first.ndim else first
-        return self._keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
+        return self.keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
 
 
 def key_of(seed: int) -> tuple[int, int]:

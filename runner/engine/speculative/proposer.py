@@ -8,6 +8,7 @@ row's tokens but for the last two: a round feeds it those, so that a round whose
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from runner.engine.arrays import start
 from runner.engine.filters import NONE
 from runner.engine.kv.caches import Caches, Held, Layout, Traced
 from runner.engine.row import Row
-from runner.engine.sampling import Sampler
+from runner.engine.sampling import Sampler, State
 from runner.engine.speculative.verify import Proposal, sequence
 from runner.engine.traced import KeptGraphs, TracedCalls
 
@@ -28,6 +29,9 @@ _READS_TOGETHER: Final = 4096
 
 _CALL: Final = 2048
 """Tokens in one call while it reads."""
+
+_Own = tuple[list[mx.array], list[mx.array]]
+"""A sampler's arrays, and positions where rows draw."""
 
 
 class Proposer:
@@ -86,52 +90,70 @@ class Proposer:
         self._at = [_due(row) for row in rows]
 
     def propose(self, last: mx.array, count: int, sampler: Sampler) -> Proposal:
-        """`count` tokens for each row, to follow `last` [B, 2], its last two. All of them are one kept graph."""
+        """`count` tokens for each row, to follow `last` [B, 2], its last two."""
         caches = self._caches
         assert caches is not None
         caches.mark()
         shape = caches.shape(count + 1)
+        if shape is None or sampler.form is None:
+            return self._one_by_one(lambda tokens: self._call(caches, tokens), last, count, sampler)
+        proposing, position = sampler.proposing, sampler.state.position
+        positions = [] if position is None else [position + _numbers(count)]
 
-        def trace(last: mx.array, starts: mx.array, arrays: list[mx.array], held: Held) -> Traced[list[mx.array]]:
-            # The first call has two tokens, the others one: all that is before them is known at once.
-            places = starts + mx.array([[0], *([number + 2] for number in range(count))], dtype=mx.int32)
-            calls = iter(places)
+        def trace(last: mx.array, starts: mx.array, own: _Own, held: Held) -> Traced[list[mx.array]]:
+            return self._together(caches, proposing.having(own[0]), last, starts, own[1], held)
 
-            def answer(tokens: mx.array) -> mx.array:
-                nonlocal held
-                logits, held, _ = caches.trace(self._model, tokens, next(calls), held)
-                return logits
+        def call(graph: Callable[..., Traced[list[mx.array]]]) -> Proposal:
+            # What is made of starts and positions here is what a graph would compile a kernel for.
+            made, *logits = caches.call_graph(
+                lambda last, starts, held: graph(last, starts + _begun(count), (proposing.arrays, positions), held),
+                last,
+            )
+            return Proposal(made, sampler.draw.weights(logits[0]) if sampler.draw is not None and logits else None)
 
-            return self._proposal(last, count, sampler.having(arrays), answer), held, places[-1]
+        def build() -> Proposal:
+            return self._one_by_one(lambda tokens: caches.call(self._model, tokens), last, count, sampler)
 
-        def call(graph: Callable[..., Traced[list[mx.array]]]) -> list[mx.array]:
-            return caches.call_graph(lambda last, starts, held: graph(last, starts, sampler.arrays, held), last)
+        return self._graphs.run((shape, proposing.form), trace, call, build)
 
-        def build() -> list[mx.array]:
-            if key is None:
-                return self._proposal(last, count, sampler, lambda tokens: self._call(caches, tokens))
-            # Graphs of the calls by themselves would not be used again.
-            return self._proposal(last, count, sampler, lambda tokens: caches.call(self._model, tokens))
+    def _together(
+        self,
+        caches: Caches,
+        sampler: Sampler,
+        last: mx.array,
+        starts: mx.array,
+        positions: list[mx.array],
+        held: Held,
+    ) -> Traced[list[mx.array]]:
+        """All proposals as one graph: their sequence, and the logits [B, K, V] if they are wanted of rows that draw.
 
-        key = None if shape is None or sampler.form is None else (shape, sampler.form)
-        made, *weights = self._graphs.run(key, trace, call, build)
-        return Proposal(made, weights[0] if weights else None)
+        `starts` [K + 1, B] are those of each call, and of the next round if all is kept; `positions` [K, B, 1], if any.
+        """
+        feeding, tokens, logits = last, [], []
+        for number in range(starts.shape[0] - 1):
+            answer, held, _ = caches.trace(self._model, self._readable(feeding), _line(starts, number), held)
+            logits.append(self._fitted(answer[:, -1:]))
+            state = State(_line(positions[0], number) if positions else None, None)
+            feeding = sampler.choose(logits[-1], feeding, state).tokens
+            tokens.append(feeding)
+        wanted = [mx.concatenate(logits, axis=1)] if sampler.unbound else []
+        return [sequence(last[:, 1:], tokens), *wanted], held, _line(starts, len(tokens))
 
-    def _proposal(
-        self, feeding: mx.array, count: int, sampler: Sampler, answer: Callable[[mx.array], mx.array]
-    ) -> list[mx.array]:
-        """The proposals' sequence, and what they were drawn from where rows draw; `answer` is the model."""
-        fed = new = feeding[:, 1:]
-        state, tokens, weights = sampler.state, [], []
+    def _one_by_one(
+        self, answer: Callable[[mx.array], mx.array], last: mx.array, count: int, sampler: Sampler
+    ) -> Proposal:
+        """The proposals of calls by themselves; `answer` is the model."""
+        feeding, new, state = last, last[:, 1:], sampler.state
+        tokens, weights = [], []
         for _ in range(count):
             logits = answer(self._readable(feeding))[:, -1:]
-            choice = sampler.choose(self._fitted(logits), new, state, proposing=True)
+            choice = sampler.proposing.choose(self._fitted(logits), new, state)
             state = choice.after()
             feeding = new = choice.tokens
             tokens.append(choice.tokens)
             if sampler.unbound and choice.weights is not None:
                 weights.append(choice.weights)
-        return [sequence(fed, tokens), *([mx.concatenate(weights, axis=1)] if weights else ())]
+        return Proposal(sequence(last[:, 1:], tokens), mx.concatenate(weights, axis=1) if weights else None)
 
     def dispatched(self) -> None:
         """What was proposed has been started, by whoever started what depends on it."""
@@ -205,3 +227,23 @@ def _tokens(row: Row) -> list[int]:
 def _due(row: Row) -> int:
     """How many of a row's tokens the draft should have seen: all but the last two."""
     return max(0, len(row.prompt) + len(row.generated) + row.unread - 2)
+
+
+def _line(array: mx.array, number: int) -> mx.array:
+    """[…] of [N, …], as a view: an index by itself is a launch."""
+    return array[number : number + 1].squeeze(0)
+
+
+# Kept: a device waits tens of microseconds for numbers that the host has just written.
+
+
+@cache
+def _numbers(count: int) -> mx.array:
+    """[count, 1, 1]: 0, 1, 2, …"""
+    return mx.arange(count, dtype=mx.uint32)[:, None, None]
+
+
+@cache
+def _begun(count: int) -> mx.array:
+    """[count + 1, 1]: tokens that a round's calls begin after. The first has two, the others have one."""
+    return mx.array([[0], *([number + 2] for number in range(count))], dtype=mx.int32)

@@ -29,7 +29,7 @@ def round_of(sampler: Sampler) -> tuple[mx.array, mx.array, mx.array]:
     tokens, weights = [], []
     for position in range(2):
         logits = mx.broadcast_to(DRAFT[position], (ROWS, 1, VOCABULARY))
-        choice = sampler.choose(logits, tokens[-1] if tokens else fed, state, proposing=True)
+        choice = sampler.proposing.choose(logits, tokens[-1] if tokens else fed, state)
         state = choice.after()
         tokens.append(choice.tokens)
         assert choice.weights is not None
