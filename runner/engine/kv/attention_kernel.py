@@ -48,8 +48,8 @@ from runner.engine.kv.rotary import Rotation
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-_THREADS: Final = 128
-"""Of a block. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
+_WARPS: Final = (4, 2, 1)
+"""Of a block, as many as have room. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
 
 _WARP: Final = 32
 _VECTOR: Final = 16
@@ -136,13 +136,11 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
     vectors = width * itemsize // _VECTOR
     lanes = min(_WARP, vectors & -vectors)
     values = width // lanes
-    heads = max((n for n in range(1, 9) if shared % n == 0 and n * values <= _REGISTERS), default=0)
-    if not heads:
-        return None
-    warps = _THREADS // _WARP
-    while warps * heads * (width + 2) * 4 + (heads + 2 * FEW) * width * itemsize > _SHARED:
-        warps //= 2
-    return Shape(lanes, heads, warps * _WARP)
+    for heads in (n for n in range(8, 0, -1) if shared % n == 0 and n * values <= _REGISTERS):
+        for warps in _WARPS:
+            if warps * heads * (width + 2) * 4 + (heads + 2 * FEW) * width * itemsize <= _SHARED:
+                return Shape(lanes, heads, warps * _WARP)
+    return None
 
 
 def splits(blocks: int, places: int) -> int:
