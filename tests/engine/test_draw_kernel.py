@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.engine import draw_kernel
+from runner.engine import draw_kernel, draw_source
 from runner.engine.draw import Draw
 from runner.engine.sampling import Choice, SamplingRow, State
 from runner.protocol import Sampling
@@ -61,61 +62,69 @@ def check(launch: Launch, vocabulary: int, dtype: mx.Dtype) -> None:
             assert found.tolist() == separately(draw, logits, position, proposing=proposing).tolist()
 
 
-@pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[mx.Dtype, int], Launch]:
-    """`on_host(dtype, threads)` launches the kernel's source here."""
-    built: dict[tuple[str, int], Run] = {}
+DEVICE = "static int processors() { return %d; }\n"
 
-    def get(dtype: mx.Dtype, threads: int) -> Launch:
-        kind = "bfloat16" if dtype == mx.bfloat16 else "float"
-        key = (kind, threads)
-        if key not in built:
-            built[key] = compiled(
-                tmp_path_factory.mktemp("kernel"),
-                f"constexpr int THREADS = {threads};\n{draw_kernel.HEADER}",
-                draw_kernel.SOURCE,
-                {
-                    "logits": f"const {kind}*",
-                    "logits_shape": "const int*",
-                    "settings": "const float*",
-                    "keys": "const uint32_t*",
-                    "positions": "const uint32_t*",
-                    "out": "uint32_t*",
-                },
-                f"using T = {kind}; constexpr int LEAST_SHIFT = {16 if kind == 'bfloat16' else 0};",
-            )
+
+class OnHost:
+    """Launches the kernel's source here, in blocks of so many threads."""
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        self._folder = folder
+        self._built: dict[tuple[str, int, int], Run] = {}
+
+    def launch(self, shares: int = 1, *, threads: int = 32, processors: int = 1000) -> Launch:
+        """In which so many blocks share a row, on a device that has so many multiprocessors."""
 
         def launch(logits: mx.array, settings: mx.array, keys: mx.array, positions: mx.array) -> mx.array:
-            raw = logits.view(mx.uint16) if dtype == mx.bfloat16 else logits
+            kind = "bfloat16" if logits.dtype == mx.bfloat16 else "float"
+            raw = logits.view(mx.uint16) if kind == "bfloat16" else logits
             values = [np.ascontiguousarray(np.array(array)) for array in (raw, settings, keys, positions)]
-            shape = np.array(logits.shape, dtype=np.int32)
             out = np.zeros(logits.shape[:2], dtype=np.uint32)
-            arrays = [values[0], shape, *values[1:], out]
+            parts = np.full((out.size, shares, 2), 0xFFFFFFFF, dtype=np.uint32)
+            counters = np.zeros((shares, out.size), dtype=np.int32)
+            shapes = [np.array(array.shape, dtype=np.int32) for array in (logits, counters)]
+            arrays = [*values, counters, out, parts, *shapes]
             pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in arrays]
-            built[key](ctypes.c_int(out.size), ctypes.c_int(threads), *pointers)
+            blocks = ctypes.c_int(out.size * shares)
+            self._run(kind, threads, processors)(blocks, ctypes.c_int(threads), *pointers)
+            assert not counters.any()
             return mx.array(out)
 
         return launch
 
-    return get
+    def _run(self, kind: str, threads: int, processors: int) -> Run:
+        key = (kind, threads, processors)
+        if key not in self._built:
+            types = [f"const {kind}*", "const float*", "const uint32_t*", "const uint32_t*", "const int*"]
+            self._built[key] = compiled(
+                self._folder(),
+                f"constexpr int THREADS = {threads};\n{DEVICE % processors}{draw_source.HEADER}",
+                draw_source.SOURCE,
+                {
+                    **dict(zip(draw_kernel.INPUTS, types, strict=True)),
+                    "out": "uint32_t*",
+                    "parts": "uint32_t*",
+                    **{f"{name}_shape": "const int*" for name in ("logits", "counters")},
+                },
+                f"using T = {kind}; constexpr int LEAST_SHIFT = {16 if kind == 'bfloat16' else 0};",
+            )
+        return self._built[key]
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    return OnHost(lambda: tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-def test_on_the_host(on_host: Callable[[mx.Dtype, int], Launch], vocabulary: int, dtype: mx.Dtype) -> None:
-    check(on_host(dtype, 1), vocabulary, dtype)
+def test_on_the_host(on_host: OnHost, vocabulary: int, dtype: mx.Dtype) -> None:
+    check(on_host.launch(), vocabulary, dtype)
 
 
-@pytest.mark.nightly
-@pytest.mark.timeout(600)
-def test_on_the_host_with_two_warps(on_host: Callable[[mx.Dtype, int], Launch]) -> None:
-    """Threads that wait for each other thousands of times: minutes on two cores."""
-    rows = [SamplingRow(Sampling(**WAYS[way]), 7, [1], [], False) for way in (2, 6)]
-    draw = Draw(rows, 100)
-    logits = mx.round(mx.random.normal((2, 1, 100), key=mx.random.key(0)) * 2)
-    position = mx.zeros((2, 1), dtype=mx.uint32)
-    found = on_host(mx.float32, 64)(logits, draw.settings, draw.keys_of(0), position)
-    assert found.tolist() == separately(draw, logits, position).tolist()
+@pytest.mark.parametrize("shares", [1, 3])
+def test_on_the_host_with_two_warps(on_host: OnHost, shares: int) -> None:
+    check(on_host.launch(shares, threads=64), 272, mx.bfloat16)
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
