@@ -88,6 +88,11 @@ def prepare(dtype: mx.Dtype) -> None:
         _variant(dtype)
 
 
+def header() -> str:
+    """What comes before the kernel."""
+    return f"constexpr int THREADS = {THREADS};\n{DEVICE}{HEADER}"
+
+
 @cache
 def _variant(dtype: mx.Dtype) -> Variant:
     kernel = Kernel(
@@ -95,7 +100,7 @@ def _variant(dtype: mx.Dtype) -> Variant:
         input_names=INPUTS,
         output_names=["out", "parts"],
         source=cuda_kernels.terse(SOURCE),
-        header=f"constexpr int THREADS = {THREADS};\n{DEVICE}{HEADER}",
+        header=header(),
     )
     inputs = [dtype, mx.float32, mx.uint32, mx.uint32, mx.int32]
     return kernel.variant(inputs, [mx.uint32, mx.uint32], [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])])

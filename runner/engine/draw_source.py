@@ -14,8 +14,8 @@ the slot's middle: at most 4e-6 from exact, either way.
 
 **Noise** is made for the tokens that are left only: the same, by token id, as in `runner.engine.draw`. Most cannot win
 any more once a good one is found, and are passed over as early as that is certain: by their logits, before there is any
-noise (it is at most 16.7), by the random bits that it is made of, or by a bound of it that is cheaper than itself. What
-the block's threads have found so far is `bar`. It decides what is skipped, never what is drawn.
+noise (it is at most 16.7), or by the random bits that it would be made of. The best that the block's threads have found
+so far is `bar`: it decides what is passed over, never what is drawn.
 """
 
 from __future__ import annotations
@@ -57,17 +57,13 @@ __device__ inline float value_of(unsigned shifted, int shift) {
     return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~shifted << shift);
 }
 
-// Of a depth below the largest logit, in eighths of a nat: the nearest whole number, by the lowest bits of a sum.
+// A depth is a logit less the largest, in eighths of a nat. This added to it leaves the nearest whole number.
 constexpr float ROUND = 12582912.0f;
-__device__ inline int slot_of(float depth) {
-    return int(__float_as_uint(ROUND) - __float_as_uint(depth + ROUND));
-}
+__device__ inline int slot_of(float rounded) { return int(__float_as_uint(ROUND) - __float_as_uint(rounded)); }
 
-// How top_p weighs tokens: e^(depth / 8) is a power of the slot (28 bits) times one of what rounding has left, by
-// Taylor's series (18 bits). What is less than half of the least weight is none.
+// How top_p weighs tokens: e^(depth / 8) is a power of the slot (28 bits, none after the 155th) times one of what
+// rounding has left, by Taylor's series (18 bits).
 struct Probability {
-    static __device__ bool counts(float depth) { return depth > -160.0f; }
-    static __device__ float slotted(float depth) { return depth; }
     static __device__ unsigned weight(float depth) {
         const float left = depth - ((depth + ROUND) - ROUND);
         const float sum = fmaf(fmaf(fmaf(left, 42.666668f, 1024.0f), left, 16384.0f), left, 131072.0f + 8388608.0f);
@@ -75,10 +71,8 @@ struct Probability {
     }
     static __device__ Sum scale(int slot) { return Sum(expf(slot * -0.125f) * 134217728.0f + 0.5f); }
 };
-// And top_k: the last slot has all the rest.
+// And top_k.
 struct Number {
-    static __device__ bool counts(float) { return true; }
-    static __device__ float slotted(float depth) { return fmaxf(depth, 1.0f - SLOTS); }
     static __device__ unsigned weight(float) { return 1; }
     static __device__ Sum scale(int) { return 1; }
 };
@@ -101,6 +95,11 @@ __device__ inline void threefry(unsigned k0, unsigned k1, unsigned& x, unsigned&
         x += ks[(i + 1) % 3];
         y += ks[(i + 2) % 3] + i + 1;
     }
+}
+
+__device__ inline float gumbel(unsigned bits) {
+    const float uniform = fminf(float(bits) * 2.3283064365386963e-10f, 0.99999994f);
+    return -logf(-logf(uniform));
 }
 """
 
@@ -128,7 +127,7 @@ SOURCE: Final = """
     // All logits, by all threads: 16 bytes at a time where rows begin at such, several of them on their way at once.
     auto each = [&](auto what) {
         if (V % EACH == 0) {
-            constexpr int AHEAD = 4, STRIDE = THREADS * EACH;
+            constexpr int AHEAD = 2, STRIDE = THREADS * EACH;
             #pragma unroll 1
             for (int i = me * EACH; i < V; i += AHEAD * STRIDE) {
                 uint4 raw[AHEAD];
@@ -181,7 +180,7 @@ SOURCE: Final = """
     each([&](float x, int) { largest = fmaxf(largest, x); });
     largest = best_of({largest, 0}).value;
 
-    // The first slot at which the sum of what is in it and before it reaches `target_of` all. `fill` adds a token to its.
+    // The first slot that, with those before it, reaches `target_of` the sum of all. `fill` adds a token to its slot.
     auto tally = [&](auto fill, auto scale_of, auto target_of) {
         for (int s = me; s < SLOTS * LANES / 4; s += THREADS) columns[s] = uint4{0, 0, 0, 0};
         __syncthreads();
@@ -238,14 +237,15 @@ SOURCE: Final = """
             span = min(span - passed, (1u << shift) - 1);
         }
     };
-    const float origin = largest * -8.0f;
+    // Depths are not above 0, even where all logits are close to the least float; the last slot has all the rest.
+    const float origin = fminf(largest * -8.0f, 3e38f);
+    auto depth_of = [&](float x) { return fmaxf(fmaf(x, 8.0f, origin), 1.0f - SLOTS); };
     // The logit at which weights from the largest down reach a target.
     auto search = [&](auto how, auto target_of, Found& found) {
         using How = decltype(how);
-        auto depth_of = [&](float x) { return How::slotted(fmaf(x, 8.0f, origin)); };
         auto fill = [&](float x, int) {
             const float depth = depth_of(x);
-            if (How::counts(depth)) atomicAdd(&sums[slot_of(depth) * LANES + lane], How::weight(depth));
+            atomicAdd(&sums[slot_of(depth + ROUND) * LANES + lane], How::weight(depth));
         };
         found = tally(fill, How::scale, target_of);
         const int part = found.slot;
@@ -254,8 +254,7 @@ SOURCE: Final = """
         const unsigned top = rank_of(fminf(largest, middle + reach)) >> LEAST_SHIFT;
         const unsigned bottom = part == SLOTS - 1 ? 0 : rank_of(middle - reach) >> LEAST_SHIFT;
         auto measure = [&](float x, int, unsigned& distance) {
-            const float depth = depth_of(x);
-            if (!How::counts(depth) || slot_of(depth) != part) return false;
+            if (depth_of(x) + ROUND != ROUND - part) return false;
             distance = top - (rank_of(x) >> LEAST_SHIFT);
             return true;
         };
@@ -290,54 +289,77 @@ SOURCE: Final = """
     }
 
     const int half = (V + 1) / 2;
+    const unsigned k0 = keys[key], k1 = keys[key + 1] + step;
+    const float temperature = 1.0f / inverse;
     Best drawn = {-INFINITY, 0x7fffffff};
-    // What the bar was when it was last looked at; the least logit that may come over it, and the least random bits.
-    unsigned seen = rank_of(-INFINITY), bits = 0;
-    float reached = -INFINITY, logit = least;
-    auto look = [&] {
-        const unsigned now = *static_cast<volatile unsigned*>(&bar);
-        if (now == seen) return;
-        seen = now;
-        reached = value_of(now, 0);
+    // Pairs of tokens have one call of the generator. A batch of EACH pairs, `stride` apart, has a flag for each token.
+    auto examine = [&](unsigned flags, int from, int stride) {
+        while (flags) {
+            const int flag = __ffs(flags) - 1, i = from + flag % EACH * stride, token = flag < EACH ? i : i + half;
+            flags &= flags - 1;
+            const float x = token < V ? float(l[token]) : -INFINITY;
+            if (!(x >= least) || (token > last_equal && x == kth)) continue;
+            unsigned a = i, b = i + half;
+            threefry(k0, k1, a, b);
+            const Best its = {fmaf(x, inverse, gumbel(flag < EACH ? a : b)), token};
+            if (!better(its, drawn)) continue;
+            drawn = its;
+            atomicMax(&bar, rank_of(its.value));
+        }
+    };
+    // `larger` are those of each pair's logits.
+    auto batch = [&](const float (&larger)[EACH], int from, int stride) {
+        float most = larger[0];
+        #pragma unroll
+        for (int e = 1; e < EACH; ++e) most = fmaxf(most, larger[e]);
+        if (most < least) return;
+        const float reached = value_of(*static_cast<volatile unsigned*>(&bar), 0);
         const float slack = 0.01f + 1e-5f * fabsf(reached);
-        logit = fmaxf(least, (reached - 16.7f - slack) / inverse);
-        // Noise of uniform u is at most -log(1 - u): the largest logit needs this u.
-        const float needed = 1.0f - (__expf(fmaf(largest, inverse, slack - reached)) + 2.4e-7f);
-        bits = needed > 0.0f ? unsigned(needed * 4294967296.0f) : 0;
+        const float logit = fmaxf(least, (reached - 16.7f - slack) * temperature);
+        if (most < logit) return;
+        // Noise of a uniform u is at most -log(1 - u): the largest logit needs this u.
+        const float enough = 1.0f - (__expf(fmaf(most, inverse, slack - reached)) + 2.4e-7f);
+        const unsigned bits = enough > 0.0f ? unsigned(enough * 4294967296.0f) : 0;
+        unsigned flags = 0;
+        #pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+            if (!(larger[e] >= logit)) continue;
+            unsigned a = from + e * stride, b = a + half;
+            threefry(k0, k1, a, b);
+            if (a >= bits) flags |= 1u << e;
+            if (b >= bits) flags |= 1u << (e + EACH);
+        }
+        examine(flags, from, stride);
     };
-    auto consider = [&](float x, unsigned random, int i) {
-        const float uniform = fminf(float(random) * 2.3283064365386963e-10f, 0.99999994f);
-        if (fmaf(x, inverse, 1e-3f - __logf(1.0f - uniform)) < reached || (i > last_equal && x == kth)) return;
-        const Best its = {fmaf(x, inverse, -logf(-logf(uniform))), i};
-        if (!better(its, drawn)) return;
-        drawn = its;
-        if (its.value > reached) atomicMax(&bar, rank_of(its.value));
-    };
-    auto pair = [&](float x, float y, int i) {
-        const bool first = x >= logit, second = y >= logit;
-        if (!first && !second) return;
-        look();
-        unsigned a = i, b = i + half;
-        threefry(keys[key], keys[key + 1] + step, a, b);
-        if (first && a >= bits) consider(x, a, i);
-        if (second && b >= bits) consider(y, b, i + half);
-    };
-    auto share_of = [&](int count, int of) { return int((long long)count * of / splits); };
-    if (V % (2 * EACH) == 0) {
-        const int vectors = half / EACH, end = share_of(vectors, split + 1) * EACH;
+    // The block's own part: vectors where rows have whole ones, a token at a time where not.
+    const int vectors = V % (2 * EACH) == 0 ? EACH : 1, pairs = half / vectors;
+    const int begin = int((long long)pairs * split / splits), end = int((long long)pairs * (split + 1) / splits);
+    // So that few are flagged, there is a bar first.
+    if (begin + me < end) examine(1u | 1u << EACH, (begin + me) * vectors, 1);
+    __syncthreads();
+    float larger[EACH];
+    if (vectors > 1) {
         #pragma unroll 1
-        for (int i = (share_of(vectors, split) + me) * EACH; i < end; i += THREADS * EACH) {
-            const uint4 left = *reinterpret_cast<const uint4*>(l + i);
-            const uint4 right = *reinterpret_cast<const uint4*>(l + i + half);
-            const T* x = reinterpret_cast<const T*>(&left);
-            const T* y = reinterpret_cast<const T*>(&right);
+        for (int i = begin + me; i < end; i += THREADS) {
+            const uint4 raw[2] = {reinterpret_cast<const uint4*>(l)[i], reinterpret_cast<const uint4*>(l + half)[i]};
             #pragma unroll
-            for (int e = 0; e < EACH; ++e) pair(float(x[e]), float(y[e]), i + e);
+            for (int e = 0; e < EACH; ++e) {
+                const T* const x = reinterpret_cast<const T*>(&raw[0]);
+                const T* const y = reinterpret_cast<const T*>(&raw[1]);
+                larger[e] = fmaxf(float(x[e]), float(y[e]));
+            }
+            batch(larger, i * EACH, 1);
         }
     } else {
-        const int end = share_of(half, split + 1);
-        for (int i = share_of(half, split) + me; i < end; i += THREADS) {
-            pair(float(l[i]), i + half < V ? float(l[i + half]) : -INFINITY, i);
+        #pragma unroll 1
+        for (int i = begin + me; i < end; i += THREADS * EACH) {
+            #pragma unroll
+            for (int e = 0; e < EACH; ++e) {
+                const int at = i + e * THREADS;
+                larger[e] = at < end ? float(l[at]) : -INFINITY;
+                if (at < end && at + half < V) larger[e] = fmaxf(larger[e], float(l[at + half]));
+            }
+            batch(larger, i, THREADS);
         }
     }
     drawn = best_of(drawn);
