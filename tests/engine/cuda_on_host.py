@@ -1,5 +1,5 @@
-"""Kernels of `mx.fast.cuda_kernel` compiled for the host, where there is a C++ compiler: one block at a time, with one
-thread or several. What only a GPU does (scheduling, caches) is not shown by it; what is computed is."""
+"""Kernels of `mx.fast.cuda_kernel` compiled for the host, where there is a C++ compiler: one block at a time, whose
+threads take turns. What only a GPU does (scheduling, caches) is not shown by it; what is computed is."""
 
 from __future__ import annotations
 
@@ -13,35 +13,105 @@ import pytest
 
 _PRELUDE = """
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
-#include <thread>
+#include <ucontext.h>
+#include <utility>
 #include <vector>
 using std::max;
 using std::min;
 #define __device__
 #define __shared__ static
-static std::barrier<>* everybody;
-static std::barrier<>* warps[32];
-static uint32_t passed[1024];
 struct Index { int x; };
-static thread_local Index threadIdx;
-static Index blockIdx;
-static void __syncthreads() { everybody->arrive_and_wait(); }
-static void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
-template <typename V> V __shfl_xor_sync(unsigned, V value, int width) {
-    std::memcpy(&passed[threadIdx.x], &value, 4);
-    __syncwarp();
-    V other;
-    std::memcpy(&other, &passed[threadIdx.x ^ width], 4);
-    __syncwarp();
-    return other;
+static Index threadIdx, blockIdx;
+
+// A block's threads take turns: one runs until it has to wait for others.
+struct Gate { int running = 0, waiting = 0; unsigned opened = 0; };
+struct Turn { ucontext_t context; std::vector<char> stack = std::vector<char>(1 << 17); bool ended = false; };
+static ucontext_t between;
+static Turn* turn;
+static Gate everybody, warps[32];
+static std::function<void()> body;
+static void open(Gate& gate) { gate.waiting = 0; ++gate.opened; }
+static void wait_at(Gate& gate) {
+    const unsigned before = gate.opened;
+    if (++gate.waiting == gate.running) open(gate);
+    while (gate.opened == before) swapcontext(&turn->context, &between);
 }
+static void leave(Gate& gate) {
+    if (--gate.running > 0 && gate.waiting == gate.running) open(gate);
+}
+static void begin() {
+    body();
+    turn->ended = true;
+    leave(everybody);
+    leave(warps[threadIdx.x / 32]);
+}
+static void run_block(int threads) {
+    static std::vector<Turn> turns;
+    turns.resize(threads);
+    everybody = {threads};
+    for (Gate& warp : warps) warp = {};
+    for (int i = 0; i < threads; ++i) {
+        Turn& its = turns[i];
+        its.ended = false;
+        ++warps[i / 32].running;
+        getcontext(&its.context);
+        its.context.uc_stack.ss_sp = its.stack.data();
+        its.context.uc_stack.ss_size = its.stack.size();
+        its.context.uc_link = &between;
+        makecontext(&its.context, begin, 0);
+    }
+    while (everybody.running > 0) {
+        for (int i = 0; i < threads; ++i) {
+            if (turns[i].ended) continue;
+            threadIdx.x = i;
+            turn = &turns[i];
+            swapcontext(&between, &turns[i].context);
+        }
+    }
+}
+
+static uint64_t passed[1024];
+static void __syncthreads() { wait_at(everybody); }
+static void __syncwarp() { wait_at(warps[threadIdx.x / 32]); }
+// What `read` makes of the values of the warp's lanes.
+template <typename V, typename Read> auto exchanged(V value, Read read) {
+    Gate& warp = warps[threadIdx.x / 32];
+    std::memcpy(&passed[threadIdx.x], &value, sizeof value);
+    wait_at(warp);
+    const auto result = read([](int lane) {
+        V other;
+        std::memcpy(&other, &passed[(threadIdx.x & ~31) + lane], sizeof other);
+        return other;
+    });
+    wait_at(warp);
+    return result;
+}
+template <typename V> V __shfl_sync(unsigned, V value, int lane) {
+    return exchanged(value, [=](auto of) { return of(lane); });
+}
+template <typename V> V __shfl_xor_sync(unsigned mask, V value, int width) {
+    return __shfl_sync(mask, value, (threadIdx.x & 31) ^ width);
+}
+template <typename V> V __shfl_up_sync(unsigned mask, V value, int width) {
+    const int lane = threadIdx.x & 31;
+    return __shfl_sync(mask, value, lane < width ? lane : lane - width);
+}
+static unsigned __ballot_sync(unsigned, bool value) {
+    return exchanged(value, [](auto of) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < 32; ++lane) votes |= unsigned(of(lane)) << lane;
+        return votes;
+    });
+}
+static int __ffs(int bits) { return __builtin_ffs(bits); }
+static int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 static bool __any_sync(unsigned all, bool one) {
     uint32_t any = one;
     for (int width = 1; width < 32; width *= 2) any |= __shfl_xor_sync(all, any, width);
@@ -49,9 +119,12 @@ static bool __any_sync(unsigned all, bool one) {
 }
 template <typename V> V atomicAdd(V* at, V value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 template <typename V> V __ldcg(const V* at) { return *at; }
+template <typename V> V atomicMax(V* at, V value) { return std::exchange(*at, max(*at, value)); }
 static void __threadfence() {}
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+#define __expf expf
+#define __logf logf
 static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     const uint64_t both = uint64_t(high) << 32 | low;
     uint32_t chosen = 0;
@@ -93,23 +166,13 @@ static void kernel({declared}) {{
 {source}
 }}
 extern "C" void run(int blocks, int threads, {declared}) {{
-    std::barrier<> barrier(threads);
-    everybody = &barrier;
-    std::vector<std::unique_ptr<std::barrier<>>> of_warps;
-    for (int first = 0; first < threads; first += 32) {{
-        of_warps.push_back(std::make_unique<std::barrier<>>(std::min(32, threads - first)));
-        warps[first / 32] = of_warps.back().get();
-    }}
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {{
-        std::vector<std::thread> running;
-        for (int i = 0; i < threads; ++i) running.emplace_back([&, i] {{ threadIdx.x = i; kernel({passed}); }});
-        for (auto& one : running) one.join();
-    }}
+    body = [&] {{ kernel({passed}); }};
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
 }}
 """
     (folder / "kernel.cpp").write_text(code)
     library = folder / "kernel.so"
-    command = [compiler, "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-o", str(library)]
+    command = [compiler, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library)]
     subprocess.run([*command, str(folder / "kernel.cpp")], check=True, timeout=60)
     run: Run = ctypes.CDLL(str(library)).run
     return run

@@ -26,8 +26,10 @@ constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;
 static uint4 memory[8 * 1024];
 // A copy is made when its thread waits for it, and not before.
 struct Copy { void* to; const void* from; };
-static thread_local std::deque<std::vector<Copy>> groups_of_copies;
-static thread_local std::vector<Copy> copies;
+static std::deque<std::vector<Copy>> groups_of_each[1024];
+#define groups_of_copies groups_of_each[threadIdx.x]
+static std::vector<Copy> copies_of_each[1024];
+#define copies copies_of_each[threadIdx.x]
 static void copy(void* to, const void* from) {
     if (reinterpret_cast<size_t>(to) % 16 || reinterpret_cast<size_t>(from) % 16) std::abort();
     copies.push_back({to, from});
