@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from runner.engine.row import Row
@@ -51,6 +52,20 @@ class Speculation:
         self._reading = self._building = 0.0
         self._postponed = False
         self._accepted: list[Acceptance] = []
+        self._rehearsed: int | None = None
+
+    @contextmanager
+    def rehearsing(self, length: int) -> Iterator[None]:
+        """Every step proposes `length` tokens meanwhile, where it can; nothing is learnt of it, and nothing charged.
+
+        A first round compiles kernels, which takes what no round ever gains.
+        """
+        self._rehearsed = length
+        try:
+            yield
+        finally:
+            self._rehearsed = None
+            self._ended = self._clock()
 
     def joined(self, rows: Sequence[Row]) -> None:
         """Rows are new in the batch: what is assumed of them is what others with their adapter had."""
@@ -64,6 +79,8 @@ class Speculation:
         self._postponed = changed and any(len(row.prompt) + len(row.generated) + row.unread < 2 for row in rows)
         if self._postponed:
             return 0  # a round begins with the last two tokens of each row
+        if self._rehearsed is not None:
+            return min(self._rehearsed, most)
         if changed:
             self._accepted = [row.acceptance for row in rows]
         most = most if self._most is None else min(most, self._most)
@@ -89,6 +106,8 @@ class Speculation:
 
         `following` proposals are under way for them, None where nothing is.
         """
+        if self._rehearsed is not None:
+            return
         now, kind = self._clock(), (rows, length)
         alike = self._before == kind and following == length
         timed = alike and not self._shared and not self._warming
@@ -99,5 +118,7 @@ class Speculation:
 
     def learn(self, row: Row, kept: int, proposed: int) -> None:
         """A round kept so many of a row's proposals."""
+        if self._rehearsed is not None:
+            return
         row.acceptance.add(kept, proposed)
         self._known[row.adapter_key].add(kept, proposed, _REMEMBER)
