@@ -21,7 +21,7 @@ from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
-from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, copy_kernel, prompt_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
@@ -248,7 +248,7 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
+    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel, copy_kernel]}
     made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
     for name, modules in made.items():
         for module in modules:
@@ -332,6 +332,17 @@ def test_a_prompt_s_attention_is_compiled_as_it_is_called(
         after, _ = prompt_kernel.write_and_attend(call)
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == 3
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.uint32], ids=str)
+def test_copies_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], dtype: mx.Dtype) -> None:
+    """Once for so many planes, whichever row and span are copied, and however much room there is."""
+    for row, stop, capacity in ((0, 4, 256), (1, 200, 512)):
+        copied = copy_kernel.copy([mx.zeros((2, 2, capacity, 64), dtype)] * 12, row, 3, stop)
+        assert (copied.shape, copied.dtype) == ((12, 2, stop - 3, 64), dtype)
+    assert sorted(set(launches.modules)) == compiled
+    assert len(compiled) == 1
 
 
 # ------------------------------------------------------------- on a device

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import Launch
-from runner.engine.kv.kept import Beginning, Piece, State
+from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
 from runner.engine.kv.planes import Form, Slots
 from runner.engine.kv.positions import Positions
@@ -284,8 +284,8 @@ class Caches:
     def piece(self, row: int, start: int, stop: int) -> Piece:
         """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet."""
         assert stop <= self.length(row)
-        span, written = slice(start, stop), self._positions.written[row]
-        return Piece(start, stop, tuple(leaf.piece(row, span, written) for leaf in self._leaves))
+        cut, written = Cut(row, slice(start, stop)), self._positions.written[row]
+        return cut.piece([leaf.piece(cut, written) for leaf in self._leaves])
 
     def state(self, row: int) -> State | None:
         """What pieces do not say of a row as it is now, as a copy that is not computed yet; None if they say all."""
@@ -305,9 +305,9 @@ class Caches:
     def _put(self, row: int, rows: int, begun: Beginning) -> None:
         for piece in begun.pieces:
             used = min(piece.stop, begun.length) - piece.start
-            for leaf, arrays in zip(self._leaves, piece.layers, strict=True):
-                if arrays is not None:
-                    leaf.put_piece(row, rows, piece.start, [array[:, :, :used] for array in arrays])
+            for leaf, places in zip(self._leaves, piece.layers, strict=True):
+                if places is not None:
+                    leaf.put_piece(row, rows, piece.start, piece.of(places, used))
         if begun.state is not None:
             for leaf, arrays in zip(self._leaves, begun.state.layers, strict=True):
                 if arrays is not None:
@@ -335,7 +335,7 @@ class Foreign(Caches):
 
     def piece(self, row: int, start: int, stop: int) -> Piece:
         # One layer without a part: nothing can be cut.
-        return Piece(start, stop, (None,))
+        return Piece(start, stop, [], (None,))
 
     def state(self, row: int) -> State | None:
         # Copying an array shares its memory until one side is written.

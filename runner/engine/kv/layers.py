@@ -14,6 +14,7 @@ import mlx.core as mx
 from runner.engine.arrays import start
 from runner.engine.kv import attention_kernel, masks, prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
+from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
@@ -69,8 +70,8 @@ class Layer(Protocol):
         """Rows `order` stay, as it lists them: what was `lifted` goes to the slots `holes`, nothing if it is empty."""
         ...
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        """A copy of a span of a row's positions; None if they cannot be had apart. It had up to `written` tokens."""
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        """Have a row's positions copied; None if they cannot be had apart. It had up to `written` tokens."""
         ...
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
@@ -78,7 +79,7 @@ class Layer(Protocol):
         ...
 
     def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
-        """Have what `piece` returned from position `start` on, in `rows` rows that nothing was written to yet."""
+        """Have what `piece` had copied from position `start` on, in `rows` rows that nothing was written to yet."""
         ...
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
@@ -249,11 +250,8 @@ class Straight:
             self._planes.put(holes, lifted)
         self._planes.shrink(self._positions.slots, self._room())
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return self._cut(row, span)
-
-    def _cut(self, row: int, span: slice) -> list[mx.array]:
-        return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        return cut.take(self._planes.arrays)
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None
@@ -342,11 +340,14 @@ class Window(Straight):
         old = mx.minimum(mx.arange(self._size), max(0, places - 1))
         return mx.where(held >= first, places + held - first, old)[:, None, :, None]
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return self._apart(self._cut(row, span)) if written <= self._size else None
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        return cut.add(self._apart(self._cut(cut.row, cut.span))) if written <= self._size else None
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None if written <= self._size else self._apart(self._cut(row, slice(0, self._size)))
+
+    def _cut(self, row: int, span: slice) -> list[mx.array]:
+        return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
 
     def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
         # What goes on beyond the ring is of a row that has a state, which says more.

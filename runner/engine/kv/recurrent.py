@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
@@ -56,7 +57,7 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         self.filter(mx.array(order, dtype=mx.int32))
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         return None
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
