@@ -66,6 +66,8 @@ class Run:
         self._engine = Engine(
             loaded, Limits(max_rows=rows, num_draft_tokens=draft_tokens), self._count, speculation=speculation
         )
+        if reason := self._engine.rehearse():
+            sys.exit(reason)
         self._rows = rows
 
     def _count(self, frame: FromEngine) -> None:
