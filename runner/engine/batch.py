@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -59,6 +60,8 @@ class DecodeBatch:
         self._caches: Caches | None = None
         self._tokens: mx.array | None = None
         self._previous: mx.array | None = None
+        # Both of them side by side, if a round has left them so.
+        self._last: mx.array | None = None
         self._fed: mx.array | None = None
         self._logits: mx.array | None = None
         self._proposer = proposer
@@ -121,8 +124,12 @@ class DecodeBatch:
         if proposals:
             assert self._proposer is not None
             assert self._previous is not None
-            self._proposal = self._proposer.propose(self._previous, self._tokens, proposals, self._sampler)
-            self._fed = mx.concatenate([self._tokens, self._proposal.tokens], axis=1)
+            last = self._last
+            if last is None:
+                last = mx.concatenate([self._previous, self._tokens], axis=1)
+            self._proposal = self._proposer.propose(last, proposals, self._sampler)
+            self._fed = self._proposal.fed
+            self._caches.mark()
         self._logits = self._call(self._caches, self._fed, self._slots)
         if self.constrained:
             start(self._fed, self._logits)
@@ -143,10 +150,10 @@ class DecodeBatch:
         self._proposal = self._fed = self._logits = None
         tokens, kept = choice.tokens, None
         if proposal is None:
-            self._previous, self._tokens = self._tokens, tokens
+            self._previous, self._tokens, self._last = self._tokens, tokens, None
         else:
             tokens, kept = verify(proposal, choice, sampler.draw)
-            self._keep(fed, tokens, kept)
+            self._keep(proposal, tokens, kept)
         sampler.state = choice.after(kept)
         logprobs = sampler.logprobs(choice.logits, tokens)
         start(tokens, *(() if kept is None else (kept,)), *(logprobs.arrays() if logprobs is not None else ()))
@@ -155,16 +162,16 @@ class DecodeBatch:
             self._proposer.dispatched()
         return StepResult(list(self.rows), tokens, logprobs, tokens.shape[1] - 1, kept)
 
-    def _keep(self, fed: mx.array, tokens: mx.array, kept: mx.array) -> None:
+    def _keep(self, proposal: Proposal, tokens: mx.array, kept: mx.array) -> None:
         """Go on from the first `kept` [rows] proposals of a round, and the token after them."""
         assert self._caches is not None
         assert self._proposer is not None
-        refused = tokens.shape[1] - 1 - kept
-        self._caches.trim(refused)
-        self._proposer.trim(refused)
-        last = kept[:, None]
-        self._previous = mx.take_along_axis(fed, last, axis=1)
-        self._tokens = mx.take_along_axis(tokens, last, axis=1)
+        places = kept[:, None] + _next_two()
+        said = places[:, 1]
+        self._caches.keep(said)
+        self._proposer.keep(said)
+        self._last = mx.take_along_axis(mx.concatenate([proposal.sequence[:, :1], tokens], axis=1), places, axis=1)
+        self._previous, self._tokens = self._last[:, :1], self._last[:, 1:]
 
     def settle(self, result: StepResult, kept: Sequence[int]) -> None:
         """The host has read the result of the oldest round that was not settled."""
@@ -190,10 +197,22 @@ class DecodeBatch:
         return 0 if self._caches is None else self._caches.capacity
 
     @property
+    def building(self) -> float:
+        """Seconds spent so far on building graphs that are kept, the draft's included."""
+        return self._call.building + (0.0 if self._proposer is None else self._proposer.building)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
         return 0 if self._caches is None else self._caches.nbytes
 
     def _changed(self) -> None:
+        self._last = None
         self._sampler = None
         self._slots_version = -1
+
+
+@cache
+def _next_two() -> mx.array:
+    # Kept: a device waits tens of microseconds for a number that the host has just written.
+    return mx.array([0, 1], dtype=mx.int32)

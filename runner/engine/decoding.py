@@ -84,7 +84,7 @@ class Decoding:
             return
         proposals = self._proposals(most)
         before, self._in_flight = self._in_flight, None
-        self._batch.forward(proposals)
+        self._forward(proposals)
         if not self._batch.constrained:
             self._in_flight = self._batch.sample(None)
             self._tell(self._read(before, proposals))
@@ -103,9 +103,15 @@ class Decoding:
         proposals = speculation.decide(rows, most, changed=not self._batch.composed)
         if proposals and not speculation.proposer.ready(rows):
             self._settle()
-            speculation.proposer.catch_up(rows)
-            speculation.disturbed()
+            speculation.catch_up(rows)
         return proposals
+
+    def _forward(self, proposals: int) -> None:
+        """Call the model; what has to be built first is no part of what such steps take."""
+        built = self._batch.building
+        self._batch.forward(proposals)
+        if self._speculation is not None and (seconds := self._batch.building - built):
+            self._speculation.built(seconds)
 
     def _settle(self) -> None:
         """Read the round under way, if there is one: until then nobody knows how long rows are."""
@@ -151,7 +157,9 @@ class Decoding:
                 self._learn(row, kept[i], result.proposed)
         self.counters.completion_tokens += sum([delta.tokens for delta in deltas])
         if self._speculation is not None:
-            self._speculation.ended(len(result.rows), result.proposed, following)
+            running = len(deltas) or len(result.rows)
+            said = sum([delta.tokens for delta in deltas]) if deltas else sum(map(len, tokens))
+            self._speculation.ended(len(result.rows), result.proposed, said / running, following)
         return deltas
 
     def _tell(self, deltas: list[Delta]) -> None:

@@ -8,8 +8,9 @@ al., SC 2011), as MLX has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from functools import cache, cached_property
 from math import inf, log
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _64_BITS: Final = (1 << 64) - 1
 _PROPOSING: Final = 0x5BD1E995
 """Sets apart the noise of a proposal; any constant does that the other streams do not have."""
+
+_ARRAYS: Final = ("_greedy", "_inverse", "settings", "keys", "unbound")
+"""Attributes of a Draw, those of its filters aside."""
 
 _BELOW_ONE: Final = 1 - 2**-24
 
@@ -45,8 +49,10 @@ class Draw:
         top_k = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in settings]
         self.settings = mx.array([list(row) for row in zip(inverse, top_p, min_p, top_k, strict=True)])
         """[B, 4]: see `runner.engine.draw_kernel`."""
-        self._filters = Filters(settings, vocabulary)
-        self._keys = mx.array([[key_of(row.seed)] for row in rows], dtype=mx.uint32)
+        self.filters = Filters(settings, vocabulary)
+        """What rows leave out."""
+        self.keys = mx.array([[key_of(row.seed)] for row in rows], dtype=mx.uint32)
+        """[B, 1, 2]: of the rows' noise at position 0."""
         words = (vocabulary + 1) // 2
         self._bits = mx.vmap(lambda key: mx.random.split(key, words))
         self._uniform = mx.vmap(lambda key: mx.random.uniform(key=key))
@@ -56,22 +62,51 @@ class Draw:
         self.bound = any(s.temperature > 0 and s.seed is not None for s in settings)
         """Whether a row draws by its seed."""
 
+    @property
+    def form(self) -> Hashable:
+        """What decides, beside `arrays`, what is drawn."""
+        given = tuple(getattr(self, name) is None for name in _ARRAYS)
+        return self._vocabulary, given, self.filters.form, self.bound
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What its draws depend on."""
+        own = [array for name in _ARRAYS if (array := getattr(self, name)) is not None]
+        return own + self.filters.arrays
+
+    def having(self, arrays: Sequence[mx.array]) -> Draw:
+        """One of the same form with such `arrays`."""
+        other, rest = copy(self), iter(arrays)
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                setattr(other, name, next(rest))
+        other.filters = self.filters.having(list(rest))
+        return other
+
     def weights(self, logits: mx.array) -> mx.array:
         """[B, T, V]: the logarithms, up to a constant of the row, of what is drawn from at logits [B, T, V]."""
-        return self._scaled(logits, Kept(None) if self._filters.none else self._filters(logits))
+        return self._scaled(logits, Kept(None) if self.filters.none else self.filters(logits))
 
-    def __call__(self, choice: Choice, position: mx.array, *, proposing: bool) -> mx.array:
+    @cached_property
+    def proposing(self) -> Draw:
+        """The same, but that rows which are not bound to their seed draw with noise that nothing else uses."""
+        if self.unbound is None:
+            return self
+        other = copy(self)
+        streams = mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
+        other.keys = self.keys_of(streams)
+        return other
+
+    def __call__(self, choice: Choice, position: mx.array) -> mx.array:
         """[B, T]: a draw by the weights of `choice` for rows with a temperature, its tokens for the others.
 
-        `position` [B, 1] is the index of the first of T. With `proposing`, rows that are not bound to their seed draw
-        with noise that nothing else uses.
+        `position` [B, 1] is the index of the first of T.
         """
         logits = choice.logits
-        stream = self.stream(proposing=proposing)
         if draw_kernel.applies(logits):
-            return draw_kernel.draw_tokens(logits, self.settings, self.keys_of(stream), position)
-        bits = self._random(position, logits.shape[1], stream)
-        few = candidates(logits, self._filters, self._greedy)
+            return draw_kernel.draw_tokens(logits, self.settings, self.keys, position)
+        bits = self._random(position, logits.shape[1], 0)
+        few = candidates(logits, self.filters, self._greedy)
         if few is not None:
             weights = self._scaled(few.logits, few.kept)
             drawn = few.ids(mx.argmax(_fused(_perturbed)(weights, few.take(bits)), axis=-1))
@@ -79,12 +114,6 @@ class Draw:
             assert choice.weights is not None
             drawn = mx.argmax(_fused(_perturbed)(choice.weights, bits), axis=-1)
         return drawn if self._greedy is None else mx.where(self._greedy, choice.tokens, drawn)
-
-    def stream(self, *, proposing: bool) -> mx.array | int:
-        """Of the rows' noise: 0, but for rows [B, 1] that are not bound to their seed while they are `proposing`."""
-        if not proposing or self.unbound is None:
-            return 0
-        return mx.where(self.unbound, mx.array(_PROPOSING, dtype=mx.uint32), mx.array(0, dtype=mx.uint32))
 
     def _scaled(self, logits: mx.array, kept: Kept) -> mx.array:
         if kept.least is None:
@@ -117,10 +146,10 @@ class Draw:
     def keys_of(self, stream: mx.array | int) -> mx.array:
         """[B, 1, 2]: of position 0 in a stream, which is a number or [B, 1]."""
         if isinstance(stream, int) and stream == 0:
-            return self._keys
+            return self.keys
         first = mx.array(stream, dtype=mx.uint32)
         first = first[..., None] if first.ndim else first
-        return self._keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
+        return self.keys ^ (first * mx.array([1, 0], dtype=mx.uint32))
 
 
 def key_of(seed: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.draw_source import DEVICE, HEADER, SOURCE
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
@@ -54,7 +54,7 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
     """
     rows, count, _ = logits.shape
     shares = splits(rows * count)
-    tokens: mx.array = _variant(logits.dtype).launch(
+    tokens: mx.array = _kernel(logits.dtype).launch(
         inputs=[logits, settings, keys, positions, counters(shares)],
         grid=(rows * count * shares * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
@@ -86,7 +86,7 @@ def _counters() -> dict[int, Iterator[mx.array]]:
 def prepare(dtype: mx.Dtype) -> None:
     """Begin to compile the kernel for such logits, where it can be used, and have at hand what launches share."""
     if cuda_kernels.usable(SWITCH) and dtype in _LEAST_SHIFTS:
-        _variant(dtype)
+        _kernel(dtype)
         _counters()
 
 
@@ -96,13 +96,18 @@ def header() -> str:
 
 
 @cache
-def _variant(dtype: mx.Dtype) -> Variant:
-    kernel = Kernel(
+def _kernel(dtype: mx.Dtype) -> Kernel:
+    return Kernel(
         name="draw_tokens",
-        input_names=INPUTS,
-        output_names=["out", "parts"],
+        inputs={
+            "logits": dtype,
+            "settings": mx.float32,
+            "keys": mx.uint32,
+            "positions": mx.uint32,
+            "counters": mx.int32,
+        },
+        outputs={"out": mx.uint32, "parts": mx.uint32},
         source=cuda_kernels.terse(SOURCE),
         header=header(),
+        template=[("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])],
     )
-    inputs = [dtype, mx.float32, mx.uint32, mx.uint32, mx.int32]
-    return kernel.variant(inputs, [mx.uint32, mx.uint32], [("T", dtype), ("LEAST_SHIFT", _LEAST_SHIFTS[dtype])])

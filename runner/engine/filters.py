@@ -6,14 +6,19 @@ sort serves top_p and top_k; where neither is asked for there is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Final
 
 import mlx.core as mx
 
 from runner.protocol import Sampling
 
 NONE = -float("inf")
+
+_ARRAYS: Final = ("top_p", "min_p", "top_k")
+"""Attributes of Filters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,25 @@ class Filters:
         """Whether some row draws from all tokens."""
         if any(0 < s.top_k < vocabulary for s in drawing):
             self.top_k = mx.array([[[s.top_k if 0 < s.top_k < vocabulary else vocabulary]] for s in settings])
+
+    @property
+    def form(self) -> Hashable:
+        """What decides, beside `arrays`, what they keep."""
+        given = tuple(getattr(self, name) is None for name in _ARRAYS)
+        return self._vocabulary, given, self._some_keep_all, self.some_unfiltered
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The rows' settings."""
+        return [array for name in _ARRAYS if (array := getattr(self, name)) is not None]
+
+    def having(self, arrays: Sequence[mx.array]) -> Filters:
+        """Filters of the same form with such `arrays`."""
+        other, rest = copy(self), iter(arrays)
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                setattr(other, name, next(rest))
+        return other
 
     @property
     def none(self) -> bool:

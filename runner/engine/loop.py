@@ -25,6 +25,7 @@ from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
+from runner.engine.speculative.policy import lengths
 from runner.engine.speculative.speculation import Speculation
 from runner.errors import EngineDied, InvalidRequest, NotServed, RequestError, Unavailable
 from runner.protocol import (
@@ -80,6 +81,7 @@ class Engine:
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, wake)
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
+        self._speculation = speculation
         self._decoding = Decoding(loaded, self._batch, speculation, self._send)
         weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
         if speculation is not None:
@@ -301,6 +303,17 @@ class Engine:
         deltas = [delta for answer in answers if isinstance(answer, Step) for delta in answer.deltas]
         failures += [delta.error for delta in deltas if delta.finish_reason == "error"]
         return failures[0] if failures else None
+
+    def rehearse(self) -> str | None:
+        """Have rounds of every length that may be proposed, for nobody, which compiles their kernels; as `trial`."""
+        if self._speculation is None:
+            return None
+        for length in lengths(self.limits.num_draft_tokens):
+            with self._speculation.rehearsing(length):
+                failure = self.trial(Generate(id=-1, prompt=[0, 0, 0], max_tokens=4 * (length + 1)))
+            if failure is not None:
+                return failure
+        return None
 
     # ------------------------------------------------------------- adapters, limits, counters
 

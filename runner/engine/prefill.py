@@ -16,6 +16,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
+from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches, Layout
 from runner.engine.kv.kept import Beginning
@@ -23,6 +24,7 @@ from runner.engine.pacing import Pacing
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing
+from runner.engine.traced import TracedCalls
 
 Ready = tuple[list[Row], Caches]
 """Rows and their caches, for the batch to take."""
@@ -54,7 +56,7 @@ class Prefiller:
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self.pacing = Pacing()
-        self._model = model
+        self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
         self._layout = layout
@@ -63,7 +65,7 @@ class Prefiller:
         self._held = 0
         self._room = 0
         self._decoding = 0
-        self._call: _Call | None = None
+        self._running: _Call | None = None
         self._long: _LongPrompt | None = None
         self._others_turn = False
 
@@ -76,9 +78,9 @@ class Prefiller:
         """Forget the rows that are done, and return them; not those that share a call with others that are not."""
         if not any(row.done for row in self.rows):
             return []
-        if self._call is not None and all(row.done for row in self._call.rows):
-            self._call = None
-        kept = [] if self._call is None else self._call.rows
+        if self._running is not None and all(row.done for row in self._running.rows):
+            self._running = None
+        kept = [] if self._running is None else self._running.rows
         ended = [row for row in self.rows if row.done and row not in kept]
         self.waiting = deque(row for row in self.waiting if not row.done)
         self.active = [row for row in self.active if row not in ended]
@@ -89,7 +91,7 @@ class Prefiller:
 
     def abandon(self) -> list[Row]:
         """Give up what is being prefilled, after a failure; returns its rows."""
-        rows, self.active, self._call, self._long = self.active, [], None, None
+        rows, self.active, self._running, self._long = self.active, [], None, None
         return rows
 
     def due(self, free_rows: int, chunk: int, decoding: int) -> bool:
@@ -97,7 +99,7 @@ class Prefiller:
 
         Asked once a step of the batch.
         """
-        if self._call is not None or self._long is not None:
+        if self._running is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
         if ready and decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
@@ -126,8 +128,8 @@ class Prefiller:
             self.active = [row for row in self.active if row not in ready[0]]
 
     def _advance(self, free_rows: int, chunk: int) -> Iterator[Ready]:
-        if self._call is not None:
-            yield from self._start_layers(self._call)
+        if self._running is not None:
+            yield from self._start_layers(self._running)
             return
         # Prompts that fit into one call need not wait for all the calls of a long one: they take turns with it.
         self._others_turn = not self._others_turn
@@ -139,8 +141,8 @@ class Prefiller:
                 if self._long is long:
                     return
         if self._long is not None:
-            self._apply_adapters([self._long.row])
-            yield from self._start_layers(self._begun(self._long.call(self._model, chunk, self._width)))
+            slots = self._slots([self._long.row])
+            yield from self._start_layers(self._begun(self._long.call(self._traced, slots, chunk, self._width)))
 
     def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
@@ -173,7 +175,7 @@ class Prefiller:
             yield from self._start_layers(self._begun(self._call_together(rest)))
 
     def _begun(self, call: _Call) -> _Call:
-        self._call = call
+        self._running = call
         self.pacing.begun(call.tokens, call.layers)
         return call
 
@@ -183,7 +185,7 @@ class Prefiller:
         call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
         if not call.started:
             return
-        self._call = None
+        self._running = None
         self.pacing.started()
         alone, long = len(call.rows) == 1, self._long
         if long is not None and call.rows == [long.row]:
@@ -214,8 +216,8 @@ class Prefiller:
         row.cached = 0 if hit is None else hit.length
         return hit
 
-    def _apply_adapters(self, rows: list[Row]) -> None:
-        self._bank.apply(self._bank.slots([row.adapter for row in rows]))
+    def _slots(self, rows: list[Row]) -> RowSlots | None:
+        return self._bank.slots([row.adapter for row in rows])
 
     def _call_together(self, group: list[_Known]) -> _Call:
         rows = [row for row, _ in group]
@@ -223,21 +225,19 @@ class Prefiller:
         lengths = [len(tokens) for tokens in todo]
         width = self._width(max(row.cached for row in rows), max(lengths))
         caches = self._begin(group)
-        self._apply_adapters(rows)
-        return _Call(rows, caches, self._model, [tokens + [0] * (width - len(tokens)) for tokens in todo], lengths)
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
+        self._traced(caches, mx.array(padded), self._slots(rows), lengths)
+        return _Call(rows, caches, len(rows) * width)
 
 
 class _Call:
     """A model call on prompts, of which layers are started one after the other."""
 
-    def __init__(
-        self, rows: list[Row], caches: Caches, model: Any, tokens: list[list[int]], lengths: list[int]
-    ) -> None:
-        """`tokens` [rows, width], of which those of row i after the first `lengths[i]` are padding."""
+    def __init__(self, rows: list[Row], caches: Caches, tokens: int) -> None:
+        """The call is built into the `caches`; it has so many `tokens`, padding included."""
         self.rows = rows
         self.caches = caches
-        self.tokens = len(rows) * len(tokens[0])
-        caches.call(model, mx.array(tokens), lengths)
+        self.tokens = tokens
         self.layers = len(caches.by_layer)
         self._next = 0
 
@@ -263,10 +263,11 @@ class _LongPrompt:
         self.caches = caches
         self.todo = row.prompt[row.cached : -1]
 
-    def call(self, model: Any, chunk: int, width: Callable[[int, int], int]) -> _Call:
+    def call(self, call: TracedCalls, slots: RowSlots | None, chunk: int, width: Callable[[int, int], int]) -> _Call:
         """The next `chunk` tokens, of which `width` says how wide a call they are to be."""
         # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
         mx.eval(self.caches.arrays)
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
         padding = width(self.caches.length(0), len(tokens)) - len(tokens)
-        return _Call([self.row], self.caches, model, [tokens + [0] * padding], [len(tokens)])
+        call(self.caches, mx.array([tokens + [0] * padding]), slots, [len(tokens)])
+        return _Call([self.row], self.caches, len(tokens) + padding)

@@ -23,7 +23,7 @@ import mlx.core as mx
 from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning, Piece
-from runner.engine.radix import Node, pack, root, walk
+from runner.engine.radix import TOKEN, Node, pack, root, walk
 
 _MOST: Final = 1024
 """Tokens of a node, at most: what is given up at a time. A row that is taken up again copies each node apart."""
@@ -101,11 +101,16 @@ class PrefixCache:
         path = walk(tree, packed := pack(tokens))
         known = path[-1][0].piece.start + path[-1][1] if path else 0
         state = caches.state(row) if len(tokens) == caches.length(row) else None
-        pieces = [caches.piece(row, at, min(at + _MOST, len(tokens))) for at in range(known, len(tokens), _MOST)]
+        grown = _grown(path, len(tokens), caches, row)
+        spans = range(known, len(tokens), _MOST) if grown is None else ()
+        pieces = [caches.piece(row, at, min(at + _MOST, len(tokens))) for at in spans]
         nbytes = sum(piece.nbytes for piece in pieces) + (0 if state is None else state.nbytes)
+        nbytes += 0 if grown is None else grown.nbytes - path[-1][0].piece.nbytes
         if nbytes + len(packed) > self._limit:
             return
         node = self._end(tree, path, copied, apart=bool(pieces) or state is not None)
+        if grown is not None:
+            self._grow(node, packed, grown, copied)
         for piece in pieces:
             node = self._append(node, packed, piece, copied)
         if state is not None and node.state is None:
@@ -146,19 +151,20 @@ class PrefixCache:
         self._rank(node)
         return upper
 
+    def _grow(self, node: Node, packed: bytes, piece: Piece, copied: list[mx.array]) -> None:
+        """Have `piece` in the place of what a node has, which it begins with."""
+        before = node.nbytes
+        node.piece, node.tokens = piece, packed[TOKEN * piece.start : TOKEN * piece.stop]
+        self.nbytes += node.nbytes - before
+        copied += piece.arrays
+        self._rank(node)
+
     def _append(self, node: Node, packed: bytes, piece: Piece, copied: list[mx.array]) -> Node:
-        """The node of a piece that follows on `node`, which grows if it is a short end."""
-        tokens = packed[4 * piece.start : 4 * piece.stop]
-        ends = node.parent is not None and not node.children and node.state is None
-        if ends and piece.stop - node.piece.start <= _MOST and node.piece.complete == piece.complete:
-            before = node.nbytes
-            node.piece, node.tokens = node.piece.then(piece), node.tokens + tokens
-            self.nbytes += node.nbytes - before
-        else:
-            node = Node(node, tokens, piece)
-            self.nbytes += node.nbytes
-            self._nodes += 1
-        copied += node.piece.arrays
+        """The node of a piece that follows on `node`."""
+        node = Node(node, packed[TOKEN * piece.start : TOKEN * piece.stop], piece)
+        self.nbytes += node.nbytes
+        self._nodes += 1
+        copied += piece.arrays
         self._rank(node)
         return node
 
@@ -211,3 +217,18 @@ class PrefixCache:
             self.nbytes -= node.nbytes
             self._nodes -= 1
             node.stamp = 0
+
+
+def _grown(path: list[tuple[Node, int]], length: int, caches: Caches, row: int) -> Piece | None:
+    """What the node at the end of `path` is to have if it grows to the row's first `length` tokens; None if not.
+
+    All of it is copied of the row: that is one copy of each, where joining what is new to what there was would be two.
+    """
+    node, matching = path[-1] if path else (None, 0)
+    if node is None or node.children or node.state is not None:
+        return None
+    start, stop = node.piece.start, node.piece.stop
+    if start + matching != stop or not stop < length <= start + _MOST:
+        return None
+    piece = caches.piece(row, start, length)
+    return piece if piece.complete == node.piece.complete else None

@@ -17,24 +17,26 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel, Size, Variant
-from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, PLAIN, STORES, SWIGLU
+from runner.engine.cuda_kernels import Kernel, Size
+from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
 MOST_ROWS: Final = 32
-"""Tokens in a call up to which the kernel is used: beyond, cuBLAS is bound by its arithmetic."""
+"""Tokens in a call up to which the kernel is used. With 64 the device takes twice as long for it as for cuBLAS, and a
+step is longer than one of 128 rows."""
 
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
-RANKS: Final = 16
+RANKS: Final = 8
 """How many ranks of a row's change one block computes the inner products of."""
 
-_MOST_RANK: Final = 512
+GATE_THREADS: Final = 256
+
 _TILE: Final = 16
 _CHUNK: Final = 64
 _WARP: Final = 32
@@ -90,7 +92,7 @@ inputs], and there is no third."""
 def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Multiply:
     """The product with one weight, prepared: a call costs the host little."""
     prepared = [_prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue) for tiles in TILES]
-    by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
+    by_rows = [prepared[_place(rows)] for rows in range(MOST_ROWS + 1)]
     dtypes = [dtype]
     # One kernel is both with and without a sum, since each takes a second to compile: a single axis is none.
     rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
@@ -118,10 +120,9 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
     """Whether there is a kernel for such changes to a weight [outputs, inputs] (of both parts, for "swiglu")."""
     down, b = stack.down, stack.b
     return (
-        stack.magnitude is None
-        and b.ndim == 3
+        stack.packed is not None
         and down.dtype == b.dtype == dtype
-        and 0 < down.shape[1] <= _MOST_RANK
+        and 0 < down.shape[1] <= ROOM // MOST_ROWS
         and (b.shape[2], down.shape[2]) == (outputs, inputs)
         and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
     )
@@ -133,27 +134,45 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
         _prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue, changes=True)
         for tiles in TILES
     ]
-    by_rows = [prepared[0 if rows <= 8 else 1 if rows <= 16 else 2] for rows in range(MOST_ROWS + 1)]
+    by_rows = [prepared[_place(rows)] for rows in range(MOST_ROWS + 1)]
+    dtypes = [dtype]
     rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
     mx.eval(rest)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-        rows, ranks = x.size // inputs, stack.down.shape[1]
+        rows = x.size // inputs
         kernel, (width, _, _), threads = by_rows[rows]
-        first = rows * -(-ranks // RANKS) * threads[0]
+        first = rows * -(-stack.down.shape[1] // RANKS) * threads[0]
         result: mx.array = kernel.launch(
-            inputs=[
-                *(x, weight, *(rest if added is None else (added,))),
-                *(stack.down, stack.b, stack.span_array, slots.slots, slots.counter()),
-            ],
+            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
             grid=(first + width, 1, 1),
             threadgroup=threads,
-            output_shapes=[(*x.shape[:-1], outputs), (rows, ranks)],
-            output_dtypes=[dtype, mx.float32],
+            output_shapes=[(*x.shape[:-1], outputs)],
+            output_dtypes=dtypes,
         )[0]
         return result
 
     return call
+
+
+def _place(rows: int) -> int:
+    """Which of TILES takes so many."""
+    return sum(rows > 8 * tiles for tiles in TILES[:-1])
+
+
+def gate(y: mx.array) -> mx.array:
+    """What is between an MLP's input and its output, [..., n], from the product of its gate and input [..., 2 · n].
+
+    To the bit as within such a product. n is a multiple of 8.
+    """
+    result: mx.array = _gate_kernel(y.dtype).launch(
+        inputs=[y],
+        grid=(y.size // 16, 1, 1),
+        threadgroup=(GATE_THREADS, 1, 1),
+        output_shapes=[(*y.shape[:-1], y.shape[-1] // 2)],
+        output_dtypes=[y.dtype],
+    )[0]
+    return result
 
 
 def usable() -> bool:
@@ -190,36 +209,44 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: boo
 def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
     """What the source calls a call's arrays."""
     names = ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
-    return [*names, "down", "up", "spans", "slots", "counters"] if changes else names
-
-
-def outputs_of(*, changes: bool = False) -> list[str]:
-    """And its results."""
-    return ["out", "inner"] if changes else ["out"]
+    return [*names, "changes", "board"] if changes else names
 
 
 def _prepare(
     outputs: int, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: bool = False
-) -> tuple[Variant, Size, Size]:
+) -> tuple[Kernel, Size, Size]:
     """The kernel, the grid of its blocks that multiply, and its block."""
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
     blocks = outputs * parts // (_TILE * way.mtiles)
-    return _variant(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
+    return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
-def _variant(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Variant:
+def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
-    kernel = Kernel(
+    return Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
-        input_names=inputs_of(epilogue, changes=changes),
-        output_names=outputs_of(changes=changes),
+        inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue, changes=changes)},
+        outputs={"out": dtype},
         source=source(epilogue, changes=changes),
         header=header(way, tiles, dtype, epilogue, changes=changes),
         shared_memory=way.shared_memory,
     )
-    types = {"spans": mx.int32, "slots": mx.int32, "counters": mx.int32, "inner": mx.float32}
-    inputs, outputs = inputs_of(epilogue, changes=changes), outputs_of(changes=changes)
-    return kernel.variant([types.get(name, dtype) for name in inputs], [types.get(name, dtype) for name in outputs])
+
+
+def gate_header(dtype: mx.Dtype) -> str:
+    """What comes before GATE."""
+    return f"using T = {_KINDS[dtype][0]};\nconstexpr int THREADS = {GATE_THREADS};\n"
+
+
+@cache
+def _gate_kernel(dtype: mx.Dtype) -> Kernel:
+    return Kernel(
+        name=f"gate_{_KINDS[dtype][1]}",
+        inputs={"y": dtype},
+        outputs={"out": dtype},
+        source=cuda_kernels.terse(GATE),
+        header=gate_header(dtype) + SWIGLU,
+    )

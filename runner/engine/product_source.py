@@ -15,11 +15,11 @@ are constants. DEVICE is what only a GPU can do; tests on the host have their ow
 
 CHANGED makes another kernel of it, in which each row has the low-rank change of its slot (`adapters/kernel.py`: the
 rounded product, plus what the rank's inner products and `up` give, rounded). Its first blocks compute the inner
-products, RANKS of a row each, into `inner`. The others meanwhile read their weights, and wait before what the sums
-become. They wait for blocks of a lower index only; blocks start in the order of their index, so those run or have
-ended, whatever the number of multiprocessors, and need nothing from those that wait. `counters` are how many of the
-first have ended, and how many of the others have seen that all have; the last to see it leaves both at zero. The
-order of an inner product depends on K, WARPS and the ranks of the row's own adapter only.
+products, RANKS of a row each, into `inner`, the room of a board (`RowSlots`). The others meanwhile read their weights,
+and wait before what the sums become. They wait for blocks of a lower index only; blocks start in the order of their
+index, so those run or have ended, whatever the number of multiprocessors, and need nothing from those that wait. A
+board's counters are how many of the first have ended, and how many of the others have seen that all have; the last to
+see it leaves both at zero. The order of an inner product depends on K and WARPS only.
 """
 
 from __future__ import annotations
@@ -67,6 +67,24 @@ __device__ inline T swiglu(T gate, T up) {
     return T(float(T(float(gate) * float(sigmoid))) * float(up));
 }
 """
+
+GATE: Final = """
+    const int N = y_shape[y_ndim - 1] / 2;
+    int vectors = N / 8;
+    for (int i = 0; i + 1 < y_ndim; ++i) vectors *= y_shape[i];
+    const int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= vectors) return;
+    const T* const from = y + size_t(i / (N / 8)) * 2 * N + i % (N / 8) * 8;
+    const uint4 left = *reinterpret_cast<const uint4*>(from), right = *reinterpret_cast<const uint4*>(from + N);
+    const T* const gate = reinterpret_cast<const T*>(&left);
+    const T* const up = reinterpret_cast<const T*>(&right);
+    uint4 result;
+    T* const written = reinterpret_cast<T*>(&result);
+    #pragma unroll
+    for (int e = 0; e < 8; ++e) written[e] = swiglu(gate[e], up[e]);
+    *reinterpret_cast<uint4*>(out + size_t(i) * 8) = result;
+"""
+"""What follows a product of an MLP's gate and input, eight outputs a thread."""
 
 BODY: Final = """
     const int K = w_shape[1], N = w_shape[0] / PARTS, chunks = K / 64;
@@ -121,6 +139,8 @@ BODY: Final = """
     #pragma unroll
     for (int round = 0; round < STAGES; ++round) fetch(round);
     look(0);
+    constexpr int THREADS = WARPS * 32, EACH = (TILES * 128 + THREADS - 1) / THREADS, APART = STAGES * MTILES * 512;
+    SEEK
     for (int round = 0; round < rounds; ++round) {
         wait_for_groups<STAGES - 1>();
         const uint4* const a = own + round % STAGES * MTILES * 128;
@@ -141,7 +161,6 @@ BODY: Final = """
     }
 
     // A warp's sums go where its weights were.
-    constexpr int THREADS = WARPS * 32, EACH = (TILES * 128 + THREADS - 1) / THREADS, APART = STAGES * MTILES * 512;
     float* const sums = reinterpret_cast<float*>(ring);
     __syncwarp();
     #pragma unroll
@@ -170,6 +189,7 @@ BODY: Final = """
             STORE
         }
     }
+    DONE
 """
 
 STORES: Final = {
@@ -188,43 +208,44 @@ __device__ inline int acquire(const int* from) {
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 """
 
-PLAIN: Final = {"BEFORE": "", "BLOCK": "blockIdx.x", "WAIT": "", "CHANGE": ""}
+UNPACK: Final = """
+    // Stack.packed and RowSlots.boards. A span is where a part's outputs end and the ranks [low, high) that reach them.
+    const int S = changes_shape[0], R = (changes_shape[1] - 64) / (K + O), each = rows / board_shape[0];
+    const int* const slots = board + 32;
+    const int* const spans = reinterpret_cast<const int*>(changes);
+    const T* const down = changes + size_t(S) * 64;
+    const T* const up = down + size_t(S) * R * K;
+"""
+"""What a launch with changes finds in its arrays: of `rows` tokens with K values, and O outputs."""
+
+PLAIN: Final = {"BEFORE": "", "BLOCK": "blockIdx.x", "SEEK": "", "WAIT": "", "CHANGE": "", "DONE": ""}
 """What stands at these places of BODY."""
 
 CHANGED: Final = {
     "BEFORE": """
-    const int R = down_shape[1], O = N * PARTS, P = spans_shape[1], each = rows / slots_shape[0];
+    const int O = N * PARTS;
+"""
+    + UNPACK
+    + """
     const int shares = (R + RANKS - 1) / RANKS, before = rows * shares;
-    int* const ready = const_cast<int*>(counters);
+    int* const ready = const_cast<int*>(board);
+    float* const inner = reinterpret_cast<float*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
     if (blockIdx.x < before) {
-        // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.
+        // All ranks, those of other adapters included, which are zeros for this one: others wait for this block.
         const int row = blockIdx.x / shares, lowest = blockIdx.x % shares * RANKS, slot = slots[row / each];
-        const int* const span = spans + slot * P * 3;
-        int ranks = 0;
-        #pragma unroll 1
-        for (int p = 0; p < P; ++p) ranks = max(ranks, span[p * 3 + 2]);
-        ranks = min(ranks - lowest, RANKS);
-        if (ranks > 0) {
-            // What the others need next comes into the cache that all blocks share.
-            for (int p = 0, begin = 0; p < P; ++p) {
-                const int end = span[p * 3], high = min(span[p * 3 + 2], lowest + ranks);
-                for (int r = max(span[p * 3 + 1], lowest); r < high; ++r) {
-                    const T* const line = up + (size_t(slot) * R + r) * O;
-                    for (int o = begin + threadIdx.x * 64; o < end; o += WARPS * 2048) prefetch(line + o);
-                }
-                begin = end;
-            }
+        if (slot > 0) {
             const T* const own = down + (size_t(slot) * R + lowest) * K;
             const T* const token = x + size_t(row) * K;
             // A warp takes a rank, or, where there are more warps than ranks, an equal part of its product.
-            const int splits = ranks < WARPS ? WARPS / ranks : 1;
+            constexpr int SPLITS = WARPS > RANKS ? WARPS / RANKS : 1;
+            const int ranks = min(R - lowest, RANKS);
             float* const partial = reinterpret_cast<float*>(ring);
-            for (int from = 0; from < ranks * splits; from += WARPS) {
-                const int item = from + warp, rank = item / splits, split = item % splits;
+            for (int from = 0; from < RANKS * SPLITS; from += WARPS) {
+                const int item = from + warp, rank = item / SPLITS, split = item % SPLITS;
                 float sum = 0.0f;
                 if (rank < ranks) {
-                    #pragma unroll 4
-                    for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
+                    #pragma unroll 8
+                    for (int k = (split * 32 + lane) * 8; k < K; k += SPLITS * 256) {
                         const uint4 left = *reinterpret_cast<const uint4*>(token + k);
                         const uint4 right = *reinterpret_cast<const uint4*>(own + size_t(rank) * K + k);
                         const T* const l = reinterpret_cast<const T*>(&left);
@@ -240,7 +261,7 @@ CHANGED: Final = {
             __syncthreads();
             if (threadIdx.x < ranks) {
                 float sum = 0.0f;
-                for (int split = 0; split < splits; ++split) sum += partial[threadIdx.x * splits + split];
+                for (int split = 0; split < SPLITS; ++split) sum += partial[threadIdx.x * SPLITS + split];
                 inner[row * R + lowest + threadIdx.x] = sum;
             }
             __syncthreads();
@@ -253,6 +274,19 @@ CHANGED: Final = {
     }
 """,
     "BLOCK": "(blockIdx.x - before)",
+    "SEEK": """
+    // What the changes need of `up` comes into the cache that all blocks share, while the weights do.
+    for (int at = threadIdx.x; at < TILES * 128; at += THREADS) {
+        const int r = at / 16, m = at % 16;
+        if (r >= rows || m >= MTILES) continue;
+        const int slot = slots[r / each], output = first + m / PARTS * 16 + m % PARTS * N;
+        const int* span = spans + slot * 32;
+        #pragma unroll 1
+        while (span[0] <= output) span += 3;
+        #pragma unroll 1
+        for (int i = span[1]; i < span[2]; ++i) prefetch(up + (size_t(slot) * R + i) * O + output);
+    }
+""",
     "WAIT": """
     int slot[EACH], low[EACH][MTILES], high[EACH][MTILES];
     #pragma unroll
@@ -261,7 +295,8 @@ CHANGED: Final = {
         slot[e] = r < rows ? slots[r / each] : 0;
         #pragma unroll
         for (int m = 0; m < MTILES; ++m) {
-            const int* span = spans + slot[e] * P * 3;
+            // A span (Stack.spans) is where a part's outputs end and the ranks [low, high) that reach them.
+            const int* span = spans + slot[e] * 32;
             #pragma unroll 1
             while (span[0] <= first + m / PARTS * 16 + m % PARTS * N) span += 3;
             low[e][m] = span[1], high[e][m] = span[2];
@@ -269,7 +304,6 @@ CHANGED: Final = {
     }
     if (threadIdx.x == 0) {
         while (acquire(ready) < before) {}
-        if (atomicAdd(ready + 1, 1) == O / (16 * MTILES) - 1) ready[0] = ready[1] = 0;
     }
 """,
     "CHANGE": """
@@ -291,5 +325,8 @@ CHANGED: Final = {
                 }
             }
             total[m] = changed;
+""",
+    "DONE": """
+    if (threadIdx.x == 0 && atomicAdd(ready + 1, 1) == O / (16 * MTILES) - 1) ready[0] = ready[1] = 0;
 """,
 }

@@ -68,7 +68,7 @@ class Node:
 
 def root() -> Node:
     """A tree that holds nothing yet."""
-    return Node(None, b"", Piece(0, 0, ()))
+    return Node(None, b"", Piece(0, 0, [], ()))
 
 
 def walk(tree: Node, tokens: bytes) -> list[tuple[Node, int]]:

@@ -12,9 +12,10 @@ temperature; then temperature and a draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -152,13 +153,12 @@ class Sampler:
         state: State,
         mask: Mask | None = None,
         *,
-        proposing: bool = False,
         verifying: bool = False,
     ) -> Choice:
         """Tokens for logits [B, T, V], each after the tokens `fed` [B, T] up to its own, on top of `state`.
 
-        With `proposing`, rows that are not bound to their seed draw with noise that their own choice does not use. With
-        `verifying`, their tokens mean nothing: `weights` are what is wanted of them.
+        With `verifying`, tokens of rows that are not bound to their seed mean nothing: `weights` are what is wanted of
+        them.
         """
         if mask is not None:
             logits = mask.apply(logits)
@@ -169,8 +169,38 @@ class Sampler:
             logits, histories = self._penalties(logits, fed, state.history)
         choice = Choice(mx.argmax(logits, axis=-1), logits, state, histories, self.draw)
         if self.draw is not None and state.position is not None and (self.draw.bound or not verifying):
-            choice.tokens = self.draw(choice, state.position, proposing=proposing)
+            choice.tokens = self.draw(choice, state.position)
         return choice
+
+    @property
+    def unbound(self) -> bool:
+        """Whether a row draws without a seed."""
+        return self.draw is not None and self.draw.unbound is not None
+
+    @cached_property
+    def proposing(self) -> Sampler:
+        """One that draws with noise that this one does not use, for rows that are not bound to their seed."""
+        other = copy(self)
+        other.draw = None if self.draw is None else self.draw.proposing
+        return other
+
+    @property
+    def form(self) -> Hashable | None:
+        """What decides, beside `arrays`, how it chooses; None where more does, such as what rows have said."""
+        if self._penalties is not None or self._bias is not None:
+            return None
+        return () if self.draw is None else self.draw.form
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What it chooses by, beside logits and positions, if it has a `form`."""
+        return [] if self.draw is None else self.draw.arrays
+
+    def having(self, arrays: Sequence[mx.array]) -> Sampler:
+        """One of the same form with such `arrays`."""
+        other = copy(self)
+        other.draw = None if self.draw is None else self.draw.having(arrays)
+        return other
 
     def logprobs(self, logits: mx.array, tokens: mx.array) -> Logprobs | None:
         """Of `tokens` [B, T] and the most likely, by logits [B, T, V]; None when no row asked."""

@@ -4,7 +4,8 @@
 
 Reads a line of JSON for each measurement ({"rows", "requests", "words", "first", "max_tokens", "sampling"}) and writes
 one ({"tokens_per_second", "tokens", "seconds"}). Prompts are those that the load generator sends, rendered and
-tokenised here as there; frames are encoded as for the socket.
+tokenised here as there; frames are encoded as for the socket, and prefixes are kept as a manifest has it that does not
+say. So what is left between this and HTTP is what HTTP costs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from runner.bench.prompts import prompt  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
+from runner.plan.resolve import PREFIX_CACHE_BYTES  # noqa: E402
 from runner.protocol import FromEngine, Generate, Sampling, Step, encode_frame  # noqa: E402
 
 
@@ -35,7 +37,8 @@ class ClosedLoop:
     """An engine that always has `rows` requests, until there are no more."""
 
     def __init__(self, model: Path, max_rows: int) -> None:
-        self._engine = Engine(load(model), Limits(max_rows=max_rows, max_context=4096), self._receive)
+        limits = Limits(max_rows=max_rows, max_context=4096, prefix_cache_bytes=PREFIX_CACHE_BYTES)
+        self.engine = Engine(load(model), limits, self._receive)
         self._tokens = 0
         self._ended = 0
 
@@ -53,9 +56,9 @@ class ClosedLoop:
         self._tokens = self._ended = 0
         submitted = 0
         began = time.perf_counter()
-        while self._engine.busy or self._ended < question["requests"]:
+        while self.engine.busy or self._ended < question["requests"]:
             while submitted - self._ended < question["rows"] and (number := next(waiting, None)) is not None:
-                self._engine.submit(
+                self.engine.submit(
                     Generate(
                         id=number,
                         messages=[{"role": "user", "content": prompt(words, number)}],
@@ -64,7 +67,7 @@ class ClosedLoop:
                     )
                 )
                 submitted += 1
-            self._engine.step()
+            self.engine.step()
         seconds = time.perf_counter() - began
         return {"tokens_per_second": self._tokens / seconds, "tokens": self._tokens, "seconds": seconds}
 

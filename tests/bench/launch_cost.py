@@ -29,6 +29,7 @@ import mlx.core as mx
 from runner.engine import kernel_cache
 from runner.engine.arrays import start
 from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_text import Template
 
 WIDTH = 2048
 LONG = 8000
@@ -38,11 +39,6 @@ _SOURCE = "const int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < x_shape[
 _CONSTANTS = [("T", mx.bfloat16), *((f"UNUSED_{i}", i) for i in range(11))]
 
 Operation = Callable[[mx.array], mx.array]
-
-
-def copying(name: str, padding: int) -> dict[str, Any]:
-    """A kernel whose source has so many characters more than it needs."""
-    return {"name": name, "input_names": ["x"], "output_names": ["out"], "source": f"{_SOURCE}\n//{'-' * padding}"}
 
 
 def called(made: Any, **more: Any) -> Operation:
@@ -63,17 +59,25 @@ def called(made: Any, **more: Any) -> Operation:
 
 
 def kernels() -> dict[str, Operation]:
-    """Of a short and a long text as MLX has them, and of the same long text as the engine has it launched."""
-    short, long = (mx.fast.cuda_kernel(**copying(f"copy_{length}", length)) for length in (0, LONG))
-    ours = Kernel(**copying("copy_ours", LONG))
-    types = [mx.bfloat16], [mx.bfloat16]
+    """Copies: of a short and a long text as MLX has them, and of the same long text as the engine has it launched."""
+
+    def source(length: int) -> str:
+        return f"{_SOURCE}\n//{'-' * length}"
+
+    def mlx(length: int, **more: Any) -> Operation:
+        names = {"input_names": ["x"], "output_names": ["out"]}
+        return called(mx.fast.cuda_kernel(name=f"copy_{length}", source=source(length), **names), **more)
+
+    def ours(template: Template = ()) -> Operation:
+        types = {"inputs": {"x": mx.bfloat16}, "outputs": {"out": mx.bfloat16}}
+        return called(Kernel(name="copy_ours", source=source(LONG), template=template, **types).launch)
+
     return {
-        "kernel of 200 characters": called(short),
-        f"kernel of {LONG:,} characters": called(long),
-        f"{LONG:,} characters, 12 constants": called(long, template=_CONSTANTS),
-        f"{LONG:,} characters, ours": called(ours.variant(*types).launch),
-        f"{LONG:,}, 12 constants, ours": called(ours.variant(*types, _CONSTANTS).launch),
-        "the same, by types and constants": called(ours, template=_CONSTANTS),
+        "kernel of 200 characters": mlx(0),
+        f"kernel of {LONG:,} characters": mlx(LONG),
+        f"{LONG:,} characters, 12 constants": mlx(LONG, template=_CONSTANTS),
+        f"{LONG:,} characters, ours": ours(),
+        f"{LONG:,}, 12 constants, ours": ours(_CONSTANTS),
     }
 
 

@@ -1,13 +1,16 @@
 """What a draft model gains, and never costs: tokens a second with and without it, at several batch sizes.
 
-    python tests/bench/speculation.py [TARGET] [DRAFT] [--rows 1 2 4 8 16 32] [--tokens 96] [--draft-tokens 4]
+    python tests/bench/speculation.py [TARGET] [DRAFT] [--rows 1 2 4 8 16 32] [--tokens N] [--draft-tokens 4]
     python tests/bench/speculation.py --geometry llama-1b [--draft-layers 1] [--agreement 0.7] …
 
 Without folders, demo-draft drafts for demo-chat, or, with a geometry, a pair of random weights for itself that agrees
 by construction (`pair.py`). Requests are chats that the demo model answers at length; all arrive together, twice as
-many as there are rows. With and without the draft are measured in turns on the same weights, in one process, after a
-run of each that does not count; shown are medians, and the median of the ratios of neighbouring runs. One engine with a
-draft serves all runs of a batch size, as it would in use: what it has learned stays learned.
+many as there are rows, and ask for different lengths: rows that all end at once would share the prompts' calls, which
+is a gain that a draft takes away by ending them apart. With and without the draft are measured in turns on the same
+weights, in one process, after runs of each that do not count, until no graph is built any more; shown are medians, and
+the median of the ratios of neighbouring runs. One engine with a draft serves all runs of a batch size, as it would in
+use: what it has learned stays learned. What it knows by then of steps' costs is printed as well: milliseconds of a
+plain step and of rounds with k proposals, as predicted and as timed, how many were timed, and how many there were.
 """
 
 from __future__ import annotations
@@ -34,12 +37,16 @@ import mlx.core as mx  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import LoadedModel, load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
+from runner.engine.speculative.costs import size_class  # noqa: E402
 from runner.engine.speculative.loading import load_draft, refusal, slack_for, start_speculation  # noqa: E402
 from runner.engine.speculative.speculation import Speculation  # noqa: E402
 from runner.protocol import FromEngine, Generate, Sampling, Stats, Step  # noqa: E402
 from tests.bench.geometry import GEOMETRIES  # noqa: E402
 from tests.bench.pair import build_pair  # noqa: E402
 from tests.bench.record import Budget, Record, add_options, progress  # noqa: E402
+
+_WARM = 4
+"""Runs before those that count, at most."""
 
 MODELS = ROOT / "examples" / "models"
 QUESTIONS = (
@@ -55,6 +62,7 @@ class Run:
 
     def __init__(self, loaded: LoadedModel, rows: int, draft_tokens: int, speculation: Speculation | None) -> None:
         self._tokens = 0
+        self._speculation = speculation
         self._engine = Engine(
             loaded, Limits(max_rows=rows, num_draft_tokens=draft_tokens), self._count, speculation=speculation
         )
@@ -71,10 +79,40 @@ class Run:
         for i in range(2 * self._rows):
             question = QUESTIONS[i % len(QUESTIONS)].format(10 + i, 40 + 2 * i)
             messages = [{"role": "user", "content": question}]
-            self._engine.submit(Generate(id=i, messages=messages, max_tokens=tokens, sampling=sampling))
+            length = max(1, tokens // 2 + tokens * (7 * i % (2 * self._rows)) // (4 * self._rows))
+            self._engine.submit(Generate(id=i, messages=messages, max_tokens=length, sampling=sampling))
         while self._engine.busy:
             self._engine.step()
         return self._tokens / (time.perf_counter() - started)
+
+    def warm(self, tokens: int, sampling: Sampling) -> None:
+        """Runs until one builds no graph."""
+        for _ in range(_WARM):
+            before = self.building
+            self.rate(tokens, sampling)
+            if self.building == before:
+                break
+
+    @property
+    def building(self) -> float:
+        """Seconds of building graphs so far."""
+        return self._engine._batch.building
+
+    def costs(self) -> dict[str, Any]:
+        """Of steps of all rows: milliseconds by the number of proposals, and how many there were; trials; building."""
+        assert self._speculation is not None
+        policy, rows = self._speculation.policy, self._rows
+        costs, size = policy.costs, size_class(rows)
+        steps = {}
+        for length in sorted({length for kind, length in policy.steps if kind == size}):
+            parts = {"target": costs.verifying(rows, length), "draft": costs.proposing(rows, length)}
+            found = {f"predicted, {part}": 1e3 * seconds for part, seconds in parts.items()}
+            timed = costs.timed[size, length]
+            found |= {"timed": timed, "of": policy.steps[size, length]}
+            if timed:
+                found["taken"] = 1e3 * costs.step(rows, length)
+            steps[length] = found
+        return {"rows": rows, "steps": steps, "trials": policy.tried, "building": self.building}
 
     @property
     def stats(self) -> Stats:
@@ -120,13 +158,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--draft-layers", type=int, default=1, help="of such a pair: layers that the draft has")
     parser.add_argument("--agreement", type=float, default=0.7, help="of such a pair: how often it agrees")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens", type=int, default=96, help="at most, for each request")
+    parser.add_argument("--tokens", type=int, help="at most, for each request; 384 on a GPU, or else 96")
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repeat", type=int, default=7)
     add_options(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.tokens is None:
+        arguments.tokens = 96 if mx.default_device() == mx.Device(mx.cpu) else 384
+    return arguments
 
 
 def measure(
@@ -141,8 +182,8 @@ def measure(
     """One row of the table."""
     plain = Run(target, rows, 0, None)
     draft = Run(target, rows, arguments.draft_tokens, speculation())
-    plain.rate(arguments.tokens, sampling)
-    draft.rate(arguments.tokens, sampling)
+    plain.warm(arguments.tokens, sampling)
+    draft.warm(arguments.tokens, sampling)
     progress(f"{rows} rows: warm")
     pairs = []
     while len(pairs) < arguments.repeat and not (pairs and budget.over):
@@ -156,6 +197,13 @@ def measure(
     row |= {"ratio": f"{ratio:.2f}", "drafted a token": f"{drafted:.2f}", "accepted": f"{accepted:.2f}"}
     figures: dict[str, Any] = {"rows": rows, "pairs": pairs, "ratio": ratio, "drafted": drafted, "accepted": accepted}
     record.row(row, figures)
+    costs = draft.costs()
+    record.note("costs", costs)
+    for length, found in costs["steps"].items():
+        taken = f"{found['taken']:.2f}" if found["timed"] else "unknown"
+        parts = f"target {found['predicted, target']:.2f}, draft {found['predicted, draft']:.2f}"
+        progress(f"k = {length}: predicted {parts}; {taken} ms in {found['timed']} timed of {found['of']} steps")
+    progress(f"{costs['trials']} trials; {costs['building']:.2f} s of building graphs")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ _PRELUDE = """
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -76,6 +79,7 @@ static void run_block(int threads) {
 
 static uint64_t passed[1024];
 static void __syncthreads() { wait_at(everybody); }
+static void __syncwarp() { wait_at(warps[threadIdx.x / 32]); }
 // What `read` makes of the values of the warp's lanes.
 template <typename V, typename Read> auto exchanged(V value, Read read) {
     Gate& warp = warps[threadIdx.x / 32];
@@ -108,6 +112,11 @@ static unsigned __ballot_sync(unsigned, bool value) {
 }
 static int __ffs(int bits) { return __builtin_ffs(bits); }
 static int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
+static bool __any_sync(unsigned all, bool one) {
+    uint32_t any = one;
+    for (int width = 1; width < 32; width *= 2) any |= __shfl_xor_sync(all, any, width);
+    return any;
+}
 template <typename V> V atomicAdd(V* at, V value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 template <typename V> V __ldcg(const V* at) { return *at; }
 template <typename V> V atomicMax(V* at, V value) { return std::exchange(*at, max(*at, value)); }
@@ -116,6 +125,13 @@ static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x,
 static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 #define __expf expf
 #define __logf logf
+static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t both = uint64_t(high) << 32 | low;
+    uint32_t chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= uint32_t(both >> ((which >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+    return chosen;
+}
+struct float2 { float x, y; };
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct bfloat16 {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from runner.engine import product_kernel
-from runner.engine.adapters.layers import RowSlots
-from runner.engine.adapters.stack import Stack
+from runner.engine.adapters.layers import RowSlots, boards_of
+from runner.engine.adapters.stack import LINE, Stack
 from runner.engine.product_kernel import RANKS, TILES, Changed, Choose, Multiply, Way
 from runner.engine.product_source import SWIGLU
 from tests.engine.cuda_on_host import Run, compiled
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
+
+Array = np.ndarray[Any, Any]
 
 
 class OnHost:
@@ -33,8 +35,8 @@ class OnHost:
 
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
         def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-            counters = mx.zeros((2,), mx.int32)
-            more = [stack.down, stack.b, stack.span_array, slots.slots, counters]
+            assert stack.packed is not None
+            more = [stack.packed, board_of(slots)]
             return self._call(choose, epilogue, x, [*_first(x, weight, added, epilogue), *more], outputs)
 
         return call
@@ -45,24 +47,17 @@ class OnHost:
         tiles = next(tiles for tiles in TILES if rows <= tiles * 8)
         way = choose(outputs, inputs, tiles, epilogue)
         names = product_kernel.inputs_of(epilogue, changes=changes)
-        views = [_on_host(array) for array in arrays]
-        results = [np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)]
+        views = [on_host(array) for array in arrays]
+        result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
         blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles)
         if changes:
-            ranks = arrays[names.index("down")].shape[1]
-            results.append(np.full((rows, ranks), np.nan, dtype=np.float32))
+            _, width = arrays[names.index("changes")].shape
+            ranks = (width - LINE) // (inputs + arrays[1].shape[0])
             blocks += rows * -(-ranks // RANKS)
-        shapes = [np.array(array.shape, dtype=np.int32) for array in arrays]
-        dims = [array.ndim for array in arrays]
-        run = self._run(way, tiles, dtype, epilogue, changes)
-        run(
-            *(ctypes.c_int(blocks), ctypes.c_int(way.warps * 32)),
-            *(_pointer(array) for array in (*views, *results, *shapes)),
-            *(ctypes.c_int(dim) for dim in dims),
-        )
+        launch(self._run(way, tiles, dtype, epilogue, changes), blocks, way.warps * 32, views, result)
         if changes:
-            assert not views[names.index("counters")].any(), "the next launch finds zeros"
-        return mx.array(results[0]).view(dtype)
+            assert not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"
+        return mx.array(result).view(dtype)
 
     def _run(self, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Run:
         key = (way, tiles, dtype, epilogue, changes)
@@ -70,10 +65,7 @@ class OnHost:
             folder = self._folder / str(len(self._built))
             folder.mkdir()
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
-            inputs = product_kernel.inputs_of(epilogue, changes=changes)
-            arguments = {name: f"const {_TYPES.get(name, kind)}*" for name in inputs}
-            arguments |= {name: f"{_TYPES.get(name, kind)}*" for name in product_kernel.outputs_of(changes=changes)}
-            arguments |= {f"{name}_shape": "const int*" for name in inputs} | {f"{name}_ndim": "int" for name in inputs}
+            arguments = arguments_of(product_kernel.inputs_of(epilogue, changes=changes), kind)
             constants = product_kernel.constants(way, tiles, dtype, epilogue)
             header = TYPES + constants + DEVICE + (SWIGLU if epilogue == "swiglu" else "")
             source = product_kernel.source(epilogue, changes=changes)
@@ -81,8 +73,31 @@ class OnHost:
         return self._built[key]
 
 
-_TYPES: Final = {"spans": "int", "slots": "int", "counters": "int", "inner": "float"}
-"""Those that are not the tokens'."""
+def arguments_of(names: list[str], kind: str) -> dict[str, str]:
+    """A kernel's parameters and their types, for arrays of `kind`; a board is of integers."""
+    arguments = {name: f"const {'int' if name == 'board' else kind}*" for name in names}
+    arguments["out"] = f"{kind}*"
+    return arguments | {f"{name}_shape": "const int*" for name in names} | {f"{name}_ndim": "int" for name in names}
+
+
+def launch(run: Run, blocks: int, threads: int, views: list[Array], result: Array) -> None:
+    """Of such a kernel."""
+    shapes = [np.array(view.shape, dtype=np.int32) for view in views]
+    run(
+        *(ctypes.c_int(blocks), ctypes.c_int(threads)),
+        *(ctypes.c_void_p(array.ctypes.data) for array in (*views, result, *shapes)),
+        *(ctypes.c_int(view.ndim) for view in views),
+    )
+
+
+def board_of(rows: RowSlots) -> mx.array:
+    """A board whose room is no numbers."""
+    numbers = [int(slot) for slot in np.array(rows.slots)]
+    (board,) = boards_of(numbers, 1)
+    first = 32 + -(-len(numbers) // 32) * 32
+    flat = np.array(board).flatten()
+    flat[first:] = np.full(flat.size - first, np.nan, dtype=np.float32).view(np.int32)
+    return mx.array(flat).reshape(board.shape)
 
 
 def _first(x: mx.array, weight: mx.array, added: mx.array | None, epilogue: str) -> list[mx.array]:
@@ -91,9 +106,6 @@ def _first(x: mx.array, weight: mx.array, added: mx.array | None, epilogue: str)
     return [x, weight, mx.zeros((1,), x.dtype) if added is None else added]
 
 
-def _on_host(array: mx.array) -> np.ndarray[Any, Any]:
+def on_host(array: mx.array) -> Array:
+    """Its bits."""
     return np.array(array if array.dtype == mx.int32 else mx.contiguous(array).view(mx.uint16))
-
-
-def _pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)

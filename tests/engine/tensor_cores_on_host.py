@@ -7,8 +7,10 @@ from typing import Final
 TYPES: Final = """
 using __nv_bfloat16 = bfloat16;
 using __half = _Float16;
+static bfloat16 hexp(bfloat16 x) { return bfloat16(std::exp(float(x))); }
+static _Float16 hexp(_Float16 x) { return _Float16(std::exp(float(x))); }
 """
-"""The types' names; what says which one T is comes next."""
+"""The types' names and what there is of each; what says which one T is comes next."""
 
 DEVICE: Final = """
 static uint4 ring[14 * 1024];
@@ -22,10 +24,6 @@ static int acquire(const int* from) { return __atomic_load_n(from, __ATOMIC_ACQU
 static void prefetch(const void*) {}
 static void close_group() {}
 template <int> static void wait_for_groups() {}
-static void __syncwarp() { __syncthreads(); }
-static bfloat16 hexp(bfloat16 x) { return bfloat16(std::exp(float(x))); }
-static _Float16 hexp(_Float16 x) { return _Float16(std::exp(float(x))); }
-
 
 struct Operands { uint32_t a[4], b[2]; };
 static Operands operands[1024];

@@ -16,15 +16,17 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel
+from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, copy_kernel, prompt_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.kv.rotary import Rotation
+from runner.engine.product_kernel import TILES
 from tests.engine.test_product_changes import changes
 
 Compile = Callable[[Text, str], Binary]
@@ -81,14 +83,19 @@ def compiled(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def kernel() -> Kernel:
-    return Kernel(name="filled", input_names=["x"], output_names=["y"], source="y[0] = x[0] + x_shape[0] + ADDED;")
-
-
-def call(kernel: Kernel, added: int = 0, x: mx.array | None = None) -> None:
-    kernel(
-        inputs=[mx.zeros((4,)) if x is None else x],
+def filled(added: int = 0, dtype: mx.Dtype = mx.float32) -> Kernel:
+    return Kernel(
+        name="filled",
+        inputs={"x": dtype},
+        outputs={"y": mx.float32},
+        source="y[0] = x[0] + x_shape[0] + ADDED;",
         template=[("ADDED", added)],
+    )
+
+
+def call(made: Kernel) -> None:
+    made.launch(
+        inputs=[mx.zeros((4,))],
         grid=(1, 1, 1),
         threadgroup=(1, 1, 1),
         output_shapes=[(1,)],
@@ -96,24 +103,24 @@ def call(kernel: Kernel, added: int = 0, x: mx.array | None = None) -> None:
     )
 
 
-def test_a_variant_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
-    made = kernel()
-    call(made, 1)
+def test_a_kernel_is_compiled_once_before_its_first_call(launches: Launches, compiled: list[str]) -> None:
+    made = filled(1)
+    call(made)
     assert compiled == launches.modules
-    call(made, 1)
+    call(made)
     assert len(compiled) == 1
-    call(made, 2)
+    call(filled(2))
     assert compiled == [launches.modules[0], launches.modules[2]]
-    call(kernel(), 1)
+    call(filled(1))
     assert len(compiled) == 2, "it is on disk"
 
 
 def test_mlx_gets_a_short_text_of_the_same_function(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    call(kernel(), 1)
+    call(filled(1))
     monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", lambda: False)
-    call(kernel(), 1)
+    call(filled(1))
     short, whole = launches.codes
     assert "ADDED" in whole
     assert "ADDED" not in short
@@ -128,19 +135,11 @@ def _function(code: str) -> str:
 
 
 def test_code_that_is_gone_is_an_error(launches: Launches, compiled: list[str], tmp_path: Path) -> None:
-    made = kernel()
+    made = filled()
     call(made)
     (tmp_path / f"{compiled[0]}.ptx").unlink()
     with pytest.raises(RuntimeError, match="Failed to compile"):
         call(made)
-
-
-def test_arrays_of_other_types_are_another_variant(launches: Launches, compiled: list[str]) -> None:
-    made = kernel()
-    for x in (mx.zeros((4,)), mx.zeros((4,), mx.float16), mx.array(1.0)):
-        call(made, x=x)
-    assert len(set(compiled)) == 3
-    assert compiled == launches.modules
 
 
 @pytest.mark.usefixtures("compiled")
@@ -149,13 +148,13 @@ def test_where_stand_ins_are_not_found_mlx_has_the_text(
 ) -> None:
     monkeypatch.setattr(cuda_kernels, "_trial", cache(TRIAL))
     monkeypatch.setattr(cuda_kernels, "_stand_ins_are_found", cache(STAND_INS_ARE_FOUND))
-    call(kernel())
+    call(filled())
     assert ["#error" in code for code in launches.codes] == [True, True], "the trial, and the call"
     assert not caplog.records
     cuda_kernels._stand_ins_are_found.cache_clear()
     monkeypatch.setattr(launches, "_folder", Path("/elsewhere"))
     for _ in range(2):
-        call(kernel())
+        call(filled())
     assert all("ADDED" in code for code in launches.codes[2:])
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
@@ -163,14 +162,14 @@ def test_where_stand_ins_are_not_found_mlx_has_the_text(
 def test_devices_are_told_apart_by_the_text(
     launches: Launches, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(kernel())
+    call(filled())
     monkeypatch.setattr(kernel_cache, "architecture", lambda: "sm_100a")
-    call(kernel())
+    call(filled())
     assert len(set(compiled)) == 2
     assert compiled == launches.modules
 
 
-def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_side_by_side(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(2, timeout=20)
 
     def compiles(*_: object) -> Binary:
@@ -180,10 +179,8 @@ def test_variants_are_compiled_side_by_side(launches: Launches, monkeypatch: pyt
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core compiles one at a time")
-    made = kernel()
-    for added in (1, 2):
-        made.variant([mx.float32], [mx.float32], [("ADDED", added)])
-    call(made, 1)
+    first, _ = filled(1), filled(2)
+    call(first)
     assert not together.broken
 
 
@@ -195,10 +192,8 @@ def test_a_call_waits_for_what_is_under_way(launches: Launches, monkeypatch: pyt
         return Binary(b"code", "mangled")
 
     monkeypatch.setattr(cuda_compiler, "compile_kernel", compiles)
-    made, other = kernel(), kernel()
-    made.variant([mx.float32], [mx.float32], [("ADDED", 1)])
-    variant = other.variant([mx.float32], [mx.float32], [("ADDED", 2)])
-    calls = [threading.Thread(target=lambda: call(made, 1)), threading.Thread(target=lambda: variant.launch)]
+    made, other = filled(1), filled(2)
+    calls = [threading.Thread(target=lambda: call(made)), threading.Thread(target=lambda: other.launch)]
     for thread in calls:
         thread.start()
         thread.join(0.1)
@@ -223,7 +218,7 @@ def test_mlx_compiles_what_we_cannot(
     launches: Launches, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: Compile
 ) -> None:
     monkeypatch.setattr(cuda_compiler, "compile_kernel", fails)
-    made = kernel()
+    made = filled()
     for _ in range(2):
         call(made)
     assert len(launches.modules) == 2
@@ -232,8 +227,7 @@ def test_mlx_compiles_what_we_cannot(
 
 
 def test_types_that_are_not_known_are_left_to_mlx(compiled: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    made = kernel()
-    assert made.variant([mx.complex64], [mx.float32]).launch is not None
+    assert filled(dtype=mx.complex64).launch is not None
     assert not compiled
     assert [record.message for record in caplog.records] == ["MLX compiles a kernel"]
 
@@ -243,7 +237,7 @@ def test_nothing_is_compiled_without_a_folder(
 ) -> None:
     """MLX has a temporary one, of which we are not told."""
     monkeypatch.delenv(kernel_cache.VARIABLE)
-    call(kernel())
+    call(filled())
     assert len(launches.modules) == 1
     assert not compiled
 
@@ -254,8 +248,11 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    for module in (product_kernel, draw_kernel, attention_kernel, quantised_kernel):
-        monkeypatch.setattr(module, "_variant", cache(module._variant.__wrapped__))
+    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel, copy_kernel]}
+    made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
+    for name, modules in made.items():
+        for module in modules:
+            monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     monkeypatch.setattr(cuda_kernels, "usable", lambda _: True)
 
 
@@ -264,18 +261,31 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], epilogue: str) -> None:
     outputs, inputs, dtype = 64, 128, mx.bfloat16
     weight = mx.zeros((outputs * (2 if epilogue == "swiglu" else 1), inputs), dtype)
-    rows = (1, 9, 17)
     multiply = product_kernel.multiply(outputs, inputs, dtype, epilogue)
-    for count in rows:
-        multiply(mx.zeros((1, count, inputs), dtype), weight)
+    for tiles in TILES:
+        multiply(mx.zeros((1, 8 * tiles, inputs), dtype), weight)
     if epilogue == "plain":
         multiply(mx.zeros((1, 9, inputs), dtype), weight, mx.zeros((1, 9, outputs), dtype))
     stack = changes(outputs, inputs, dtype, epilogue)
     changed = product_kernel.changed(outputs, inputs, dtype, epilogue)
-    for count in rows:
-        changed(mx.zeros((count, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * count))
+    for tiles in TILES:
+        changed(mx.zeros((8 * tiles, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * 8 * tiles))
     assert sorted(set(launches.modules)) == sorted(compiled)
-    assert len(compiled) == 6
+    assert len(compiled) == 2 * len(TILES)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_follows_a_product_is_compiled_as_it_is_called(launches: Launches, compiled: list[str]) -> None:
+    dtype, outputs, inputs = mx.float16, 64, 128
+    stack, rows = changes(outputs, inputs, dtype, "swiglu"), RowSlots.of([1] * 40)
+    kernel.prepare(stack)
+    x, y = mx.zeros((40, 1, inputs), dtype), mx.zeros((40, 1, 2 * outputs), dtype)
+    for added in (None, y):
+        assert kernel.add_changes(x, y, stack, rows.board(), added).shape == y.shape
+    assert kernel.add_changes(x, y, stack, rows.board(), None, "swiglu").shape == (40, 1, outputs)
+    assert product_kernel.gate(y).shape == (40, 1, outputs)
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
 
 
 @pytest.mark.usefixtures("fresh")
@@ -309,12 +319,38 @@ def test_attention_is_compiled_as_it_is_called(launches: Launches, compiled: lis
     assert len(compiled) == 3
 
 
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_a_prompt_s_attention_is_compiled_as_it_is_called(
+    launches: Launches, compiled: list[str], dtype: mx.Dtype
+) -> None:
+    queries, keys = mx.zeros((2, 4, 20, 64), dtype), mx.zeros((2, 2, 20, 64), dtype)
+    plane, starts = mx.zeros((2, 2, 256, 64), dtype), mx.zeros((2,), mx.int32)
+    rotation, after = Rotation(64, False, mx.zeros((32,)), lambda lines, _: lines), None
+    for how in (None, rotation, rotation):
+        call = Call(queries, keys, keys, (plane, plane), starts, 0.1, None, None, after, how)
+        after, _ = prompt_kernel.write_and_attend(call)
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 3
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.uint32], ids=str)
+def test_copies_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], dtype: mx.Dtype) -> None:
+    """Once for so many planes, whichever row and span are copied, and however much room there is."""
+    for row, stop, capacity in ((0, 4, 256), (1, 200, 512)):
+        copied = copy_kernel.copy([mx.zeros((2, 2, capacity, 64), dtype)] * 12, row, 3, stop)
+        assert (copied.shape, copied.dtype) == ((12, 2, stop - 3, 64), dtype)
+    assert sorted(set(launches.modules)) == compiled
+    assert len(compiled) == 1
+
+
 # ------------------------------------------------------------- on a device
 
 PROCESS = """
 import json, logging, sys, time
 import mlx.core as mx
-from runner.engine import cuda_compiler
+from runner.engine import cuda_compiler, kernel_cache
 from runner.engine.cuda_compiler import CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument
@@ -324,32 +360,31 @@ def refuses(*_):
 
 if "without compiler" in sys.argv:
     cuda_compiler.compile_kernel = refuses
+if "by mlx" in sys.argv:
+    kernel_cache.provide = refuses
 x = mx.arange(8, dtype=mx.float32).reshape(2, 4)
 mx.eval(x.T + 1)
 kernel = Kernel(
     name="scaled",
-    input_names=["x"],
-    output_names=["y"],
+    inputs={"x": mx.float32},
+    outputs={"y": mx.bfloat16},
     source="y[threadIdx.x] = T(x[threadIdx.x] * FACTOR + x_shape[1] + x_strides[0] + x_ndim);",
     header="// for a test\\n",
+    template=[("T", mx.bfloat16), ("FACTOR", 3), ("EXACT", False)],
 )
 call = dict(
-    inputs=[x], template=[("T", mx.bfloat16), ("FACTOR", 3), ("EXACT", False)], grid=(8, 1, 1), threadgroup=(8, 1, 1),
-    output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
+    inputs=[x], grid=(8, 1, 1), threadgroup=(8, 1, 1), output_shapes=[(8,)], output_dtypes=[mx.bfloat16],
 )
-text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], call["template"])
+text = kernel._definition.text([Argument(mx.float32)], call["output_dtypes"], kernel._template)
 stand_in = kernel._definition.stand_in(text)
 if "verbose" in sys.argv:
-    kernel._options.made(kernel._definition)(**call, verbose=True)
+    kernel._made(kernel._definition)(**call, template=kernel._template, verbose=True)
     print(json.dumps(text.code))
     sys.exit()
 module = stand_in.text([Argument(mx.float32)], call["output_dtypes"]).module
+launch = kernel._made(stand_in) if "by mlx" in sys.argv else kernel.launch
 began = time.perf_counter()
-if "by mlx" in sys.argv:
-    call.pop("template")
-    y = kernel._options.made(stand_in)(**call)[0].tolist()
-else:
-    y = kernel(**call)[0].tolist()
+y = launch(**call)[0].tolist()
 print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": module}))
 """
 
@@ -357,7 +392,8 @@ print(json.dumps({"y": y, "seconds": time.perf_counter() - began, "module": modu
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.timeout(300)
 def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
-    environ = {**os.environ, kernel_cache.VARIABLE: str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, kernel_cache.VARIABLE: str(tmp_path), "PYTHONPATH": path}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", PROCESS, *words]
@@ -370,7 +406,9 @@ def test_mlx_takes_our_code_on_the_device(tmp_path: Path) -> None:
         assert found["y"] == [i * 3 + 4 + 4 + 2 for i in range(8)]
         return found
 
-    printed = run("verbose").stdout
+    process = run("verbose")
+    assert process.returncode == 0, process.stderr
+    printed = process.stdout
     code = printed.split("```\n", 1)[1].rsplit("\n```", 1)[0]
     assert code == json.loads(printed.splitlines()[-1]), "the text is MLX's"
 

@@ -44,10 +44,10 @@ def cases(vocabulary: int, dtype: mx.Dtype) -> Iterator[tuple[list[SamplingRow],
         yield rows, logits.astype(dtype)
 
 
-def separately(draw: Draw, logits: mx.array, position: mx.array, *, proposing: bool = False) -> mx.array:
+def separately(draw: Draw, logits: mx.array, position: mx.array) -> mx.array:
     """The tokens as separate operations choose them."""
     choice = Choice(mx.argmax(logits, axis=-1), logits, State(position, None), None, draw)
-    return draw(choice, position, proposing=proposing)
+    return draw(choice, position)
 
 
 Launch = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
@@ -58,10 +58,10 @@ def check(launch: Launch, vocabulary: int, dtype: mx.Dtype) -> None:
         draw = Draw(rows, vocabulary)
         for step in range(4):
             position = mx.full((len(rows), 1), step * 2, dtype=mx.uint32)
-            proposing = step == 1
-            keys = draw.keys_of(draw.stream(proposing=proposing))
+            own = draw.proposing if step == 1 else draw
+            keys = own.keys_of(0)
             found = launch(logits, draw.settings, keys, position)
-            assert found.tolist() == separately(draw, logits, position, proposing=proposing).tolist()
+            assert found.tolist() == separately(own, logits, position).tolist()
 
 
 _UNTOUCHED = 0xFFFFFFFF

@@ -225,7 +225,7 @@ def test_what_breaks_a_prefill_ends_its_rows_and_not_the_queue(
     llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
     driver = Driver(llama, prefill_step_size=64 if together else 8)
-    healthy, calls = driver.engine._prefiller._model, {"left": 1}
+    healthy, calls = driver.engine._prefiller._traced._model, {"left": 1}
 
     def breaks_once(*args: Any, **kwargs: Any) -> Any:
         if calls["left"]:
@@ -233,7 +233,7 @@ def test_what_breaks_a_prefill_ends_its_rows_and_not_the_queue(
             raise RuntimeError("no memory left")
         return healthy(*args, **kwargs)
 
-    monkeypatch.setattr(driver.engine._prefiller, "_model", breaks_once)
+    monkeypatch.setattr(driver.engine._prefiller._traced, "_model", breaks_once)
     for i in range(2):
         driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=6))
     driver.drain()

@@ -191,7 +191,7 @@ def test_cancelled_between_layers(llama: LoadedModel) -> None:
         driver.engine.submit(generate(i, prompt=PROMPT[i:], max_tokens=30))
     for _ in range(4):
         driver.engine.step()
-    assert driver.engine._prefiller._call is not None
+    assert driver.engine._prefiller._running is not None
     driver.engine.cancel(2)
     driver.drain()
     assert driver.answers[0].text == text
@@ -206,10 +206,10 @@ def test_all_cancelled_between_layers(llama: LoadedModel) -> None:
     driver = paced(llama)
     driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=5))
     driver.engine.step()
-    assert driver.engine._prefiller._call is not None
+    assert driver.engine._prefiller._running is not None
     driver.engine.cancel_all()
     driver.engine.step()
-    assert driver.engine._prefiller._call is None
+    assert driver.engine._prefiller._running is None
     assert not driver.engine.busy
     assert driver.one(prompt=PROMPT, max_tokens=30).text == Driver(llama).one(prompt=PROMPT, max_tokens=30).text
 

@@ -39,9 +39,10 @@ def check(make: Make, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str,
         more = (added[None, first : first + rows],) if epilogue == "add" else ()
         return product(tokens[None, first : first + rows], weight, *more)
 
-    all_rows = of(32)[0]
     close = 2e-2 if dtype == mx.bfloat16 else 3e-3
-    np.testing.assert_allclose(exact(all_rows), expected(tokens, weight, added, epilogue), rtol=close, atol=close)
+    exactly = expected(tokens, weight, added, epilogue)
+    all_rows = of(32)[0]
+    np.testing.assert_allclose(exact(all_rows), exactly, rtol=close, atol=close)
     for rows in ROWS:
         assert mx.array_equal(of(rows)[0], all_rows[:rows]).item(), f"{rows} rows"
     assert mx.array_equal(of(2, 30)[0], all_rows[30:]).item(), "wherever the rows are in the batch"
@@ -118,8 +119,9 @@ SHAPES = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048
 def test_ways_fit_the_device_and_the_weight(outputs: int, inputs: int, epilogue: str) -> None:
     ways = [product_kernel.way(outputs, inputs, tiles, epilogue) for tiles in TILES]
     assert len({way.warps for way in ways}) == 1, "else a row's bits would depend on how many rows there are"
-    for way in ways:
+    for way, tiles in zip(ways, TILES, strict=True):
         assert way.shared_memory <= 227 * 1024
+        assert tiles <= 4 * way.stages, "a warp's sums go where its weights were"
         assert outputs * (2 if epilogue == "swiglu" else 1) % (16 * way.mtiles) == 0
 
 

@@ -18,7 +18,8 @@ from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
-from runner.engine.product_kernel import Changed, Multiply, Way
+from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply, Way
+from runner.engine.product_shapes import Kernels
 from runner.engine.weights import narrow_model
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
@@ -40,10 +41,7 @@ class Spelled:
             assert x.dtype == weight.dtype == dtype
             assert weight.shape == (outputs * (2 if epilogue == "swiglu" else 1), inputs)
             self.calls[epilogue if added is None else "sum"] += 1
-            y = x @ weight.T
-            if added is not None:
-                return added + y
-            return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
+            return _followed(x @ weight.T, added, epilogue)
 
         return call
 
@@ -52,18 +50,33 @@ class Spelled:
             assert x.dtype == weight.dtype == dtype
             assert stack.b.shape[2] == weight.shape[0] == outputs * (2 if epilogue == "swiglu" else 1)
             self.calls["changed " + (epilogue if added is None else "sum")] += 1
-            y = x @ weight.T
-            if rows.only is None:
-                change = mx.gather_mm(x, stack.a, rhs_indices=rows.slots)
-                y = y + mx.gather_mm(change, stack.b, rhs_indices=rows.slots)
-            else:
-                a, b, _ = stack.slot(rows.only)
-                y = mx.addmm(y, x @ a, b)
-            if added is not None:
-                return added + y
-            return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
+            return _followed(_with_changes(x, x @ weight.T, stack, rows), added, epilogue)
 
         return call
+
+    def add_changes(
+        self, x: mx.array, y: mx.array, stack: Stack, rows: RowSlots, added: mx.array | None, epilogue: str
+    ) -> mx.array:
+        self.calls["then changed " + (epilogue if added is None else "sum")] += 1
+        return _followed(_with_changes(x, y, stack, rows), added, epilogue)
+
+    def gate(self, y: mx.array) -> mx.array:
+        self.calls["then gate"] += 1
+        return _followed(y, None, "swiglu")
+
+
+def _with_changes(x: mx.array, y: mx.array, stack: Stack, rows: RowSlots) -> mx.array:
+    if rows.only is None:
+        change = mx.gather_mm(x, stack.a, rhs_indices=rows.slots)
+        return y + mx.gather_mm(change, stack.b, rhs_indices=rows.slots)
+    a, b, _ = stack.slot(rows.only)
+    return mx.addmm(y, x @ a, b)
+
+
+def _followed(y: mx.array, added: mx.array | None, epilogue: str) -> mx.array:
+    if added is not None:
+        return added + y
+    return swiglu(*mx.split(y, 2, axis=-1)) if epilogue == "swiglu" else y
 
 
 @pytest.fixture
@@ -100,7 +113,7 @@ def test_a_call_of_few_tokens_is_made_of_such_products(
     weights = [path for path, _ in tree_flatten(model.parameters())]
     spelled = Spelled()
 
-    assert products.install(model, spelled) == plain + gated + sums
+    assert products.install(model, Kernels(spelled)) == plain + gated + sums
     spelled.calls.clear()
 
     assert mx.array_equal(model(PROMPT), expected)
@@ -110,15 +123,52 @@ def test_a_call_of_few_tokens_is_made_of_such_products(
     assert isinstance(model.layers[0].self_attn.o_proj, nn.Linear)
 
 
-def test_more_tokens_than_there_are_kernels_for_are_multiplied_as_before(model_folder: ModelFolder) -> None:
+MANY = mx.arange(MOST_ROWS + 1).reshape(-1, 1)
+
+
+def test_more_tokens_than_there_are_kernels_for_are_mlx_s(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, spelled = joined(model_folder("llama")), Spelled()
-    products.install(model, spelled)
+    expected = model(MANY)
+    products.install(model, Kernels(spelled))
     spelled.calls.clear()
     model(mx.ones((2, 16), dtype=mx.int32))
     assert spelled.calls.total() == 12
     spelled.calls.clear()
-    model(mx.ones((3, 11), dtype=mx.int32))
+    sums = counted(monkeypatch, "addmm")
+    found = model(MANY)
     assert spelled.calls.total() == 0
+    assert sums == ["addmm"] * 6, "residual sums are part of MLX's products"
+    assert close(found, expected)
+
+
+def test_the_gate_of_more_tokens_is_a_launch(model_folder: ModelFolder) -> None:
+    model, spelled = joined(model_folder("llama")), Spelled()
+    expected = model(MANY)
+    products.install(model, Kernels(spelled, gate=spelled.gate))
+    spelled.calls.clear()
+    assert close(model(MANY), expected)
+    assert spelled.calls == Counter({"then gate": 3})
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """An operation's name for each call of it that is still to come."""
+    calls, function = [], getattr(mx, name)
+
+    def counts(*arguments: Any) -> mx.array:
+        calls.append(name)
+        result: mx.array = function(*arguments)
+        return result
+
+    monkeypatch.setattr(mx, name, counts)
+    return calls
+
+
+def close(found: mx.array, expected: mx.array) -> bool:
+    """But for roundings."""
+    apart = mx.linalg.norm((found - expected).astype(mx.float32))
+    return bool((apart < 0.03 * mx.linalg.norm(expected.astype(mx.float32))).item())
 
 
 def test_a_tied_embedding_is_multiplied_with_as_well() -> None:
@@ -127,7 +177,7 @@ def test_a_tied_embedding_is_multiplied_with_as_well() -> None:
     model.set_dtype(mx.float16)
     x = mx.random.normal((2, 1, 64)).astype(mx.float16)
     expected = model.embed_tokens.as_linear(x)
-    assert products.install(model, spelled) == 1
+    assert products.install(model, Kernels(spelled)) == 1
     spelled.calls.clear()
     assert mx.array_equal(model.embed_tokens.as_linear(x), expected)
     assert spelled.calls == Counter(plain=1)
@@ -140,10 +190,10 @@ def test_a_tied_embedding_is_multiplied_with_as_well() -> None:
 def test_what_no_kernel_takes_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64, bias=False), nn.Linear(64, 40, bias=False))
     model.set_dtype(mx.bfloat16)
-    assert products.install(model, Spelled()) == 0
+    assert products.install(model, Kernels(Spelled())) == 0
     assert [type(layer) for layer in model.layers] == [nn.Linear] * 3
     single = nn.Sequential(nn.Linear(64, 64, bias=False))
-    assert products.install(single, Spelled()) == 0, "float32"
+    assert products.install(single, Kernels(Spelled())) == 0, "float32"
 
 
 @pytest.mark.parametrize("how", ["wrong", "does not compile"])
@@ -159,7 +209,7 @@ def test_a_kernel_that_fails_its_trial_is_not_used(model_folder: ModelFolder, ho
 
         return call
 
-    assert products.install(model, make) == 0
+    assert products.install(model, Kernels(make)) == 0
     assert mx.array_equal(model(PROMPT), expected)
 
 
@@ -173,7 +223,7 @@ def test_adapters_change_what_they_did(
     for make in (None, spelled):
         model = joined(model_folder("llama"))
         if make is not None:
-            products.install(model, make)
+            products.install(model, Kernels(make))
         bank = AdapterBank(model, mx.bfloat16)
         bank.load(source)
         for rows in (None, bank.slots([bank.acquire("a")] * 2)):
@@ -201,7 +251,7 @@ def test_changes_are_part_of_the_products(
     spelled, said = Spelled(), []
     for fused in (False, True):
         model = joined(model_folder("llama"))
-        products.install(model, spelled, spelled.changed if fused else None)
+        products.install(model, Kernels(spelled, spelled.changed if fused else None))
         bank = AdapterBank(model, mx.bfloat16)
         for source in sources:
             bank.load(source)
@@ -221,6 +271,37 @@ def test_changes_are_part_of_the_products(
     assert not mx.allclose(said[0][0], said[0][1])
 
 
+@pytest.mark.usefixtures("gathers_16_bit")
+@pytest.mark.parametrize("adapted", [ATTENTION, MLP, (*ATTENTION, *MLP)], ids=["attention", "mlp", "all"])
+@pytest.mark.parametrize("same", [True, False], ids=["one adapter", "several"])
+@pytest.mark.parametrize("rows", [MOST_ROWS + 1])
+def test_changes_of_more_tokens_are_a_launch_with_what_follows(
+    model_folder: ModelFolder, tmp_path: Path, adapted: tuple[str, ...], llama: Any, same: bool, rows: int
+) -> None:
+    """To the bit what they are apart."""
+    shapes = linear_shapes(llama, adapted)
+    sources = [
+        AdapterSource(key, str(write_mlx(tmp_path / key, draw(shapes, rank, rank), keys=adapted)))
+        for key, rank in (("a", 4), ("b", 2))
+    ]
+    spelled, said = Spelled(), []
+    for fused in (False, True):
+        model = joined(model_folder("llama"))
+        products.install(model, Kernels(spelled, spelled.changed, spelled.add_changes if fused else None))
+        bank = AdapterBank(model, mx.bfloat16)
+        for source in sources:
+            bank.load(source)
+        bank.apply(bank.slots([bank.acquire("a" if same or row % 2 else "b") for row in range(rows)]))
+        spelled.calls.clear()
+        said.append(model(MANY[:rows]))
+    mlp, ends = 3 * ("mlp.up_proj" in adapted), 3 * sum(key.endswith(("o_proj", "down_proj")) for key in adapted)
+    sites = {"plain": 3 * ("self_attn.q_proj" in adapted), "swiglu": mlp, "sum": ends}
+    then = {key: count for key, count in spelled.calls.items() if key.startswith("then")}
+    assert then == {f"then changed {key}": count for key, count in sites.items() if count}
+    assert spelled.calls.total() - sum(then.values()) == (12 if rows <= MOST_ROWS else 0), "products are the kernel's"
+    assert mx.array_equal(*said).item()
+
+
 def test_changes_that_no_kernel_takes_are_made_apart(model_folder: ModelFolder, tmp_path: Path, llama: Any) -> None:
     """More tokens, and kernels that do not compile: the sums are then apart as well."""
 
@@ -238,7 +319,7 @@ def test_changes_that_no_kernel_takes_are_made_apart(model_folder: ModelFolder, 
         for made in (None, change):
             model = joined(model_folder("llama"))
             if made is not None:
-                products.install(model, spelled, made)
+                products.install(model, Kernels(spelled, made))
             bank = AdapterBank(model, mx.bfloat16)
             bank.load(source)
             bank.apply(bank.slots([bank.acquire("a")] * len(prompt)))
@@ -260,7 +341,7 @@ def test_a_model_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: 
     model = joined(model_folder("llama"))
     expected = model(PROMPT).astype(mx.float32)
     host = OnHost(tmp_path)
-    count = products.install(model, lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2)))
+    count = products.install(model, Kernels(lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2))))
     assert count == 12
     found = model(PROMPT).astype(mx.float32)
     assert mx.linalg.norm(found - expected).item() < 0.03 * mx.linalg.norm(expected).item()
@@ -277,7 +358,7 @@ def test_a_model_with_adapters_through_the_kernel_itself(model_folder: ModelFold
     for make in (None, lambda *what: host.changed(*what, lambda *_: Way(1, 2, 2))):
         model = joined(model_folder("llama"))
         if make is not None:
-            products.install(model, lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2)), make)
+            products.install(model, Kernels(lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2)), make))
         bank = AdapterBank(model, mx.bfloat16)
         bank.load(source)
         bank.apply(bank.slots([bank.acquire("a"), None]))

@@ -11,6 +11,7 @@ import pytest
 from runner.engine.kv import attention_kernel
 from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
+from runner.engine.pacing import Pacing
 from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing, usual
 from tests.bench.sharing import Load, Loop, at
 from tests.engine.conftest import ModelFolder
@@ -72,9 +73,20 @@ def test_it_is_reckoned_to_pay() -> None:
 # ------------------------------------------------------------- in the engine
 
 
+class AtOnce(Pacing):
+    """Has nobody wait for what it might learn, and starts all layers of a call."""
+
+    def knows(self, decoding: int) -> bool:
+        return True
+
+    def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
+        return layers
+
+
 def decoding(llama: LoadedModel, rows: int, sharing: Sharing = PATIENT, **limits: int) -> Driver:
     """An engine in which so many rows decode, and go on for long."""
     driver = Driver(llama, sharing=sharing, **{"prefill_step_size": 32, **limits})
+    driver.engine._prefiller.pacing = AtOnce()
     for i in range(rows):
         driver.engine.submit(generate(1000 + i, prompt=PROMPT[:4], max_tokens=200))
     driver.engine.step()

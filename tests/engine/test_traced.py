@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,33 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import traced
-from runner.engine.kv import attention_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel
+from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.loader import LoadedModel, load
+from runner.engine.sharing import Sharing
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import packed_separately, separately
-from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
+from tests.engine.speculative.drafts import SLACK, always, draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
 
 
 class Graphs:
-    """What `mx.compile` was asked for, and how often a model was called to build a graph."""
+    """What `mx.compile` was asked for, for tokens of which shapes it was called, and how often a model was to build
+    a graph."""
 
     def __init__(self) -> None:
         self.kept = 0
         self.calls = 0
         self.traced = 0
+        self.shapes: Counter[tuple[int, ...]] = Counter()
         self.failing = False
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +55,7 @@ class Graphs:
 
         def call(*arguments: Any) -> Any:
             self.calls += 1
+            self.shapes[arguments[0].shape] += 1
             return compiled(*arguments)
 
         return call
@@ -202,11 +208,155 @@ def test_a_graph_is_built_once_and_used_again(
     adapters = sources(load(folder), tmp_path)
     found = answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
     assert "built each time" not in caplog.text
-    # A draft's calls may or may not have one before them that is not dispatched yet: two graphs of one shape.
-    assert graphs.kept <= graphs.traced <= (2 if drafted else 1) * graphs.kept
+    assert graphs.kept == graphs.traced
     assert graphs.calls > 3 * graphs.traced
     monkeypatch.setattr(attention_kernel, "launch", lambda: None)
     assert found == answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
+
+
+def answers_to_prompts(loaded: LoadedModel, adapters: list[AdapterSource]) -> list[str]:
+    """What rows say whose prompts are of few shapes, but not of one length: six pairs of up to 32 tokens that share a
+    call, and five of two chunks of 64 and one of up to 32."""
+    sharing = Sharing(multiple=32)
+    driver = Driver(loaded, max_rows=4, prefix_cache_bytes=0, prefill_step_size=64, sharing=sharing)
+    keys = ["", *(driver.engine.load_adapter(source).key for source in adapters)]
+    text = TEXT * 5
+    for i in range(6):
+        pair = enumerate((text[i : i + 32], text[50 + i : 75 + 2 * i]))
+        driver.run(generate(10 * i + j, prompt=prompt, max_tokens=8, adapter=keys[-j]) for j, prompt in pair)
+    for i in range(5):
+        driver.run([generate(100 + i, prompt=text[i : 150 + 3 * i], max_tokens=8)])
+    return [answer.text for _, answer in sorted(driver.answers.items())]
+
+
+@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize(
+    ("model_type", "pairs", "chunks", "ends"),
+    [("llama", 4, 8, 3), ("qwen3_moe", 4, 8, 3), ("gemma3_text", 0, 0, 0), ("lfm2", 0, 3, 0)],
+)
+def test_prompts_of_a_shape_have_a_graph(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    model_type: str,
+    pairs: int,
+    chunks: int,
+    ends: int,
+) -> None:
+    """Wherever they begin; but not where a window's ring goes round, and states begin, or have to know lengths."""
+    folder = model_folder(model_type)
+    adapters = sources(load(folder), tmp_path)
+    expected = answers_to_prompts(load(folder), adapters)
+    monkeypatch.setattr(prompt_kernel, "launch", lambda: separately)
+    monkeypatch.setattr(prompt_kernel, "applies", lambda queries, *_: queries.shape[2] > FEW)
+    graphs.shapes.clear()
+    assert answers_to_prompts(load(folder), adapters) == expected
+    assert [graphs.shapes[shape] for shape in ((2, 32), (1, 64), (1, 32))] == [pairs, chunks, ends]
+
+
+@pytest.mark.usefixtures("keeping")
+def test_short_prompts_leave_nothing_that_another_graph_would_be_for(model_folder: ModelFolder, graphs: Graphs) -> None:
+    """Those of up to 16 tokens are launches themselves, together or as a long one's last chunk."""
+    driver = Driver(load(model_folder("llama")), prefill_step_size=16)
+    for i, length in enumerate((8, 9, 10, 11, 24, 25)):
+        driver.one(prompt=TEXT[:length], max_tokens=8, temperature=1.0, seed=i)
+    assert graphs.kept == graphs.traced == 1
+
+
+@pytest.mark.usefixtures("keeping")
+def test_all_proposals_of_a_round_are_one_graph(
+    model_folder: ModelFolder, graphs: Graphs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder("llama")
+    target = load(folder, slack=SLACK)
+    speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"), always(3))
+    driver = Driver(target, speculation=speculation, num_draft_tokens=3)
+    graphs.kept = graphs.traced = 0  # of the calls that were timed at loading
+    for i in range(2):
+        driver.engine.submit(generate(i, prompt=TEXT[: 9 + i], max_tokens=200, temperature=0.5 * i, seed=4))
+    for _ in range(8):
+        driver.engine.step()
+    before, drafted = graphs.calls, driver.engine.stats().drafted_tokens_total
+    for _ in range(20):
+        driver.engine.step()
+    assert driver.engine.stats().drafted_tokens_total - drafted == 20 * 3 * 2
+    assert graphs.calls - before == 20 * 2
+    assert graphs.traced == graphs.kept == 2
+    assert "built each time" not in caplog.text
+
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "seeded": [{"temperature": 0.8, "seed": 7}, {"temperature": 1.6, "seed": 8}, {}],
+    "filtered": [
+        {"temperature": 1.1, "top_p": 0.8, "min_p": 0.05, "top_k": 12, "seed": 3},
+        {"temperature": 1.5, "top_p": 0.95, "min_p": 0.01, "top_k": 40, "seed": 4},
+        {},
+    ],
+    # Drawn without a seed from what one token is left of.
+    "unseeded": [{"temperature": 1.0, "top_k": 1}, {"temperature": 0.7, "seed": 9}, {}],
+    "penalised": [{"repetition_penalty": 1.4, "logit_bias": {40: 3.0}}, {"presence_penalty": 0.5}, {}],
+}
+
+
+@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_graph_of_proposals_knows_no_other_settings_than_those_it_is_given(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    """Batches of one form, after each other: graphs are kept, and rows say what their own settings make them say."""
+    folder = model_folder("llama")
+    draft = draft_folder(folder, tmp_path / "draft", "perturbed")
+
+    def said() -> tuple[list[str], float]:
+        target = load(folder, slack=SLACK)
+        driver = Driver(target, speculation=speculating(target, draft, always(3)), num_draft_tokens=3)
+        settings, texts = SETTINGS[name], []
+        for turn, order in enumerate(((0, 1), (1, 0), (0, 0), (1, 2), (2, 1))):
+            requests = [
+                generate(2 * turn + i, prompt=TEXT[: 9 + i], max_tokens=40, **settings[n]) for i, n in enumerate(order)
+            ]
+            texts += [answer.text for _, answer in sorted(driver.run(requests).items())]
+        stats = driver.engine.stats()
+        return texts, stats.accepted_tokens_total / stats.drafted_tokens_total
+
+    found = said()
+    assert graphs.calls > 40
+    assert "built each time" not in caplog.text
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    expected = said()
+    assert found[0] == expected[0]
+    assert found[1] == pytest.approx(expected[1], abs=0.02), "and the draft proposes the same"
+
+
+@pytest.mark.usefixtures("keeping")
+def test_building_is_told_apart_from_calls_whose_graph_is_kept(model_folder: ModelFolder, graphs: Graphs) -> None:
+    loaded = load(model_folder("llama"))
+    call, caches = traced.TracedCalls(loaded.model), loaded.layout.new(2)
+    caches.call(loaded.model, mx.array([[1], [2]]))
+    spent = [0.0]
+    for _ in range(8):
+        mx.eval(call(caches, mx.array([[1], [2]])))
+        caches.dispatched()
+        spent.append(call.building)
+    # Built anew twice, kept by the third; then only used.
+    assert spent[0] < spent[1] < spent[2] < spent[3]
+    assert spent[3:] == [spent[3]] * 6
+    graphs.failing = True
+    mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+    first = call.building
+    for _ in range(4):
+        mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+        caches.dispatched()
+    failed = call.building
+    assert failed > first > spent[-1]
+    mx.eval(call(caches, mx.array([[1, 1], [2, 2]])))
+    assert call.building == failed, "what is built each time is what a step costs"
 
 
 def test_a_graph_knows_no_other_starts_than_those_it_is_given() -> None:
@@ -218,10 +368,12 @@ def test_a_graph_knows_no_other_starts_than_those_it_is_given() -> None:
     positions.end(made)
     positions.begin(1, None)
     given = mx.array([7, 8], dtype=mx.int32)
-    with positions.traced(given):
+    with positions.traced(given, 2):
         assert positions.row_starts is given
         assert positions.starts is given
         assert positions.offset is given
+        assert positions.count == 2
+    assert positions.count == 1
     assert positions.row_starts is made
 
 

@@ -1,9 +1,11 @@
-"""Every row's low-rank change to one layer, in one launch on CUDA.
+"""Every row's low-rank change to one layer's product, and what follows that, in one launch on CUDA.
 
 While rows decode, a step takes as long as its launches do: two products and a sum for each layer would double it. Here
 a block of threads takes one token and up to 2,048 outputs: first the rank's few inner products of the token with its
 own adapter (a warp for each), then the outputs. Batches of several adapters need no sorting, since each block finds
 its adapter by the row. The idea of a product that gathers its own weights is Punica's (Chen et al., arXiv:2310.18547).
+
+The sum with what a block began with, or an MLP's gate, are part of it: to the bit what they are apart.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import Kernel
+from runner.engine.product_source import SWIGLU, UNPACK
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -28,21 +31,19 @@ _THREADS: Final = 512
 _VECTOR: Final = 8
 _TILE: Final = 2048
 
-_SOURCE: Final = """
-    const int K = a_shape[2], R = a_shape[1], O = b_shape[2], P = spans_shape[1];
-    const int n = blockIdx.y;
-    const int first = blockIdx.x * TILE;
-    const int o = first + threadIdx.x * 8;
-    const int slot = slots[n / TOKENS];
-    const size_t at = size_t(n) * O + o;
-    if (slot == 0) {
-        if (threadIdx.x >= TILE / 8 || o >= O) return;
-        *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(y + at);
-        return;
-    }
-    // A span (Stack.spans) is where a part's outputs end, and the ranks [low, high) that reach them.
-    const int* span = spans + slot * P * 3;
-    const int last = min(first + TILE, O) - 1;
+_KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
+
+_SOURCE: Final = (
+    """
+    const int K = x_shape[2], O = y_shape[2], rows = x_shape[0] * x_shape[1];
+"""
+    + UNPACK
+    + """
+    const int N = O / PARTS, tiles = (N + TILE - 1) / TILE;
+    const int n = blockIdx.x / tiles, first = blockIdx.x % tiles * TILE, o = first + threadIdx.x * 8;
+    const int slot = slots[n / each];
+    const int* const span = spans + slot * 32;
+    const int last = min(first + TILE, N) - 1 + (PARTS - 1) * N;
     int p = 0;
     while (span[p * 3] <= first) ++p;
     const int low = span[p * 3 + 1];
@@ -54,23 +55,25 @@ _SOURCE: Final = """
     __shared__ float inner[MOST_RANK], partial[WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, ranks = high - low;
     const int splits = ranks > 0 && ranks < WARPS ? WARPS / ranks : 1;
-    for (int item = warp; item < ranks * splits; item += WARPS) {
-        const int r = low + item / splits, split = item % splits;
-        const T* row = a + (size_t(slot) * R + r) * K;
+    for (int from = 0; from < ranks * splits; from += WARPS) {
+        const int item = from + warp, r = low + item / splits, split = item % splits;
+        const T* row = down + (size_t(slot) * R + r) * K;
         const T* token = x + size_t(n) * K;
         float sum = 0.0f;
-        #pragma unroll 4
-        for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
-            const uint4 left = *reinterpret_cast<const uint4*>(token + k);
-            const uint4 right = *reinterpret_cast<const uint4*>(row + k);
-            const T* l = reinterpret_cast<const T*>(&left);
-            const T* m = reinterpret_cast<const T*>(&right);
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) sum += float(l[i]) * float(m[i]);
+        if (r < high) {
+            #pragma unroll 4
+            for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
+                const uint4 left = *reinterpret_cast<const uint4*>(token + k);
+                const uint4 right = *reinterpret_cast<const uint4*>(row + k);
+                const T* l = reinterpret_cast<const T*>(&left);
+                const T* m = reinterpret_cast<const T*>(&right);
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) sum += float(l[i]) * float(m[i]);
+            }
         }
         #pragma unroll
         for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
-        if (lane == 0) {
+        if (lane == 0 && r < high) {
             if (splits == 1) inner[r] = sum; else partial[item] = sum;
         }
     }
@@ -83,75 +86,146 @@ _SOURCE: Final = """
         }
         __syncthreads();
     }
-    if (threadIdx.x >= TILE / 8 || o >= O) return;
+    if (threadIdx.x >= TILE / 8 || o >= N) return;
 
-    p = 0;
-    while (span[p * 3] <= o) ++p;
-    const uint4 base = *reinterpret_cast<const uint4*>(y + at);
-    const T* yv = reinterpret_cast<const T*>(&base);
-    float total[8];
+    T changed[PARTS][8];
     #pragma unroll
-    for (int i = 0; i < 8; ++i) total[i] = float(yv[i]);
-    #pragma unroll 4
-    for (int r = span[p * 3 + 1]; r < span[p * 3 + 2]; ++r) {
-        const uint4 values = *reinterpret_cast<const uint4*>(b + (size_t(slot) * R + r) * O + o);
-        const T* v = reinterpret_cast<const T*>(&values);
-        const float h = inner[r];
+    for (int part = 0; part < PARTS; ++part) {
+        const int column = o + part * N;
+        const uint4 base = *reinterpret_cast<const uint4*>(y + size_t(n) * O + column);
+        const T* yv = reinterpret_cast<const T*>(&base);
+        float total[8];
         #pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] += h * float(v[i]);
+        for (int i = 0; i < 8; ++i) total[i] = float(yv[i]);
+        p = 0;
+        while (span[p * 3] <= column) ++p;
+        #pragma unroll 4
+        for (int r = span[p * 3 + 1]; r < span[p * 3 + 2]; ++r) {
+            const uint4 values = *reinterpret_cast<const uint4*>(up + (size_t(slot) * R + r) * O + column);
+            const T* v = reinterpret_cast<const T*>(&values);
+            const float h = inner[r];
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) total[i] += h * float(v[i]);
+        }
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) changed[part][i] = T(total[i]);
     }
+    const size_t at = size_t(n) * N + o;
     uint4 result;
     T* written = reinterpret_cast<T*>(&result);
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) written[i] = T(total[i]);
+    FOLLOW
     *reinterpret_cast<uint4*>(out + at) = result;
 """
+)
+
+_FOLLOW: Final = {
+    "plain": """
+    uint4 more = {0, 0, 0, 0};
+    if (added_ndim > 1) more = *reinterpret_cast<const uint4*>(added + at);
+    const T* a = reinterpret_cast<const T*>(&more);
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        written[i] = added_ndim > 1 ? T(float(a[i]) + float(changed[0][i])) : changed[0][i];
+    }
+""",
+    "swiglu": """
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) written[i] = swiglu(changed[0][i], changed[1][i]);
+""",
+}
+"""What becomes of the changed product. A sum's other part has one axis where there is none."""
 
 
 def applies(x: mx.array, stack: Stack) -> bool:
     """Whether the kernel can take a call: a few 16-bit tokens a row, in whole vectors, on CUDA, without DoRA."""
-    down, b = stack.down, stack.b
+    return cuda_kernels.usable(SWITCH) and fits(x, stack)
+
+
+def fits(x: mx.array, stack: Stack) -> bool:
+    """The same of any device."""
+    down = stack.down
     return (
-        cuda_kernels.usable(SWITCH)
+        stack.packed is not None
         and x.ndim == 3
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == down.dtype
-        and down.dtype in (mx.bfloat16, mx.float16)
+        and down.dtype in _KINDS
         and down.shape[1] <= _MOST_RANK
-        and stack.magnitude is None
         and all(end % _VECTOR == 0 for end, _, _ in stack.spans[0])
         and down.shape[2] % _VECTOR == 0
-        and b.ndim == 3
     )
 
 
-def add_changes(x: mx.array, y: mx.array, stack: Stack, slots: mx.array) -> mx.array:
-    """y + x · a · b, each row with the matrices of its slot.
+def add_changes(
+    x: mx.array, y: mx.array, stack: Stack, board: mx.array, added: mx.array | None = None, epilogue: str = "plain"
+) -> mx.array:
+    """y + x · a · b, each row with the matrices of its slot, plus what is `added`; for "swiglu", a gate and an MLP's
+    input made one.
 
-    x is [rows, tokens, in], y [rows, tokens, out], `slots` [rows] int32.
+    x is [rows, tokens, in] and y [rows, tokens, out], of one type, `board` one of the rows'. The result is
+    [rows, tokens, out], or half as wide for "swiglu".
     """
-    tokens = x.shape[0] * x.shape[1]
-    tiles = -(-y.shape[-1] // _TILE)
-    (out,) = _kernel()(
-        inputs=[x, y, stack.down, stack.b, stack.span_array, slots],
-        template=[("T", x.dtype), ("TOKENS", x.shape[1])],
-        grid=(tiles * _THREADS, tokens, 1),
+    count, tokens, outputs = y.shape
+    outputs //= parts(epilogue)
+    rest = [] if epilogue == "swiglu" else [_nothing(x.dtype) if added is None else added]
+    result: mx.array = _kernel(x.dtype, epilogue).launch(
+        inputs=[x, y, *rest, stack.packed, board],
+        grid=(count * tokens * -(-outputs // _TILE) * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
-        output_shapes=[y.shape],
-        output_dtypes=[y.dtype],
+        output_shapes=[(count, tokens, outputs)],
+        output_dtypes=[x.dtype],
+    )[0]
+    return result
+
+
+def prepare(stack: Stack) -> None:
+    """Begin to compile, for such changes."""
+    if cuda_kernels.usable(SWITCH) and stack.packed is not None:
+        for epilogue in _FOLLOW:
+            _kernel(stack.packed.dtype, epilogue)
+
+
+def parts(epilogue: str) -> int:
+    """Layers whose outputs follow each other in a product."""
+    return 2 if epilogue == "swiglu" else 1
+
+
+def source(epilogue: str) -> str:
+    """The kernel's text."""
+    return cuda_kernels.terse(_SOURCE.replace("FOLLOW", _FOLLOW[epilogue]))
+
+
+def constants(dtype: mx.Dtype, epilogue: str, threads: int = _THREADS, tile: int = _TILE) -> str:
+    """What the source does not say. A block computes up to `tile` outputs, at most eight a thread."""
+    return (
+        f"using T = {_KINDS[dtype][0]};\nconstexpr int THREADS = {threads}, TILE = {tile};\n"
+        f"constexpr int MOST_RANK = {_MOST_RANK}, PARTS = {parts(epilogue)};\n"
     )
-    return out
+
+
+def header(dtype: mx.Dtype, epilogue: str) -> str:
+    """What comes before it."""
+    return constants(dtype, epilogue) + (SWIGLU if epilogue == "swiglu" else "")
+
+
+def inputs_of(epilogue: str) -> list[str]:
+    """What the source calls a call's arrays."""
+    return ["x", "y", *([] if epilogue == "swiglu" else ["added"]), "changes", "board"]
 
 
 @cache
-def _kernel() -> Kernel:
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    none = mx.zeros((1,), dtype)
+    mx.eval(none)
+    return none
+
+
+@cache
+def _kernel(dtype: mx.Dtype, epilogue: str) -> Kernel:
     return Kernel(
-        name="low_rank_changes",
-        input_names=["x", "y", "a", "b", "spans", "slots"],
-        output_names=["out"],
-        source=cuda_kernels.terse(_SOURCE),
-        header=(
-            f"constexpr int THREADS = {_THREADS};\nconstexpr int TILE = {_TILE};\n"
-            f"constexpr int MOST_RANK = {_MOST_RANK};\n"
-        ),
+        name=f"changes_{epilogue}_{_KINDS[dtype][1]}",
+        inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue)},
+        outputs={"out": dtype},
+        source=source(epilogue),
+        header=header(dtype, epilogue),
     )

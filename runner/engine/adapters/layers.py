@@ -23,46 +23,61 @@ from runner.engine.adapters.stack import Stack
 _AT_ONCE: Final = 8
 """Layers of one model call that may be computed at the same time: those that do not need each other's results."""
 
+_LINE: Final = 32
+"""Integers: a line of the cache."""
+
+ROOM: Final = 32 * 512
+"""Inner products that the blocks of a launch may leave for others."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowSlots:
     """Which adapter each row of a model call has: `slots` [rows] int32, 0 for none. `only` is the slot that all rows
     share, or None.
 
-    `counters` are zeros that launches leave as they were, [≥ 2] int32 each. They are the rows' own, since calls for
-    other rows may be computed at the same time.
+    `boards` are all that a launch needs of that as one array: two counters, zeros that it leaves as they were; from the
+    second line on the slots; and from the line after those on ROOM places to write to. Their shape, [rows, …], is for
+    the sake of the number. They are the rows' own, since calls for other rows may be computed at the same time.
     """
 
     slots: mx.array
     only: int | None
-    counters: tuple[mx.array, ...] = ()
+    boards: tuple[mx.array, ...] = ()
     _turns: list[Iterator[mx.array]] = field(default_factory=list)
 
     @classmethod
     def of(cls, numbers: list[int]) -> RowSlots:
         """The rows' slots by their numbers."""
         only = numbers[0] if len(set(numbers)) == 1 else None
-        counters: list[mx.array] = []
-        if cuda_kernels.usable(kernel.SWITCH):
-            # In lines of the cache of their own: 128 bytes.
-            counters = [*mx.split(mx.zeros((_AT_ONCE * 32,), mx.int32), _AT_ONCE)]
-        return cls(mx.array(numbers, dtype=mx.int32), only, tuple(counters))
+        boards = boards_of(numbers) if cuda_kernels.usable(kernel.SWITCH) else ()
+        return cls(mx.array(numbers, dtype=mx.int32), only, boards)
 
     @property
     def arrays(self) -> list[mx.array]:
         """What `of_arrays` takes."""
-        return [self.slots, *self.counters]
+        return [self.slots, *self.boards]
 
     @classmethod
     def of_arrays(cls, arrays: list[mx.array], only: int | None) -> RowSlots:
         """The same, or what stands for it in a graph."""
         return cls(arrays[0], only, tuple(arrays[1:]))
 
-    def counter(self) -> mx.array:
+    def board(self) -> mx.array:
         """One for a launch."""
         if not self._turns:
-            self._turns.append(cycle(self.counters))
+            self._turns.append(cycle(self.boards))
         return next(self._turns[0])
+
+
+def boards_of(numbers: list[int], count: int = _AT_ONCE) -> tuple[mx.array, ...]:
+    """For rows of such slots."""
+    rows = len(numbers)
+    lines = [0] * _LINE + numbers + [0] * (-rows % _LINE)
+    room = ROOM + -(len(lines) + ROOM) % rows
+    one = mx.concatenate([mx.array(lines, dtype=mx.int32), mx.zeros((room,), mx.int32)])
+    # Each has to be memory of its own.
+    several = mx.contiguous(mx.broadcast_to(one, (count, one.size)))
+    return tuple(board.reshape(rows, -1) for board in mx.split(several, count))
 
 
 class CurrentSlots:
@@ -107,12 +122,15 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
 
     def prepare(self) -> None:
         """To be called when the stack has changed."""
-        if isinstance(self.base, ChangingLinear) and self.stack is not None:
+        if self.stack is None:
+            return
+        kernel.prepare(self.stack)
+        if isinstance(self.base, ChangingLinear):
             self.base.prepare(self.stack)
 
     def _apart(self, x: mx.array, y: mx.array, stack: Stack, rows: RowSlots) -> mx.array:
-        if kernel.applies(x, stack):
-            return kernel.add_changes(x, y, stack, rows.slots)
+        if kernel.applies(x, stack) and y.dtype == x.dtype:
+            return kernel.add_changes(x, y, stack, rows.board())
         if rows.only is not None:
             a, b, factor = stack.slot(rows.only)
             return self._scaled(mx.addmm(y, x @ a, b), factor)

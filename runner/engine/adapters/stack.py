@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import mlx.core as mx
 
 Span = tuple[int, int, int]
 """Where a part of the outputs ends, and the ranks [low, high) that reach it."""
+
+LINE: Final = 64
+"""Values of 16 bits, 32 integers: a line of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,37 @@ class Stack:
 
     `magnitude` [slots, out] is the DoRA factor of each output, ones for other adapters, None while no resident adapter
     is DoRA. `spans` are those of the slots. Slot 0 changes nothing.
+
+    `packed` is all that a kernel needs as one array, since each costs a launch: the slots' spans, a line of int32 each,
+    `down` and `b`, which are views of it, behind each other. Its shape, [slots, LINE + r · (in + out)], is for the sake
+    of the numbers. None where there are no kernels: for experts, DoRA, and other than 16 bits.
     """
 
     down: mx.array
     b: mx.array
     magnitude: mx.array | None
     spans: tuple[tuple[Span, ...], ...]
+    packed: mx.array | None = None
     _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = field(default_factory=dict)
-    _spans: list[mx.array] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, down: mx.array, b: mx.array, magnitude: mx.array | None, spans: tuple[tuple[Span, ...], ...]) -> Stack:
+        """Packed, where that is of use."""
+        parts = len(spans[0])
+        if b.ndim != 3 or b.dtype.size != 2 or magnitude is not None or 6 * parts > LINE:
+            return cls(down, b, magnitude, spans)
+        lines = mx.pad(mx.array(spans, dtype=mx.int32).reshape(len(spans), -1), [(0, 0), (0, LINE // 2 - 3 * parts)])
+        flat = mx.concatenate([lines.view(b.dtype).flatten(), down.flatten(), b.flatten()])
+        first, second = lines.size * 2, lines.size * 2 + down.size
+        views = flat[first:second].reshape(down.shape), flat[second:].reshape(b.shape)
+        return cls(*views, None, spans, flat.reshape(len(spans), -1))
 
     @classmethod
     def empty(cls, slots: int, like: Change) -> Stack:
         """`slots` slots that change nothing, of the shapes of a change."""
         down = mx.zeros((slots, *like.a.swapaxes(-1, -2).shape), like.a.dtype)
         b = mx.zeros((slots, *like.b.shape), like.b.dtype)
-        return cls(down, b, None, (_no_spans(like.spans),) * slots)
+        return cls.of(down, b, None, (_no_spans(like.spans),) * slots)
 
     @property
     def a(self) -> mx.array:
@@ -59,19 +79,12 @@ class Stack:
     @property
     def arrays(self) -> list[mx.array]:
         """To be evaluated."""
-        return [array for array in (self.down, self.b, self.magnitude) if array is not None]
+        return [array for array in (self.packed, self.down, self.b, self.magnitude) if array is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots together."""
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def span_array(self) -> mx.array:
-        """[slots, parts, 3] int32. Made once."""
-        if not self._spans:
-            self._spans.append(mx.array(self.spans, dtype=mx.int32))
-        return self._spans[0]
+        return sum(array.nbytes for array in (self.down, self.b, self.magnitude) if array is not None)
 
     def slot(self, index: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """`a`, `b` and `magnitude` of one slot. They are views, and cut once."""
@@ -84,7 +97,7 @@ class Stack:
         """With one more slot; the smaller rank is padded with zeros."""
         down = change.a.swapaxes(-1, -2)
         rank = max(self.down.shape[-2], down.shape[-2])
-        return Stack(
+        return Stack.of(
             mx.concatenate([_padded(self.down, rank), _padded(down, rank)[None]]),
             mx.concatenate([_padded(self.b, rank), _padded(change.b, rank)[None]]),
             self._magnitude_with(change.factor),
@@ -104,9 +117,9 @@ class Stack:
 
         magnitude = None if self.magnitude is None else cut(self.magnitude)
         spans = self.spans[:slot] + self.spans[slot + 1 :]
-        # Kernels would copy what is not contiguous in each call.
+        # Products would copy what is not contiguous in each call.
         down, b = (mx.contiguous(cut(array)[..., :rank, :]) for array in (self.down, self.b))
-        return Stack(down, b, magnitude, spans)
+        return Stack.of(down, b, magnitude, spans)
 
     def _magnitude_with(self, factor: mx.array | None) -> mx.array | None:
         if factor is None and self.magnitude is None:

@@ -40,8 +40,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
-from runner.engine.cuda_text import Template
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -49,8 +48,8 @@ from runner.engine.kv.rotary import Rotation
 SWITCH: Final = "MLX_RUN_ATTENTION_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-_THREADS: Final = 128
-"""Of a block. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
+_WARPS: Final = (4, 2, 1)
+"""Of a block, as many as have room. Three of 128 have room on a multiprocessor, of 256 one, which waits by itself."""
 
 _WARP: Final = 32
 _VECTOR: Final = 16
@@ -137,13 +136,11 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
     vectors = width * itemsize // _VECTOR
     lanes = min(_WARP, vectors & -vectors)
     values = width // lanes
-    heads = max((n for n in range(1, 9) if shared % n == 0 and n * values <= _REGISTERS), default=0)
-    if not heads:
-        return None
-    warps = _THREADS // _WARP
-    while warps * heads * (width + 2) * 4 + (heads + 2 * FEW) * width * itemsize > _SHARED:
-        warps //= 2
-    return Shape(lanes, heads, warps * _WARP)
+    for heads in (n for n in range(8, 0, -1) if shared % n == 0 and n * values <= _REGISTERS):
+        for warps in _WARPS:
+            if warps * heads * (width + 2) * 4 + (heads + 2 * FEW) * width * itemsize <= _SHARED:
+                return Shape(lanes, heads, warps * _WARP)
+    return None
 
 
 def splits(blocks: int, places: int) -> int:
@@ -202,7 +199,7 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     shares = splits(blocks, min(places, call.window or places))
     frequencies, constants = rotating(call.rotation)
     dtype = call.queries.dtype
-    out, _ = _variant(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
+    out, _ = _kernel(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -231,23 +228,22 @@ def header(scale: float) -> str:
 
 
 @cache
-def _variant(
+def _kernel(
     scale: float, dtype: mx.Dtype, width: int, way: Shape, window: int, ring: int, rotating: Rotating
-) -> Variant:
-    kernel = Kernel(
+) -> Kernel:
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    return Kernel(
         name="attend_and_write",
-        input_names=INPUTS,
-        output_names=["out", "partial"],
+        inputs={name: types.get(name, dtype) for name in INPUTS},
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
+        template=[
+            ("T", dtype),
+            *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
+            *(("FEW", FEW), ("WINDOW", window), ("RING", ring)),
+            *rotating,
+        ],
     )
-    template: Template = [
-        ("T", dtype),
-        *(("D", width), ("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-        *(("FEW", FEW), ("WINDOW", window), ("RING", ring)),
-        *rotating,
-    ]
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
-    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)

@@ -82,19 +82,32 @@ MERGE: Final = """
     __syncthreads();
     if (!last) return;
     __threadfence();
-    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
-        const int h = i / D, column = i % D;
-        const float* of = parts + h * (D + 2);
-        float best = NONE;
-        for (int s = 0; s < splits; ++s) best = highest(best, __ldcg(of + s * HEADS * (D + 2) + D));
-        float over = 0.0f, under = 0.0f;
-        for (int s = 0; s < splits; ++s) {
-            const float* its = of + s * HEADS * (D + 2);
-            const float kept = exp2f(__ldcg(its + D) - best);
-            over += kept * __ldcg(its + column);
-            under += kept * __ldcg(its + D + 1);
+    // What each split counts for, by a warp a head; then all columns, whose parts are on their way several at once.
+    constexpr int WIDE = THREADS < 32 ? THREADS : 32, APART = HEADS * (D + 2);
+    __shared__ float weights[HEADS][MOST_SPLITS];
+    for (int h = warp; h < HEADS; h += WARPS) {
+        const float* of = parts + h * (D + 2) + D;
+        float best = NONE, under = 0.0f;
+        for (int s = threadIdx.x % WIDE; s < splits; s += WIDE) best = highest(best, __ldcg(of + s * APART));
+        #pragma unroll
+        for (int w = WIDE / 2; w > 0; w >>= 1) best = highest(best, __shfl_xor_sync(0xffffffffu, best, w));
+        for (int s = threadIdx.x % WIDE; s < splits; s += WIDE) {
+            const float kept = exp2f(__ldcg(of + s * APART) - best);
+            weights[h][s] = kept;
+            under += kept * __ldcg(of + s * APART + 1);
         }
-        result[i] = T(over / under);
+        #pragma unroll
+        for (int w = WIDE / 2; w > 0; w >>= 1) under += __shfl_xor_sync(0xffffffffu, under, w);
+        for (int s = threadIdx.x % WIDE; s < splits; s += WIDE) weights[h][s] /= under;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < HEADS * D; i += THREADS) {
+        const int h = i / D;
+        const float* of = parts + h * (D + 2) + i % D;
+        float over = 0.0f;
+        #pragma unroll 8
+        for (int s = 0; s < splits; ++s) over += weights[h][s] * __ldcg(of + s * APART);
+        result[i] = T(over);
     }
 """
 """The end of a kernel: what lanes, warps and splits of a row's keys have is put together."""
@@ -107,6 +120,7 @@ _START: Final = """
     constexpr int WARPS = (THREADS + 31) / 32;
     constexpr int DEPTH = MINE <= 8 ? (HEADS <= 4 ? 4 : 2) : 1;
     constexpr float NONE = -1e30f;
+    constexpr int MOST_SPLITS = 32;
 """
 
 PLACE: Final = """

@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import Launch
-from runner.engine.kv.kept import Beginning, Piece, State
+from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
-from runner.engine.kv.planes import Slots
+from runner.engine.kv.planes import Form, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
@@ -27,10 +27,12 @@ from runner.engine.kv.recurrent import Recurrent
 Held = list[list[mx.array]]
 """What each layer holds."""
 
-Traced = tuple[mx.array, Held, mx.array]
+Answer = TypeVar("Answer")
+
+Traced = tuple[Answer, Held, mx.array]
 """The answer, what layers hold after the call, and [rows] int32: tokens before the next call."""
 
-Graph = Callable[[mx.array, mx.array, Held], Traced]
+Graph = Callable[[mx.array, mx.array, Held], Traced[Answer]]
 """Of a call with tokens [rows, count], [rows] int32 tokens before them, and what layers hold."""
 
 
@@ -68,6 +70,7 @@ class Layout:
         self._model = model
         self._slack = slack
         self._templates = self.upstream()
+        self._forms: dict[int, Form] = {}
         leaves = _leaves(self._templates)
         self.unknown = sorted({type(leaf).__name__ for leaf in leaves if not (understood and _known(leaf))})
         """Classes of upstream that are not understood here; rows are then served one at a time in them."""
@@ -113,14 +116,16 @@ class Layout:
         if type(template) is CacheList:
             return CacheList(*(self._layer(part, positions) for part in template.caches))
         if type(template) is RotatingKVCache:
-            return Window(
-                positions, template.max_size, self._slack, self.launch, self.prompt_launch, rotates=self.rotates
-            )
+            launches = (self.launch, self.prompt_launch, self._form(template))
+            return Window(positions, template.max_size, self._slack, *launches, rotates=self.rotates)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
         if self.quantisation is None:
-            return Straight(positions, self.launch, self.prompt_launch, rotates=self.rotates)
+            return Straight(positions, self.launch, self.prompt_launch, self._form(template), rotates=self.rotates)
         return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
+
+    def _form(self, template: Any) -> Form:
+        return self._forms.setdefault(id(template), [])
 
 
 class Caches:
@@ -179,18 +184,18 @@ class Caches:
         for leaf in self._leaves:
             leaf.dispatched()
 
-    def shape(self, count: int) -> Hashable | None:
+    def shape(self, count: int, lengths: Sequence[int] | None = None) -> Hashable | None:
         """What decides how a call of `count` tokens for each row is computed; None if more does than such a thing.
 
-        Calls of one shape differ by the values of arrays alone: see `call_graph`.
+        Calls of one shape differ by the values of arrays alone: see `call_graph`. Of row i, only `lengths[i]` count.
         """
         positions = self._positions
-        positions.begin(count, None)
+        positions.begin(count, lengths)
         if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
             return None
         return positions.rows, count, positions.slots, positions.capacity
 
-    def call_graph(self, graph: Graph, tokens: mx.array) -> mx.array:
+    def call_graph(self, graph: Graph[Answer], tokens: mx.array) -> Answer:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
 
         Only after `shape` has returned one. When `graph` raises, nothing has changed.
@@ -205,15 +210,17 @@ class Caches:
         finally:
             for leaf, arrays in zip(self._leaves, after, strict=True):
                 leaf.hold(arrays)
-        positions.end(starts)
+        # With lengths, the host knows better.
+        positions.end(starts if positions.lengths is None else None)
         return answer
 
-    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced:
+    def trace(self, model: Any, tokens: mx.array, starts: mx.array, held: Held) -> Traced[mx.array]:
         """What a graph of a call consists of, for such arguments as `call_graph` has for it.
 
-        Raises NotTraceableError if a layer has not written and attended by its launch alone.
+        Of several calls that are one graph, each has what the one before has returned. Raises NotTraceableError if a
+        layer has not written and attended by its launch alone.
         """
-        with self._positions.traced(starts):
+        with self._positions.traced(starts, tokens.shape[1]):
             for leaf, arrays in zip(self._leaves, held, strict=True):
                 leaf.hold(arrays)
                 leaf.begin()
@@ -253,15 +260,20 @@ class Caches:
             leaf.take(order, into, moved)
         return order
 
-    def trim(self, counts: mx.array) -> None:
-        """Cut the last `counts` [rows] tokens off the rows: no copy, and no wait for the counts to be computed.
+    def mark(self) -> None:
+        """Of the tokens that come from now on, some will be cut off again: see `keep`."""
+        self._positions.mark()
 
-        Only if the layout is `trimmable`. `settle` has to follow, with the same numbers.
+    def keep(self, counts: mx.array) -> None:
+        """Keep the first `counts` [rows] tokens since the `mark`: no copy, and no wait for the counts to be computed.
+
+        Only if the layout is `trimmable`. `settle` has to follow.
         """
-        self._positions.trim(counts)
+        self._positions.keep(counts)
 
     def settle(self, counts: Sequence[int]) -> None:
-        """The counts of the oldest `trim` that is not settled yet, for the rows as they are now (0 for later ones)."""
+        """How many tokens the oldest `keep` that is not settled yet has cut off, of the rows as they are now (0 for
+        later ones)."""
         self._positions.settle(counts)
 
     def length(self, row: int) -> int:
@@ -272,8 +284,8 @@ class Caches:
     def piece(self, row: int, start: int, stop: int) -> Piece:
         """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet."""
         assert stop <= self.length(row)
-        span, written = slice(start, stop), self._positions.written[row]
-        return Piece(start, stop, tuple(leaf.piece(row, span, written) for leaf in self._leaves))
+        cut, written = Cut(row, slice(start, stop)), self._positions.written[row]
+        return cut.piece([leaf.piece(cut, written) for leaf in self._leaves])
 
     def state(self, row: int) -> State | None:
         """What pieces do not say of a row as it is now, as a copy that is not computed yet; None if they say all."""
@@ -293,9 +305,9 @@ class Caches:
     def _put(self, row: int, rows: int, begun: Beginning) -> None:
         for piece in begun.pieces:
             used = min(piece.stop, begun.length) - piece.start
-            for leaf, arrays in zip(self._leaves, piece.layers, strict=True):
-                if arrays is not None:
-                    leaf.put_piece(row, rows, piece.start, [array[:, :, :used] for array in arrays])
+            for leaf, places in zip(self._leaves, piece.layers, strict=True):
+                if places is not None:
+                    leaf.put_piece(row, rows, piece.start, piece.of(places, used))
         if begun.state is not None:
             for leaf, arrays in zip(self._leaves, begun.state.layers, strict=True):
                 if arrays is not None:
@@ -323,7 +335,7 @@ class Foreign(Caches):
 
     def piece(self, row: int, start: int, stop: int) -> Piece:
         # One layer without a part: nothing can be cut.
-        return Piece(start, stop, (None,))
+        return Piece(start, stop, [], (None,))
 
     def state(self, row: int) -> State | None:
         # Copying an array shares its memory until one side is written.

@@ -6,22 +6,32 @@ A recurrent layer's state, and the ring of a window that has wrapped, are what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from runner.engine.kv import copy_kernel
+
 Arrays = Sequence[mx.array]
+
+
+Place = tuple[int, int]
+"""Which of a piece's arrays, and which plane of it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Positions `start` to `stop` - 1: of each layer its arrays [1, heads, stop - start, …], None where it has none."""
+    """Positions `start` to `stop` - 1: `arrays` [planes, heads, stop - start, …], and which planes each layer's are.
+
+    A layer of which there are none is None.
+    """
 
     start: int
     stop: int
-    layers: tuple[Arrays | None, ...]
+    arrays: list[mx.array]
+    layers: tuple[Sequence[Place] | None, ...]
 
     @property
     def complete(self) -> bool:
@@ -29,26 +39,62 @@ class Piece:
         return all(layer is not None for layer in self.layers)
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """All of them."""
-        return [array for layer in self.layers for array in layer or ()]
-
-    @property
     def nbytes(self) -> int:
         """Bytes."""
         return sum(array.nbytes for array in self.arrays)
 
+    def of(self, places: Sequence[Place], tokens: int) -> list[mx.array]:
+        """The first `tokens` positions of a layer's planes, [1, heads, tokens, …] each."""
+        return [self.arrays[which][plane : plane + 1, :, :tokens] for which, plane in places]
+
     def part(self, start: int, stop: int) -> Piece:
         """A copy of positions `start` to `stop` - 1 of these."""
         cut = slice(start - self.start, stop - self.start)
-        layers = (None if layer is None else [mx.contiguous(a[:, :, cut]) for a in layer] for layer in self.layers)
-        return Piece(start, stop, tuple(layers))
+        return Piece(start, stop, [mx.contiguous(array[:, :, cut]) for array in self.arrays], self.layers)
 
-    def then(self, other: Piece) -> Piece:
-        """A copy of these with what follows on them."""
-        assert self.stop == other.start
-        layers = (_joined(a, b) for a, b in zip(self.layers, other.layers, strict=True))
-        return Piece(self.start, other.stop, tuple(layers))
+
+class Cut:
+    """What a piece is made of: layers say what of theirs a row's positions `span` are to be copied of.
+
+    Planes of one shape and type are copied together, into one array.
+    """
+
+    def __init__(self, row: int, span: slice) -> None:
+        self.row = row
+        self.span = span
+        self._parts: list[mx.array | list[mx.array]] = []
+        self._open: dict[tuple[tuple[int, ...], mx.Dtype], int] = {}
+
+    def take(self, planes: Sequence[mx.array]) -> list[Place]:
+        """Of these [slots, heads, capacity, …]; where in the piece they will be."""
+        return [self._place(plane) for plane in planes]
+
+    def add(self, copies: Sequence[mx.array]) -> list[Place]:
+        """Of nothing: these [1, heads, tokens, …] are copies."""
+        first = len(self._parts)
+        self._parts += copies
+        return [(first + i, 0) for i in range(len(copies))]
+
+    def piece(self, layers: Iterable[Sequence[Place] | None]) -> Piece:
+        """It, not computed yet, of `layers` that are where they were told."""
+        start, stop = self.span.start, self.span.stop
+        arrays = [
+            part if isinstance(part, mx.array) else copy_kernel.copy(part, self.row, start, stop)
+            for part in self._parts
+        ]
+        return Piece(start, stop, arrays, tuple(layers))
+
+    def _place(self, plane: mx.array) -> Place:
+        alike = plane.shape, plane.dtype
+        which = self._open.get(alike, -1)
+        together = self._parts[which] if which >= 0 else []
+        assert isinstance(together, list)
+        if which < 0 or len(together) == copy_kernel.MOST:
+            which = self._open[alike] = len(self._parts)
+            together = []
+            self._parts.append(together)
+        together.append(plane)
+        return which, len(together) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +133,3 @@ class Beginning:
     def written(self) -> int:
         """Tokens that the row it was kept of had before some were cut off."""
         return self.length if self.state is None else max(self.length, self.state.written)
-
-
-def _joined(a: Arrays | None, b: Arrays | None) -> Arrays | None:
-    if a is None or b is None:
-        return None
-    return [mx.concatenate([first, second], axis=2) for first, second in zip(a, b, strict=True)]

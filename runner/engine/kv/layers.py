@@ -14,8 +14,9 @@ import mlx.core as mx
 from runner.engine.arrays import start
 from runner.engine.kv import attention_kernel, masks, prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
+from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.planes import Planes, Slots
+from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
@@ -69,8 +70,8 @@ class Layer(Protocol):
         """Rows `order` stay, as it lists them: what was `lifted` goes to the slots `holes`, nothing if it is empty."""
         ...
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        """A copy of a span of a row's positions; None if they cannot be had apart. It had up to `written` tokens."""
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        """Have a row's positions copied; None if they cannot be had apart. It had up to `written` tokens."""
         ...
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
@@ -78,7 +79,7 @@ class Layer(Protocol):
         ...
 
     def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
-        """Have what `piece` returned from position `start` on, in `rows` rows that nothing was written to yet."""
+        """Have what `piece` had copied from position `start` on, in `rows` rows that nothing was written to yet."""
         ...
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
@@ -101,13 +102,14 @@ class Straight:
         positions: Positions,
         launch: Launch | None = None,
         prompt_launch: Launch | None = None,
+        form: Form | None = None,
         *,
         rotates: bool = False,
     ) -> None:
-        """With `rotates`, launches also rotate what a model leaves to them."""
+        """With `rotates`, launches also rotate what a model leaves to them. `form` is the layer's (see Planes)."""
         self._rotates = rotates
         self._positions = positions
-        self._planes = Planes()
+        self._planes = Planes(form)
         self._launch = launch
         self._prompt_launch = prompt_launch
         self._unwritten: Unwritten | None = None
@@ -204,7 +206,7 @@ class Straight:
         self._planes.dispatched()
 
     def traceable(self) -> bool:
-        if not self._launches or self._planes.empty or self._positions.count > FEW:
+        if not self._launches or not self._planes.known:
             return False
         self._planes.reserve(self._positions.slots, self._room(), ())
         return True
@@ -248,11 +250,8 @@ class Straight:
             self._planes.put(holes, lifted)
         self._planes.shrink(self._positions.slots, self._room())
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return self._cut(row, span)
-
-    def _cut(self, row: int, span: slice) -> list[mx.array]:
-        return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        return cut.take(self._planes.arrays)
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None
@@ -279,10 +278,11 @@ class Window(Straight):
         slack: int,
         launch: Launch | None = None,
         prompt_launch: Launch | None = None,
+        form: Form | None = None,
         *,
         rotates: bool = False,
     ) -> None:
-        super().__init__(positions, launch, prompt_launch, rotates=rotates)
+        super().__init__(positions, launch, prompt_launch, form, rotates=rotates)
         self._window: int = window
         self._size = self._ring = window + slack
         self._slack = slack
@@ -304,7 +304,8 @@ class Window(Straight):
         return super().update_and_fetch(keys, values)
 
     def traceable(self) -> bool:
-        return self._positions.count <= self._slack + 1 and super().traceable()
+        count = self._positions.count
+        return (count > FEW or count <= self._slack + 1) and super().traceable()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         positions = self._positions
@@ -339,11 +340,14 @@ class Window(Straight):
         old = mx.minimum(mx.arange(self._size), max(0, places - 1))
         return mx.where(held >= first, places + held - first, old)[:, None, :, None]
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
-        return self._apart(self._cut(row, span)) if written <= self._size else None
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
+        return cut.add(self._apart(self._cut(cut.row, cut.span))) if written <= self._size else None
 
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None if written <= self._size else self._apart(self._cut(row, slice(0, self._size)))
+
+    def _cut(self, row: int, span: slice) -> list[mx.array]:
+        return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
 
     def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
         # What goes on beyond the ring is of a row that has a state, which says more.

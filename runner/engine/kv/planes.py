@@ -18,10 +18,16 @@ Slots = int | mx.array
 """One slot, or several: [N]."""
 
 
+Form = list[tuple[int, int, mx.Dtype]]
+"""Heads, width and type of a layer's arrays; empty while that is not known."""
+
+
 class Planes:
     """Keys and values of the rows of one layer, or what they are encoded as."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form | None = None) -> None:
+        """`form` is shared by all that there are of a layer: the first to be written to says what it is."""
+        self._form = [] if form is None else form
         self._arrays: list[mx.array] = []
         self._launched: mx.array | None = None
 
@@ -49,6 +55,11 @@ class Planes:
     def empty(self) -> bool:
         """Whether nothing was ever written, or room made."""
         return not self._arrays
+
+    @property
+    def known(self) -> bool:
+        """Whether room can be made before there is something to write."""
+        return bool(self._arrays or self._form)
 
     def land(self) -> None:
         """Have the last launch dispatched: what is dispatched from now on finds what it writes."""
@@ -79,9 +90,13 @@ class Planes:
         return self._launched
 
     def reserve(self, slots: int, capacity: int, like: Sequence[mx.array]) -> None:
-        """Have at least that much room, for arrays [rows, heads, tokens, width] `like` these."""
+        """Have at least that much room, for arrays [rows, heads, tokens, width] `like` these, or of the known form."""
         if not self._arrays:
-            self._arrays = [mx.zeros((slots, a.shape[1], capacity, a.shape[3]), dtype=a.dtype) for a in like]
+            if like:
+                self._form[:] = [(array.shape[1], array.shape[3], array.dtype) for array in like]
+            self._arrays = [
+                mx.zeros((slots, heads, capacity, width), dtype=dtype) for heads, width, dtype in self._form
+            ]
             return
         have, places = self._arrays[0].shape[0], self.capacity
         if have < slots or places < capacity:

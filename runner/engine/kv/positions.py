@@ -5,7 +5,7 @@ lengths join, and cutting a row's end off is a smaller number. What a model call
 (offsets for the rotary embedding, masks, the places to write to) depends on the positions alone, so it is made once a
 call, not once a layer.
 
-Lengths are known in two places. The host has an upper bound for each row, which is exact unless a trim is outstanding
+Lengths are known in two places. The host has an upper bound for each row, which is exact unless a `keep` is outstanding
 whose counts the device is still computing; the device has the true ones whenever they differ between rows. While all
 rows have one length and the host knows it, a call needs no arrays at all.
 """
@@ -43,6 +43,7 @@ class Positions:
         self._offsets: mx.array | None = None
         self._made: dict[Any, Any] = {}
         self._next: mx.array | None = None
+        self._marked: mx.array | None = None
         self.same: int | None = 0
         """The length that all rows have, if the host knows it."""
 
@@ -118,15 +119,16 @@ class Positions:
         self._next = starts
 
     @contextmanager
-    def traced(self, starts: mx.array) -> Iterator[None]:
-        """The call under way is built with `starts` [rows] int32 for what the rows have, and with nothing else."""
-        same, offsets, following = self.same, self._offsets, self._next
-        self.same, self._offsets, self._next = None, starts, None
+    def traced(self, starts: mx.array, count: int) -> Iterator[None]:
+        """A call of `count` tokens, which is (a part of) the one under way, is built with `starts` [rows] int32 for
+        what the rows have, and with nothing else."""
+        before = self.same, self._offsets, self._next, self.count
+        self.same, self._offsets, self._next, self.count = None, starts, None, count
         self._made.clear()
         try:
             yield
         finally:
-            self.same, self._offsets, self._next = same, offsets, following
+            self.same, self._offsets, self._next, self.count = before
             self._made.clear()
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -179,14 +181,22 @@ class Positions:
         if 2 * (longest := max(self._most, default=0) + _STEP) < self.capacity:
             self.capacity = -(-longest // _STEP) * _STEP
 
-    def trim(self, counts: mx.array) -> None:
-        """Cut `counts` [rows] int32 tokens off the rows' ends. They may not be computed yet: see `settle`."""
-        self._offsets = self.starts - counts
+    def mark(self) -> None:
+        """Remember what rows have, for `keep`."""
+        self._marked = self._next = self.row_starts
+
+    def keep(self, counts: mx.array) -> None:
+        """Cut off all but the first `counts` [rows] int32 tokens since the `mark`.
+
+        The counts may not be computed yet: see `settle`.
+        """
+        assert self._marked is not None
+        self._offsets, self._marked = self._marked + counts, None
         self._outstanding += 1
         self._changed()
 
     def settle(self, counts: Sequence[int]) -> None:
-        """The host has read the counts of the oldest trim that is outstanding; row by row as they are now."""
+        """The host has read how much the oldest `keep` that is outstanding cut off; row by row as they are now."""
         self._most = [length - cut for length, cut in zip(self._most, counts, strict=True)]
         self._outstanding -= 1
         self._changed()

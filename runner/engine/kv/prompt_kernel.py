@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 import struct
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
@@ -53,6 +54,9 @@ WRITE_INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", 
 ATTEND_INPUTS: Final = ("queries", "held_keys", "held_values", "starts", "counters")
 """What the sources call a call's arrays."""
 
+_TYPES: Final = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+"""Of those that are not the tokens'."""
+
 
 def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether the launches can do it: 16 bits, lines of whole tiles that are not too wide, more than a few tokens."""
@@ -83,7 +87,7 @@ def write_and_attend(call: Call) -> tuple[mx.array, Planes]:
     dtype = call.queries.dtype
     frequencies, constants = rotating(call.rotation)
     threads = lines(width) * width // 2
-    queries = _write(dtype, width, *(value for _, value in constants))(
+    queries = _write(dtype, width, *(value for _, value in constants)).launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -98,7 +102,7 @@ def write_and_attend(call: Call) -> tuple[mx.array, Planes]:
     )[0]
     blocks = rows * heads * -(-tokens // (_TILE * WARPS))
     shares = splits(blocks, call.planes[0].shape[2], tokens, call.window)
-    out, _ = _attend(dtype, width, call.window or 0, call.scale)(
+    out, _ = _attend(dtype, width, call.window or 0, call.scale).launch(
         inputs=[queries, *call.planes, call.starts, counters(shares, blocks)],
         grid=(blocks * shares * WARPS * _WARP, 1, 1),
         threadgroup=(WARPS * _WARP, 1, 1),
@@ -150,11 +154,11 @@ def attend_header(dtype: mx.Dtype, width: int, window: int, scale: float) -> str
 
 
 @cache
-def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Any:
-    return mx.fast.cuda_kernel(
+def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Kernel:
+    return Kernel(
         name=f"write_prompt_{_KINDS[dtype][1]}_{width}_{rotated}_{traditional}",
-        input_names=list(WRITE_INPUTS),
-        output_names=["rotated"],
+        inputs={name: _TYPES.get(name, dtype) for name in WRITE_INPUTS},
+        outputs={"rotated": dtype},
         source=cuda_kernels.terse(WRITE),
         header=write_header(dtype, width, rotated, traditional, lines(width)),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
@@ -163,12 +167,11 @@ def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Any:
 
 
 @cache
-def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Any:
-    return mx.fast.cuda_kernel(
-        # MLX tells kernels apart by their names.
+def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Kernel:
+    return Kernel(
         name=f"attend_prompt_{_KINDS[dtype][1]}_{width}_{window}_{struct.pack('>f', scale).hex()}",
-        input_names=list(ATTEND_INPUTS),
-        output_names=["out", "partial"],
+        inputs={name: _TYPES.get(name, dtype) for name in ATTEND_INPUTS},
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(ATTEND),
         header=attend_header(dtype, width, window, scale),
         ensure_row_contiguous=False,

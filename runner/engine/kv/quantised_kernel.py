@@ -15,21 +15,29 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel, Variant
-from runner.engine.cuda_text import Template
+from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Rotating, Shape, counters, partial, rotating, splits
+from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, partial, rotating, splits
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.quantised_source import HEADER, SOURCE
+from runner.engine.kv.quantised_device import DEVICE, HEADER
+from runner.engine.kv.quantised_source import SOURCE
 from runner.engine.kv.rotary import Rotation
 
-_MINE: Final = 16
-"""Values of a key that a lane has."""
+_KEYS: Final = 16
+"""Keys of a tile."""
 
-_HEADS: Final = 4
-_THREADS: Final = 128
+_LINES: Final = 16
+"""Queries of a product."""
 
-_SHARED: Final = 48_000
+_RING: Final = 40_000
+"""Bytes of tiles that a block has on their way: with four blocks, more than a multiprocessor's share of the memory
+delivers within its latency."""
+
+_WIDEST: Final = 256
+"""Values of a key at most: a thread sums up half as many."""
+
+_SHARED: Final = 98_000
+"""Bytes of shared memory that a block of any device with such products may have."""
 
 HELD: Final = tuple(f"held_{name}{part}" for name in ("key", "value") for part in ("s", "_scales", "_biases"))
 """What the source calls the planes."""
@@ -60,41 +68,59 @@ class PackedCall:
     rotation: Rotation | None = None
 
 
+Constants = tuple[tuple[str, int], ...]
+
 PackedLaunch = Callable[[PackedCall], tuple[mx.array, Sequence[mx.array]]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
 
 
 def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, group_size: int) -> bool:
-    """Whether a launch can do it: few tokens, lanes by powers of two."""
-    groups = keys.shape[1]
+    """Whether a launch can do it: few tokens, whole vectors."""
     _, heads, tokens, width = queries.shape
-    lanes = width // _MINE
+    groups = keys.shape[1]
     return (
         tokens <= FEW
         and queries.dtype == keys.dtype == values.dtype
-        and keys.shape == values.shape
-        and keys.shape[3] == width
         and queries.dtype in (mx.bfloat16, mx.float16, mx.float32)
+        and keys.shape == values.shape
+        and keys.shape[3] == width <= _WIDEST
         and bits in (4, 8)
+        and group_size >= 32
         and width % group_size == 0
-        and lanes * _MINE == width
-        and lanes & (lanes - 1) == 0
-        and 0 < lanes <= 32
+        and width * bits % 128 == 0
         and heads % groups == 0
-        and _shared(width, queries.dtype.size, bits) <= _SHARED
+        and shape(width, queries.dtype.size, bits, group_size, heads // groups) is not None
     )
 
 
-def _shared(width: int, itemsize: int, bits: int) -> int:
-    """Bytes of shared memory, at most."""
-    new = 2 * FEW * (width * itemsize + width * bits // 8 + 2 * (width // 32) * 4)
-    return new + _HEADS * width * 4 + _THREADS // 32 * _HEADS * (width + 4) * 4
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a block shares the work: query heads of a block, warps, and tiles that each has on their way."""
+
+    heads: int
+    warps: int
+    stages: int
+    shared_memory: int
+
+    @property
+    def several(self) -> int:
+        """Tokens of a block."""
+        return _LINES // self.heads
 
 
 @cache
-def shape(width: int, shared: int) -> Shape:
-    """How a block's threads share the work, for lines of `width` values and `shared` query heads a key head."""
-    return Shape(width // _MINE, max(n for n in range(1, _HEADS + 1) if shared % n == 0), _THREADS)
+def shape(width: int, itemsize: int, bits: int, group_size: int, shared: int) -> Shape | None:
+    """For lines of `width` values, and `shared` query heads a key head; None if the lines are too wide."""
+    line = width * bits // 8
+    scales = width // group_size * itemsize
+    tile = 2 * (_KEYS * line + _KEYS // 4 * 32) + 4 * _KEYS * scales
+    rest = _LINES * (width + 4) * 4 + FEW * (2 * line + 4 * scales + 2 * width * itemsize)
+    for warps in (4, 2, 1):
+        stages = max(2, min(4, _RING // (warps * tile)))
+        needed = max(warps * stages * tile + rest, warps * _LINES * (width + 2) * 4 + 16)
+        if needed <= _SHARED:
+            return Shape(max(n for n in range(1, _LINES + 1) if shared % n == 0), warps, stages, needed)
+    return None
 
 
 def launch() -> PackedLaunch | None:
@@ -102,62 +128,78 @@ def launch() -> PackedLaunch | None:
     return attend_and_write if cuda_kernels.usable(SWITCH) else None
 
 
+def blocks_of(call: PackedCall, way: Shape) -> int:
+    """Blocks of a launch in which none share keys."""
+    rows, heads, tokens, _ = call.queries.shape
+    return rows * (heads // way.heads) * -(-tokens // way.several)
+
+
+def shape_of(call: PackedCall) -> Shape:
+    """The shape of a launch that applies."""
+    _, heads, _, width = call.queries.shape
+    way = shape(width, call.queries.dtype.size, call.bits, call.group_size, heads // call.keys.shape[1])
+    assert way is not None
+    return way
+
+
 def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     """What each query sees, [rows, heads, tokens, width], and the planes, which have the new keys and values then."""
     rows, heads, tokens, width = call.queries.shape
-    groups = call.keys.shape[1]
-    way = shape(width, heads // groups)
-    blocks = rows * groups * (heads // groups // way.heads) * tokens
-    shares = splits(blocks, call.planes[0].shape[2])
-    frequencies, constants = rotating(call.rotation)
-    dtype, window = call.queries.dtype, call.window or 0
-    out, _ = _variant(call.scale, dtype, width, way, window, call.bits, call.group_size, constants).launch(
+    way, places = shape_of(call), call.planes[0].shape[2]
+    # What is copied of a row ends with a tile.
+    assert places % _KEYS == 0
+    blocks = blocks_of(call, way)
+    shares = splits(blocks, min(places, call.window or places))
+    frequencies, rotation = rotating(call.rotation)
+    dtype, sizes = call.queries.dtype, constants(width, call.bits, call.group_size, call.window or 0, way)
+    out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation).launch(
         inputs=[
             *(call.queries, call.keys, call.values, *call.planes, call.starts),
             call.queries if call.after is None else call.after,
             counters(shares, blocks),
             frequencies,
         ],
-        grid=(blocks * shares * way.threads, 1, 1),
-        threadgroup=(way.threads, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
+        grid=(blocks * shares * way.warps * 32, 1, 1),
+        threadgroup=(way.warps * 32, 1, 1),
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.several * way.heads, width)],
         output_dtypes=[dtype, mx.float32],
     )
     return out.swapaxes(1, 2), call.planes
 
 
+@cache
+def constants(width: int, bits: int, group_size: int, window: int, way: Shape) -> Constants:
+    """What the source calls the numbers that are known when it is compiled."""
+    return (
+        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("WINDOW", window), ("FEW", FEW)),
+        *(("HEADS", way.heads), ("WARPS", way.warps), ("STAGES", way.stages)),
+    )
+
+
+def types(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+    """Of the arrays that a launch takes, in their order."""
+    others = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    others |= {"held_keys": mx.uint32, "held_values": mx.uint32}
+    return {name: others.get(name, dtype) for name in INPUTS}
+
+
 def header(scale: float) -> str:
     """What comes before the kernel: scores are powers of two, and MLX looks for a group's range from here on CUDA."""
     range_of = "constexpr float LEAST = 3.4028235e38f, MOST = 0.0f;\n"
-    return f"{attention_source.HEADER}{HEADER}{range_of}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
+    return (
+        f"{DEVICE}{attention_source.HEADER}{HEADER}{range_of}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
+    )
 
 
 @cache
-def _variant(
-    scale: float,
-    dtype: mx.Dtype,
-    width: int,
-    way: Shape,
-    window: int,
-    bits: int,
-    group_size: int,
-    rotating: Rotating,
-) -> Variant:
-    kernel = Kernel(
+def _kernel(scale: float, dtype: mx.Dtype, sizes: Constants, shared_memory: int, rotating: Rotating) -> Kernel:
+    return Kernel(
         name="attend_and_write_packed",
-        input_names=INPUTS,
-        output_names=["out", "partial"],
+        inputs=types(dtype),
+        outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),
         ensure_row_contiguous=False,
+        shared_memory=shared_memory,
+        template=[("T", dtype), *sizes, *rotating],
     )
-    template: Template = [
-        ("T", dtype),
-        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("MINE", _MINE)),
-        *(("LANES", way.lanes), ("HEADS", way.heads), ("THREADS", way.threads)),
-        *(("FEW", FEW), ("WINDOW", window)),
-        *rotating,
-    ]
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
-    types |= {"held_keys": mx.uint32, "held_values": mx.uint32}
-    return kernel.variant([types.get(name, dtype) for name in INPUTS], [dtype, mx.float32], template)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
@@ -41,7 +42,8 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
         pass
 
     def traceable(self) -> bool:
-        return all(array is not None for array in self.cache)
+        # Lengths would be constants of a graph.
+        return self._positions.lengths is None and all(array is not None for array in self.cache)
 
     def hold(self, arrays: Sequence[mx.array]) -> None:
         self.cache = list(arrays)
@@ -55,7 +57,7 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         self.filter(mx.array(order, dtype=mx.int32))
 
-    def piece(self, row: int, span: slice, written: int) -> list[mx.array] | None:
+    def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         return None
 
     def state(self, row: int, written: int) -> list[mx.array] | None:

@@ -12,12 +12,20 @@ probability min(1, p/q), and the first that is not is replaced by a draw from wh
 
 from __future__ import annotations
 
+from typing import Final
+
 import mlx.core as mx
+
+NO_TOKEN: Final = 2**32 - 1
+"""A number that no token has."""
 
 
 def agreeing(proposed: mx.array, chosen: mx.array) -> mx.array:
-    """[B] int32: how many of `proposed` [B, K] are what the target chose, `chosen` [B, K + 1], up to the first not."""
-    return leading(proposed == chosen[:, :-1])
+    """[B] int32: the place of the first of `proposed` that is not what the target chose; both are [B, K + 1].
+
+    After K proposals there is one that never is (NO_TOKEN), so that it is also how many agree.
+    """
+    return mx.argmax(proposed != chosen, axis=1).view(mx.int32)
 
 
 def leading(kept: mx.array) -> mx.array:

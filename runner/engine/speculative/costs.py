@@ -1,15 +1,21 @@
-"""What steps cost, in seconds: predicted from a few calls, and corrected by what steps really took."""
+"""What steps cost, in seconds: what they took, and until that is known, what a few calls at loading let expect."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from itertools import pairwise
 from statistics import median
 from typing import Final
 
-_RECENT: Final = 9
+_RECENT: Final = 5
 """Steps of a kind that count; their median does, so that a few that were disturbed do not."""
+
+_AVERAGED: Final = 50
+"""Plain steps that their average is over."""
+
+ENOUGH: Final = 3
+"""Steps of a kind that have to be timed before it is known what it costs."""
 
 
 class Curve:
@@ -40,60 +46,75 @@ class Curve:
 
 
 class Costs:
-    """Seconds of a step: a plain one, and a round that proposes `length` tokens for each row and verifies them."""
+    """Seconds of a step: a plain one, and a round that proposes `length` tokens for each row and verifies them.
+
+    Batches of like sizes learn from each other: what is kept of a step is how far the prediction for it was off.
+    """
 
     def __init__(self, target: Curve, draft: Curve) -> None:
         self._target = target
         self._draft = draft
-        self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
-        self._drift: deque[float] = deque([1.0], maxlen=_RECENT)
         self._errors: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._medians: dict[tuple[int, int], float] = {}
+        self._averages: dict[int, float] = {}
+        self._predictions: dict[tuple[int, int], float] = {}
+        self.timed: Counter[tuple[int, int]] = Counter()
+        """Steps that were timed, by size class and length."""
 
     def record(self, rows: int, length: int, seconds: float) -> None:
         """A step of `rows` rows took `seconds`; `length` 0 is a plain one."""
-        if length == 0:
-            self._plain[rows].append(seconds)
-            self._drift.append(seconds / self._target(rows))
-        else:
-            # A round is a plain step and more: one that takes less tells that plain steps were slow when measured.
-            most = seconds - self._proposing(rows, length)
-            if 0 < most < self._plain_step(rows):
-                self._plain[rows].append(most)
-            self._errors[_class(rows), length].append(seconds / self._predicted(rows, length))
+        kind = size, _ = size_class(rows), length
+        error = seconds / self.predicted(rows, length)
+        self._errors[kind].append(error)
+        self._medians[kind] = median(self._errors[kind])
+        self.timed[kind] += 1
+        if not length:
+            before = self._averages.get(size, error)
+            self._averages[size] = before + (error - before) / min(self.timed[kind], _AVERAGED)
+
+    def known(self, rows: int, length: int) -> bool:
+        """Whether enough such steps have been timed."""
+        return self.timed[size_class(rows), length] >= ENOUGH
 
     def step(self, rows: int, length: int) -> float:
-        """Seconds of a step to come."""
-        if length == 0:
-            return self._plain_step(rows)
-        # A round is a plain step and more, whatever was measured when: the machine may have been busier in between.
-        least = self._plain_step(rows) + self._proposing(rows, length)
-        return max(least, self._predicted(rows, length) * self._correction(_class(rows), length))
+        """Seconds of a step to come, if nothing disturbs it."""
+        return self.predicted(rows, length) * self._error(size_class(rows), length)
+
+    def average(self, rows: int) -> float:
+        """Seconds that plain steps take in the long run, those that were disturbed included; some must be `known`."""
+        return self.predicted(rows, 0) * self._averages[size_class(rows)]
+
+    def predicted(self, rows: int, length: int) -> float:
+        """Seconds of a step by the calls that were timed at loading."""
+        if (rows, length) not in self._predictions:
+            self._predictions[rows, length] = self.verifying(rows, length) + self.proposing(rows, length)
+        return self._predictions[rows, length]
+
+    def verifying(self, rows: int, length: int) -> float:
+        """The target's part of that."""
+        return self._target(rows * (length + 1))
+
+    def proposing(self, rows: int, length: int) -> float:
+        """The draft's part of that."""
+        return self._draft(2 * rows) + (length - 1) * self._draft(rows) if length else 0.0
 
     def catching_up(self, tokens: int) -> float:
-        """Seconds for the draft to read so many tokens."""
+        """Seconds for the draft to read so many tokens, as predicted."""
         return self._draft(tokens) if tokens else 0.0
 
-    def _plain_step(self, rows: int) -> float:
-        if rows in self._plain:
-            return median(self._plain[rows])
-        # Contexts are longer than those that were measured, and the machine may be busier: more so for all.
-        return self._target(rows) * median(self._drift)
-
-    def _predicted(self, rows: int, length: int) -> float:
-        verifying = self._target(rows * (length + 1)) - self._target(rows)
-        return self._plain_step(rows) + verifying + self._proposing(rows, length)
-
-    def _proposing(self, rows: int, length: int) -> float:
-        return self._draft(2 * rows) + (length - 1) * self._draft(rows)
-
-    def _correction(self, kind: int, length: int) -> float:
-        """How far predictions for such batches were off: for this length, or else for the nearest that was tried."""
-        tried = [other for size, other in self._errors if size == kind]
-        if not tried:
+    def _error(self, size: int, length: int) -> float:
+        """How far predictions for such steps were off: for these, or else for those that are most like them."""
+        own = self._medians.get((size, length))
+        if own is not None:
+            return own
+        # Rounds of another length, then plain steps: of the batches whose size is nearest.
+        kinds = [kind for kind in self._medians if kind[0] == size or not kind[1]]
+        if not kinds:
             return 1.0
-        return median(self._errors[kind, min(tried, key=lambda other: abs(other - length))])
+        nearest = min(kinds, key=lambda kind: (abs(kind[0] - size), not kind[1], abs(kind[1] - length)))
+        return self._medians[nearest]
 
 
-def _class(rows: int) -> int:
+def size_class(rows: int) -> int:
     """Batches of like sizes: up to 1, 2, 4, 8, … rows."""
     return (rows - 1).bit_length()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import mlx.core as mx
@@ -28,7 +30,7 @@ _SHAPES: Final = ((1, 1), (8, 1), (4, 8), (5, 8), (8, 8))
 """Rows, and tokens of each, of calls that are timed where graphs are kept. Beyond 32 tokens products are others."""
 
 _WARM: Final = 5
-_COUNTED: Final = 4
+_COUNTED: Final = 7
 """Calls that are not counted, until the graph is kept and the device knows it, and those that are."""
 
 _ALIKE: Final = 0.99
@@ -103,18 +105,16 @@ def _steady(loaded: LoadedModel, rows: int, width: int) -> float:
     """Seconds of a call among others of its kind, each started before the one before it is waited for."""
     call, caches = TracedCalls(loaded.model), loaded.layout.new(rows)
     tokens = mx.zeros((rows, width), dtype=mx.uint32)
-    began, before = 0.0, tokens
-    for number in range(_WARM + _COUNTED):
-        if number == _WARM:
-            mx.eval(before)
-            began = time.perf_counter()
+    before, ended = tokens, []
+    for _ in range(_WARM + _COUNTED):
         following = mx.argmax(call(caches, tokens), axis=-1)
         start(following)
         caches.dispatched()
         mx.eval(before)
         before = following
+        ended.append(time.perf_counter())
     mx.eval(before)
-    return (time.perf_counter() - began) / _COUNTED
+    return median(later - earlier for earlier, later in pairwise(ended[_WARM - 1 :]))
 
 
 def _require_same_tokens(folder: Path, draft: Tokenizer, target: Tokenizer) -> None:

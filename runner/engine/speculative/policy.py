@@ -1,17 +1,22 @@
-"""How many tokens to propose next, 0 for none: whatever is expected to give the most tokens a second.
+"""How many tokens to propose next, 0 for none: whatever has been found to give the most tokens a second.
 
-What a round gives follows from how often proposals were accepted lately, row by row; what it costs, from `costs.py`.
-While nothing is proposed neither can be learned, so a little of the time that plain steps take is set aside for trying
-again; and while something is, a plain step now and then keeps the comparison honest.
+What a round gives follows from how often proposals were accepted lately, row by row; what steps cost is what they took,
+by the size of the batch and the number of proposals (`costs.py`). Only two numbers of proposals are ever considered:
+each is graphs of its own. One that was never timed is tried, the likelier of the two first, until a few rounds of it
+have been; one that did not pay is tried again now and then. What that may cost is limited (`allowance.py`), and so is
+what rounds may lose that were expected to pay. A plain step is timed first, and now and then, for everything is
+measured by it.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from runner.engine.speculative.costs import Costs
+from runner.engine.speculative.allowance import Allowance
+from runner.engine.speculative.costs import ENOUGH, Costs, size_class
 
 _PRIOR: Final = 0.8
 """Acceptance of a draft of which nothing is known yet."""
@@ -22,6 +27,9 @@ _PRIOR_WEIGHT: Final = 4.0
 _FORGET: Final = 0.95
 """What a row's earlier rounds still count for after another one."""
 
+_TRIED_AGAIN: Final = 0.25
+"""And when a trial begins, which is to find out how it is now."""
+
 _TURN_ON: Final = 1.05
 _CHANGE: Final = 1.02
 """Gains below which plain steps, or the present length, are kept."""
@@ -29,20 +37,25 @@ _CHANGE: Final = 1.02
 _DECIDE_EVERY: Final = 8
 """Steps of the same rows between two decisions."""
 
-_LOOK_AFTER: Final = 4
-"""Steps after a change until the next decision: the first thing to learn is whether it was right."""
+_TRIAL: Final = 7
+"""Rounds that a trial takes where nothing has to be built; those at both of its ends are not timed."""
 
-_SPARE: Final = 0.01
-"""Share of the time that may be lost to trying."""
+_TRIAL_MOST: Final = 14
+"""And at most: the first ones build graphs."""
 
-_TRIAL: Final = 6
-"""Rounds of a trial: the first two are not measured, as the steps before and after are of another kind."""
+_SAVED_FOR_ROUNDS: Final = 8.0
+_SAVED_FOR_READING: Final = 20.0
+"""Plain steps' time that is enough to begin any trial: one that takes more ends when the allowance does."""
+
+_RETRY: Final = 16
+_RETRY_MOST: Final = 1024
+"""Plain steps between trials of batches of a size: twice as many after each that did not pay."""
 
 _PAYS_BACK: Final = 32
 """Steps over which the draft's reading of what it has missed has to be worth it."""
 
-_PLAIN_EVERY: Final = 128
-_PLAIN_STEPS: Final = 4
+_PLAIN_EVERY: Final = 256
+_PLAIN_STEPS: Final = 6
 """Rounds between two looks at what plain steps cost, and how many of them it takes."""
 
 
@@ -64,8 +77,14 @@ class Acceptance:
 
     def add(self, kept: int, proposed: int, forget: float = _FORGET) -> None:
         """A round kept the first `kept` of `proposed` tokens. What came after a refusal was not looked at."""
-        self.kept = self.kept * forget + kept
-        self.refused = self.refused * forget + (kept < proposed)
+        self.fade(forget)
+        self.kept += kept
+        self.refused += kept < proposed
+
+    def fade(self, forget: float) -> None:
+        """Earlier rounds count for less."""
+        self.kept *= forget
+        self.refused *= forget
 
 
 def expected_tokens(rate: float, length: int) -> float:
@@ -73,18 +92,53 @@ def expected_tokens(rate: float, length: int) -> float:
     return float(length + 1) if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that has ended, of `rows` rows and `length` proposals, and the `seconds` since the one before it ended.
+
+    It gave each row `tokens` on the average. `following` proposals are under way, None where nothing is. A `timed` one
+    took what such steps take. With `shared`, somebody else's work was done as well. `reading` are seconds in which the
+    draft caught up, as predicted, `building` those in which graphs were built for the step that follows.
+    """
+
+    rows: int
+    length: int
+    seconds: float
+    tokens: float
+    following: int | None
+    timed: bool = True
+    shared: bool = False
+    reading: float = 0.0
+    building: float = 0.0
+
+
+@dataclass(slots=True)
+class _Trial:
+    size: int
+    length: int
+    left: int = _TRIAL_MOST
+    timed: int = 0
+    building: float = 0.0
+    """Seconds of building for the last round: the next may need as much."""
+
+
 class Policy:
-    """Decides for one engine. `tried` is how many trials there were, for whoever wonders."""
+    """Decides for one engine. `tried` counts trials, `steps` the steps that were, by size class and length."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
+        self.allowance = Allowance()
         self.tried = 0
+        self.steps: Counter[tuple[int, int]] = Counter()
         self._length = 0
         self._settled = 0
-        self._pending: tuple[int, int] | None = None
-        self._trial = (1, 0.0)
-        self._spare = 0.0
-        self._since_plain = 0
+        self._plain_left = 0
+        self._wanted = 0.0
+        self._builds: dict[int, float] = {}
+        self._trial: _Trial | None = None
+        self._gaps: defaultdict[int, int] = defaultdict(int)
+        self._since_trial: Counter[int] = Counter()
+        self._since_plain: Counter[int] = Counter()
 
     def decide(self, rows: Sequence[Acceptance], most: int, missed: Callable[[], int], *, changed: bool) -> int:
         """Tokens to propose in the next step of `rows`, at most `most`.
@@ -93,71 +147,133 @@ class Policy:
         in the step before.
         """
         if most == 0 or not rows:
-            self._length, self._pending = 0, None
+            self._length, self._trial, self._settled = 0, None, 0
             return 0
-        if self._pending is not None:
-            length, left = self._pending
-            self._pending = (length, left - 1) if left > 1 else None
-            return min(length, most)
-        if changed or self._length > most or self._settled <= 0:
-            before, self._length = self._length, self._best(rows, most, missed())
-            self._settled = _DECIDE_EVERY if self._length == before else _LOOK_AFTER
-            if self._length == 0:
-                self._trial = self._worst_trial(rows, most, missed())
+        size = size_class(len(rows))
+        if self._trial is not None and not self._goes_on(self._trial, size, most):
+            self._trial, self._settled = None, 0
+        if self._trial is not None:
+            return self._next(size)
+        if self._plain_left > 0 or not self.costs.known(len(rows), 0):
+            self._plain_left = max(0, self._plain_left - 1)
+            self._settled = 0
+            return 0
+        if self._settled <= 0 or changed or self._length > most or (self._length and self.allowance.spent):
+            self._settled = _DECIDE_EVERY
+            self._settle(rows, most, missed())
         self._settled -= 1
-        return self._try(most) if self._length == 0 else self._compare()
+        return self._next(size)
 
-    def took(self, rows: int, length: int, seconds: float, *, steady: bool) -> None:
-        """A step ended. `steady` says that its time is its own: nothing else was done, and the next is of its kind."""
-        if steady:
-            self.costs.record(rows, length, seconds)
-        if length == 0:
-            self._spare += seconds * _SPARE
-        else:
-            self._since_plain += 1
+    def took(self, step: Taken) -> None:
+        """A step has ended."""
+        size = size_class(step.rows)
+        self.steps[size, step.length] += 1
+        if step.timed:
+            self.costs.record(step.rows, step.length, step.seconds)
+            if self._trial is not None and (self._trial.size, self._trial.length) == (size, step.length):
+                self._trial.timed += 1
+        (self._since_plain if step.length else self._since_trial)[size] += 1
+        if step.building and step.following is not None:
+            self._builds[step.following] = step.building / self.costs.step(step.rows, step.following)
+        if self._trial is not None:
+            self._trial.building = step.building if step.following else 0.0
+        if self.costs.known(step.rows, 0):
+            plain = self.costs.average(step.rows)
+            self.allowance.begin(plain)
+            # Of what others did, or of a time without requests, nothing is saved up.
+            self.allowance.passed(plain if step.shared else step.seconds)
+            if step.length or step.following:
+                self.allowance.charge(self._lost(step, plain))
+            self.allowance.cap(plain, self._wanted)
 
-    def _best(self, rows: Sequence[Acceptance], most: int, missed: int) -> int:
-        present = min(self._length, most)
-        plain = self._rate(rows, 0, 0)
-        # Bad news first, as it is what large batches get: nothing is worked out row by row for them.
-        if all((length + 1) * len(rows) / self._cost(rows, length, missed) < plain for length in range(1, most + 1)):
-            return 0
-        rates = [plain, *(self._rate(rows, length, missed) for length in range(1, most + 1))]
-        best = max(range(most + 1), key=rates.__getitem__)
-        needed = _CHANGE if present else _TURN_ON
-        return best if rates[best] > rates[present] * needed else present
+    def _lost(self, step: Taken, plain: float) -> float:
+        """Seconds beyond those that plain steps, of `plain` seconds, take for as many tokens.
+
+        What is done for a round while the plain step before it is waited for is part of it.
+        """
+        if not step.shared:
+            return step.seconds - step.tokens * plain
+        rounds = self.costs.step(step.rows, step.length) - step.tokens * plain if step.length else 0.0
+        return rounds + (step.reading + step.building if step.following else 0.0)
+
+    # ------------------------------------------------------------- what pays
+
+    def _settle(self, rows: Sequence[Acceptance], most: int, missed: int) -> None:
+        """Decide anew: how many from now on, and whether to try another number first."""
+        known = [length for length in lengths(most) if self.costs.known(len(rows), length)]
+        unknown = [length for length in lengths(most) if length not in known]
+        spent = self.allowance.spent
+        rates = {length: self._rate(rows, length, missed) for length in (0, *(() if spent else known))}
+        present = self._length if self._length in rates else 0
+        best = max(rates, key=rates.__getitem__)
+        if best and rates[best] < rates[present] * (_CHANGE if present else _TURN_ON):
+            best = present
+        self._length = best
+        if best:
+            # What was never timed is tried where it would be better; there is nothing else to be found.
+            unknown = [length for length in unknown if self._rate(rows, length, missed) > rates[best] * _CHANGE]
+            self._gaps[size_class(len(rows))] = _RETRY
+        if not spent and (candidates := unknown or ([] if best else known)):
+            self._try(rows, max(candidates, key=lambda length: self._rate(rows, length, missed)), missed)
 
     def _rate(self, rows: Sequence[Acceptance], length: int, missed: int) -> float:
         """Tokens a second."""
-        tokens = sum(expected_tokens(row.rate, length) for row in rows) if length else float(len(rows))
-        return tokens / self._cost(rows, length, missed)
-
-    def _cost(self, rows: Sequence[Acceptance], length: int, missed: int) -> float:
         once = self.costs.catching_up(missed) / _PAYS_BACK if length else 0.0
-        return self.costs.step(len(rows), length) + once
+        return _tokens(rows, length) * len(rows) / (self.costs.step(len(rows), length) + once)
 
-    def _worst_trial(self, rows: Sequence[Acceptance], most: int, missed: int) -> tuple[int, float]:
-        """The length that looks best, and the seconds that are lost to trying it if every proposal is refused."""
-        count = len(rows)
-        length = max(range(1, most + 1), key=lambda length: self._rate(rows, length, missed))
-        lost = _TRIAL * (self.costs.step(count, length) - self.costs.step(count, 0))
-        return length, lost + self.costs.catching_up(missed)
+    # ------------------------------------------------------------- trials
 
-    def _try(self, most: int) -> int:
-        """A trial, if enough time was set aside for it."""
-        length, lost = self._trial
-        if self._spare < lost or length > most:
-            return 0
-        self._spare = 0.0
+    def _try(self, rows: Sequence[Acceptance], length: int, missed: int) -> None:
+        """Begin a trial, if it is time, and it can be afforded."""
+        size, plain = size_class(len(rows)), self.costs.step(len(rows), 0)
+        if not self._length and self._since_trial[size] < self._gaps[size]:
+            return
+        lost = _TRIAL * max(0.0, self.costs.step(len(rows), length) - _tokens(rows, length) * plain)
+        reading = self.costs.catching_up(missed)
+        self._wanted = min(lost, _SAVED_FOR_ROUNDS * plain) + min(reading, _SAVED_FOR_READING * plain)
+        self._wanted += self._building(len(rows), length)
+        if self.allowance.seconds < self._wanted:
+            return
+        self._wanted = 0.0
         self.tried += 1
-        self._pending = (length, _TRIAL - 1)
-        self._settled = 0
-        return length
+        self._trial = _Trial(size, length)
+        self._since_trial[size] = 0
+        for row in rows:
+            row.fade(_TRIED_AGAIN)
 
-    def _compare(self) -> int:
-        if self._since_plain < _PLAIN_EVERY:
+    def _building(self, rows: int, length: int) -> float:
+        """Seconds that building graphs may take in the first round of a length, by the last that were built.
+
+        In units of the steps themselves, since a round has more of them.
+        """
+        if self.costs.known(rows, length) or not self._builds:
+            return 0.0
+        return self._builds.get(length, max(self._builds.values())) * self.costs.step(rows, length)
+
+    def _goes_on(self, trial: _Trial, size: int, most: int) -> bool:
+        if trial.timed >= ENOUGH:
+            self._gaps[size] = min(max(_RETRY, 2 * self._gaps[size]), _RETRY_MOST)
+            return False
+        trial.left -= 1
+        affordable = self.allowance.seconds >= trial.building
+        return trial.left > 0 and trial.size == size and trial.length <= most and affordable
+
+    def _next(self, size: int) -> int:
+        """The present length, or a plain step where it is long ago that one was timed."""
+        if self._trial is not None:
+            return self._trial.length
+        if not self._length or self._since_plain[size] < _PLAIN_EVERY:
             return self._length
-        self._since_plain = 0
-        self._settled = 0
-        self._pending = (0, _PLAIN_STEPS - 1)
+        self._since_plain[size] = 0
+        self._plain_left = _PLAIN_STEPS - 1
         return 0
+
+
+def lengths(most: int) -> tuple[int, ...]:
+    """Numbers of proposals that are considered."""
+    return (most, most // 2) if most > 1 else (1,)
+
+
+def _tokens(rows: Sequence[Acceptance], length: int) -> float:
+    """Tokens that a row is expected to get from a step, on the average."""
+    return sum([expected_tokens(row.rate, length) for row in rows]) / len(rows) if length else 1.0

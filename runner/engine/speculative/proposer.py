@@ -7,18 +7,19 @@ row's tokens but for the last two: a round feeds it those, so that a round whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.filters import NONE
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches, Held, Layout, Traced
 from runner.engine.row import Row
-from runner.engine.sampling import Sampler
-from runner.engine.speculative.verify import Proposal
-from runner.engine.traced import TracedCalls
+from runner.engine.sampling import Sampler, State
+from runner.engine.speculative.verify import Proposal, sequence
+from runner.engine.traced import KeptGraphs, TracedCalls
 
 _READS: Final = 1024
 """Tokens of a row that the draft reads at most, before it proposes the first."""
@@ -29,6 +30,9 @@ _READS_TOGETHER: Final = 4096
 _CALL: Final = 2048
 """Tokens in one call while it reads."""
 
+_Own = tuple[list[mx.array], list[mx.array]]
+"""A sampler's arrays, and positions where rows draw."""
+
 
 class Proposer:
     """The draft's caches for the rows of a batch."""
@@ -37,6 +41,7 @@ class Proposer:
         """`own` is the width of the draft's logits, `vocabulary` that of the target's."""
         self._model = model
         self._call = TracedCalls(model)
+        self._graphs = KeptGraphs()
         self._layout = layout
         self._own = own
         self._vocabulary = vocabulary
@@ -49,6 +54,11 @@ class Proposer:
     def nbytes(self) -> int:
         """Bytes of the caches."""
         return 0 if self._caches is None else self._caches.nbytes
+
+    @property
+    def building(self) -> float:
+        """Seconds spent so far on building graphs that are kept."""
+        return self._call.building + self._graphs.building
 
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
@@ -79,33 +89,84 @@ class Proposer:
         self._rows = list(rows)
         self._at = [_due(row) for row in rows]
 
-    def propose(self, previous: mx.array, fed: mx.array, count: int, sampler: Sampler) -> Proposal:
-        """`count` tokens for each row, to follow `previous` [B, 1] and `fed` [B, 1], its last two."""
-        assert self._caches is not None
-        feeding, new, state = mx.concatenate([previous, fed], axis=1), fed, sampler.state
+    def propose(self, last: mx.array, count: int, sampler: Sampler) -> Proposal:
+        """`count` tokens for each row, to follow `last` [B, 2], its last two."""
+        caches = self._caches
+        assert caches is not None
+        caches.mark()
+        shape = caches.shape(count + 1)
+        if shape is None or sampler.form is None:
+            return self._one_by_one(lambda tokens: self._call(caches, tokens), last, count, sampler)
+        proposing, position = sampler.proposing, sampler.state.position
+        positions = [] if position is None else [position + _numbers(count)]
+
+        def trace(last: mx.array, starts: mx.array, own: _Own, held: Held) -> Traced[list[mx.array]]:
+            return self._together(caches, proposing.having(own[0]), last, starts, own[1], held)
+
+        def call(graph: Callable[..., Traced[list[mx.array]]]) -> Proposal:
+            # What is made of starts and positions here is what a graph would compile a kernel for.
+            made, *logits = caches.call_graph(
+                lambda last, starts, held: graph(last, starts + _begun(count), (proposing.arrays, positions), held),
+                last,
+            )
+            return Proposal(made, sampler.draw.weights(logits[0]) if sampler.draw is not None and logits else None)
+
+        def build() -> Proposal:
+            return self._one_by_one(lambda tokens: caches.call(self._model, tokens), last, count, sampler)
+
+        return self._graphs.run((shape, proposing.form), trace, call, build)
+
+    def _together(
+        self,
+        caches: Caches,
+        sampler: Sampler,
+        last: mx.array,
+        starts: mx.array,
+        positions: list[mx.array],
+        held: Held,
+    ) -> Traced[list[mx.array]]:
+        """All proposals as one graph: their sequence, and the logits [B, K, V] if they are wanted of rows that draw.
+
+        `starts` [K + 1, B] are those of each call, and of the next round if all is kept; `positions` [K, B, 1], if any.
+        """
+        feeding, tokens, logits = last, [], []
+        for number in range(starts.shape[0] - 1):
+            answer, held, _ = caches.trace(self._model, self._readable(feeding), _line(starts, number), held)
+            logits.append(self._fitted(answer[:, -1:]))
+            state = State(_line(positions[0], number) if positions else None, None)
+            feeding = sampler.choose(logits[-1], feeding, state).tokens
+            tokens.append(feeding)
+        wanted = [mx.concatenate(logits, axis=1)] if sampler.unbound else []
+        return [sequence(last[:, 1:], tokens), *wanted], held, _line(starts, len(tokens))
+
+    def _one_by_one(
+        self, answer: Callable[[mx.array], mx.array], last: mx.array, count: int, sampler: Sampler
+    ) -> Proposal:
+        """The proposals of calls by themselves; `answer` is the model."""
+        feeding, new, state = last, last[:, 1:], sampler.state
         tokens, weights = [], []
         for _ in range(count):
-            logits = self._call(self._caches, self._readable(feeding))[:, -1:]
-            choice = sampler.choose(self._fitted(logits), new, state, proposing=True)
+            logits = answer(self._readable(feeding))[:, -1:]
+            choice = sampler.proposing.choose(self._fitted(logits), new, state)
             state = choice.after()
             feeding = new = choice.tokens
             tokens.append(choice.tokens)
-            if choice.weights is not None:
+            if sampler.unbound and choice.weights is not None:
                 weights.append(choice.weights)
-        return Proposal(mx.concatenate(tokens, axis=1), mx.concatenate(weights, axis=1) if weights else None)
+        return Proposal(sequence(last[:, 1:], tokens), mx.concatenate(weights, axis=1) if weights else None)
 
     def dispatched(self) -> None:
         """What was proposed has been started, by whoever started what depends on it."""
         if self._caches is not None:
             self._caches.dispatched()
 
-    def trim(self, refused: mx.array) -> None:
-        """Forget the last `refused` [B] tokens of the rows; `settle` follows."""
+    def keep(self, counts: mx.array) -> None:
+        """Of what it has read since it began to propose, keep the first `counts` [B] tokens; `settle` follows."""
         assert self._caches is not None
-        self._caches.trim(refused)
+        self._caches.keep(counts)
 
     def settle(self, refused: Sequence[int], said: Sequence[int]) -> None:
-        """The host has read the oldest trim's counts; row i said `said[i]` tokens."""
+        """The host has read the counts of the oldest `keep`; row i said `said[i]` tokens."""
         assert self._caches is not None
         self._caches.settle(refused)
         self._at = [at + more for at, more in zip(self._at, said, strict=True)]
@@ -138,6 +199,8 @@ class Proposer:
             padded = [part + [0] * (max(lengths) - len(part)) for part in parts]
             caches.call(self._model, self._readable(mx.array(padded, dtype=mx.uint32)), lengths)
             start(caches.arrays)
+            # Else the next graph would have to wait for it, and so would be another one.
+            caches.dispatched()
 
     def _readable(self, tokens: mx.array) -> mx.array:
         """Tokens of the target; those that the draft has no entry for become its last one."""
@@ -164,3 +227,23 @@ def _tokens(row: Row) -> list[int]:
 def _due(row: Row) -> int:
     """How many of a row's tokens the draft should have seen: all but the last two."""
     return max(0, len(row.prompt) + len(row.generated) + row.unread - 2)
+
+
+def _line(array: mx.array, number: int) -> mx.array:
+    """[…] of [N, …], as a view: an index by itself is a launch."""
+    return array[number : number + 1].squeeze(0)
+
+
+# Kept: a device waits tens of microseconds for numbers that the host has just written.
+
+
+@cache
+def _numbers(count: int) -> mx.array:
+    """[count, 1, 1]: 0, 1, 2, …"""
+    return mx.arange(count, dtype=mx.uint32)[:, None, None]
+
+
+@cache
+def _begun(count: int) -> mx.array:
+    """[count + 1, 1]: tokens that a round's calls begin after. The first has two, the others have one."""
+    return mx.array([[0], *([number + 2] for number in range(count))], dtype=mx.int32)

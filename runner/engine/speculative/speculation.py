@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from runner.engine.row import Row
 from runner.engine.speculative.costs import Costs
-from runner.engine.speculative.policy import Acceptance, Policy
+from runner.engine.speculative.policy import Acceptance, Policy, Taken
 from runner.engine.speculative.proposer import Proposer
 
 _REMEMBER: Final = 0.998
 """What earlier rounds of any row still count for, after another one, in what is assumed of new rows."""
 
-_STEADY: Final = 2
-"""Steps of a kind in a row before one is measured: what was started before the first of them may still be running."""
+_DISTURBED: Final = 2
+"""Steps whose time is not their own when something is done between two: what the host does then delays the one that
+is being waited for, and what the device does the next."""
 
 
 class Speculation:
@@ -33,18 +35,37 @@ class Speculation:
         most: int | None = None,
         weights_bytes: int = 0,
         token_bytes: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.weights_bytes = weights_bytes
         self.token_bytes = token_bytes
         self.proposer = proposer
         self.policy = Policy(costs)
+        self._costs = costs
         self._most = most
         self._known: defaultdict[str, Acceptance] = defaultdict(Acceptance)
-        self._ended = time.perf_counter()
+        self._clock = clock
+        self._ended = clock()
         self._before: tuple[int, int] | None = None
-        self._alike = 0
+        self._shared = 0
+        self._warming = 0
+        self._reading = self._building = 0.0
         self._postponed = False
         self._accepted: list[Acceptance] = []
+        self._rehearsed: int | None = None
+
+    @contextmanager
+    def rehearsing(self, length: int) -> Iterator[None]:
+        """Every step proposes `length` tokens meanwhile, where it can; nothing is learnt of it, and nothing charged.
+
+        A first round compiles kernels, which takes what no round ever gains.
+        """
+        self._rehearsed = length
+        try:
+            yield
+        finally:
+            self._rehearsed = None
+            self._ended = self._clock()
 
     def joined(self, rows: Sequence[Row]) -> None:
         """Rows are new in the batch: what is assumed of them is what others with their adapter had."""
@@ -58,27 +79,46 @@ class Speculation:
         self._postponed = changed and any(len(row.prompt) + len(row.generated) + row.unread < 2 for row in rows)
         if self._postponed:
             return 0  # a round begins with the last two tokens of each row
+        if self._rehearsed is not None:
+            return min(self._rehearsed, most)
         if changed:
             self._accepted = [row.acceptance for row in rows]
         most = most if self._most is None else min(most, self._most)
         return self.policy.decide(self._accepted, most, lambda: self.proposer.missed(rows), changed=changed)
 
     def disturbed(self) -> None:
-        """Something else than steps takes time: what the steps under way take tells nothing."""
-        self._alike = 0
+        """Something else than steps takes time: how long the steps under way take tells nothing."""
+        self._shared = _DISTURBED
 
-    def ended(self, rows: int, length: int, following: int | None) -> None:
-        """A step of `rows` rows and `length` proposals has been read; `following` proposals are under way for them.
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Have the draft read what it has missed of `rows`."""
+        self._reading += self._costs.catching_up(self.proposer.missed(rows))
+        self._warming = _DISTURBED
+        self.proposer.catch_up(rows)
 
-        None where nothing is.
+    def built(self, seconds: float) -> None:
+        """Graphs were built for the next step, as they will not be for others of its kind."""
+        self._warming = _DISTURBED
+        self._building += seconds
+
+    def ended(self, rows: int, length: int, tokens: float, following: int | None) -> None:
+        """A step of `rows` rows and `length` proposals has been read, in which each row was given `tokens`, on average.
+
+        `following` proposals are under way for them, None where nothing is.
         """
-        now = time.perf_counter()
-        kind = (rows, length)
-        self._alike = self._alike + 1 if kind == self._before else 1
-        self.policy.took(rows, length, now - self._ended, steady=following == length and self._alike > _STEADY)
-        self._ended, self._before = now, kind
+        if self._rehearsed is not None:
+            return
+        now, kind = self._clock(), (rows, length)
+        alike = self._before == kind and following == length
+        timed = alike and not self._shared and not self._warming
+        extra = self._reading, self._building
+        self.policy.took(Taken(rows, length, now - self._ended, tokens, following, timed, self._shared > 0, *extra))
+        self._ended, self._before, self._reading, self._building = now, kind, 0.0, 0.0
+        self._shared, self._warming = max(0, self._shared - 1), max(0, self._warming - 1)
 
     def learn(self, row: Row, kept: int, proposed: int) -> None:
         """A round kept so many of a row's proposals."""
+        if self._rehearsed is not None:
+            return
         row.acceptance.add(kept, proposed)
         self._known[row.adapter_key].add(kept, proposed, _REMEMBER)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import mlx.core as mx
 
 from runner.engine.draw import Draw
 from runner.engine.sampling import Choice
-from runner.engine.speculative.acceptance import agreeing, replacement, surviving
+from runner.engine.speculative.acceptance import NO_TOKEN, agreeing, replacement, surviving
 
 _ACCEPTING: Final = 0x2545F491
 _REPLACING: Final = 0x9E6C63D0
@@ -18,13 +20,35 @@ _REPLACING: Final = 0x9E6C63D0
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """`tokens` [B, K], and the logarithms, up to a constant, of what they were drawn from.
+    """The token before, K proposals, and none: `sequence` [B, K + 2].
 
-    `weights` [B, K, V] are None where no row draws.
+    `weights` [B, K, V] are the logarithms, up to a constant, of what they were drawn from; None where no row rejects.
     """
 
-    tokens: mx.array
+    sequence: mx.array
     weights: mx.array | None
+
+    @property
+    def fed(self) -> mx.array:
+        """[B, K + 1]: what is verified in one call."""
+        return self.sequence[:, :-1]
+
+    @property
+    def tokens(self) -> mx.array:
+        """[B, K]."""
+        return self.sequence[:, 1:-1]
+
+
+def sequence(before: mx.array, proposed: Sequence[mx.array]) -> mx.array:
+    """[B, K + 2] of the token `before` [B, 1] and K `proposed` ones, [B, 1] each."""
+    none = mx.broadcast_to(_no_token(), before.shape)
+    return mx.concatenate([before, *proposed, none], axis=1)
+
+
+@cache
+def _no_token() -> mx.array:
+    # Kept: a device waits tens of microseconds for a number that the host has just written.
+    return mx.array(NO_TOKEN, dtype=mx.uint32)
 
 
 def verify(proposal: Proposal, choice: Choice, draw: Draw | None) -> tuple[mx.array, mx.array]:
@@ -32,7 +56,7 @@ def verify(proposal: Proposal, choice: Choice, draw: Draw | None) -> tuple[mx.ar
 
     `choice` is the sampler's for the K + 1 positions.
     """
-    kept = agreeing(proposal.tokens, choice.tokens)
+    kept = agreeing(proposal.sequence[:, 1:], choice.tokens)
     position = choice.state.position
     if draw is None or draw.unbound is None or position is None:
         return choice.tokens, kept

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.engine.kv import attention_kernel, attention_source, quantised_kernel, quantised_source
+from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
@@ -130,35 +130,6 @@ class OnHost:
         return attended, call.planes
 
 
-class PackedOnHost:
-    """The same for packed keys and values."""
-
-    def __init__(self, folder: Path, threads: int = 1, splits: int = 1) -> None:
-        self.launches = 0
-        self._compiled = Compiled(folder, threads, splits)
-
-    def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
-        self.launches += 1
-        rows, heads, tokens, width = call.queries.shape
-        groups = call.keys.shape[1]
-        way = quantised_kernel.shape(width, heads // groups)
-        # In order: each name is given to its array.
-        names = ("queries", "keys", "values", *quantised_kernel.HELD)
-        arrays = dict(zip(names, (call.queries, call.keys, call.values, *call.planes), strict=True))
-        arrays["frequencies"] = mx.zeros((1,)) if call.rotation is None else call.rotation.frequencies
-        blocks = rows * groups * (heads // groups // way.heads) * tokens
-        constants = {"D": width, "HEADS": way.heads, "LANES": way.lanes, "MINE": 16, "FEW": 16}
-        constants |= {"BITS": call.bits, "GROUP": call.group_size}
-        constants["ROTATED"] = 0 if call.rotation is None else call.rotation.dims
-        constants["TRADITIONAL"] = int(call.rotation is not None and call.rotation.traditional)
-        # MLX looks for a group's range from elsewhere on the CPU.
-        range_of = "constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;\n"
-        source = (attention_source.HEADER + quantised_source.HEADER + range_of, quantised_source.SOURCE)
-        numbers = {"WINDOW": call.window or 0}
-        attended = self._compiled.run(call, source, arrays, ("queries", "keys"), constants, numbers, blocks)
-        return attended, call.planes
-
-
 class Compiled:
     """Sources of kernels that attend, compiled when they are first run."""
 
@@ -170,7 +141,7 @@ class Compiled:
 
     def run(
         self,
-        call: Call | PackedCall,
+        call: Call,
         source: tuple[str, str],
         arrays: Mapping[str, mx.array],
         shaped: Sequence[str],
@@ -209,8 +180,6 @@ class Compiled:
         passed += [*map(ctypes.c_int, numbers.values()), ctypes.c_float(call.scale * np.log2(np.e))]
         if self._threads == 1:
             constants["LANES"] = 1
-            if "MINE" in constants:
-                constants["MINE"] = constants["GROUP"]
         constants |= {"THREADS": self._threads}
         self._of(kind, source, arguments, constants)(
             ctypes.c_int(blocks * self._splits), ctypes.c_int(self._threads), *passed

@@ -40,6 +40,9 @@ class PromptsOnHost:
         mx.eval(*given, *(() if call.after is None else (call.after,)))
         mx.synchronize()
         arrays = dict(zip(prompt_kernel.WRITE_INPUTS, map(_view, given), strict=True))
+        # MLX's own memory begins 8 bytes behind a multiple of 16 here, and the kernel would never take 16 at once.
+        own = {name: arrays[name] for name in ("held_keys", "held_values")}
+        arrays |= {name: array.copy(order="K") for name, array in own.items()}
         constants = [value for _, value in rotation]
         queries = np.zeros((rows, heads, tokens, width), dtype=arrays["queries"].dtype)
         header = TYPES + prompt_kernel.write_header(dtype, width, *constants, 1)
@@ -55,6 +58,8 @@ class PromptsOnHost:
         blocks *= self._splits
         self._run(header + DEVICE, prompt_kernel.ATTEND, arrays, outputs, blocks, 32 * self._warps)
         assert not counters.any(), "the next launch finds zeros"
+        for name, array in own.items():
+            np.copyto(array, arrays[name])
         result = mx.array(out)
         return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
 

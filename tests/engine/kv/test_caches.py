@@ -89,9 +89,10 @@ class Rows:
         """Several tokens a row, of which some are taken back: as many as were not right, row by row."""
         assert self.caches is not None
         new = [[self.draw.randrange(self.model.vocabulary) for _ in range(SLACK)] for _ in self.tokens]
+        self.caches.mark()
         self.call(self.caches, self.tokens, new)
         counts = [self.draw.randint(0, SLACK) for _ in self.tokens]
-        self.caches.trim(mx.array(counts))
+        self.caches.keep(mx.array([SLACK - count for count in counts], dtype=mx.int32))
         self.tokens = [row[: len(row) - count] for row, count in zip(self.tokens, counts, strict=True)]
         if self.draw.random() < 0.5:
             self.decode()  # before the host knows
@@ -154,8 +155,9 @@ def test_what_was_cut_off_has_left_its_traces_in_a_ring(loaded: dict[str, Loaded
     for length in (28, 60):
         caches = Layout(model.model, SLACK).new()
         caches.call(model.model, mx.array([prompt[:length]]))
+        caches.mark()
         caches.call(model.model, mx.array([prompt[:SLACK]]))
-        caches.trim(mx.array([SLACK - 1]))
+        caches.keep(mx.array([1], dtype=mx.int32))
         caches.settle([SLACK - 1])
         kept = beginning(caches, 0)
         assert kept.state is not None
@@ -285,12 +287,13 @@ def test_what_a_row_has_left_behind_does_not_reach_the_next(loaded: dict[str, Lo
     assert all(to_list(mx.isfinite(answers).all(axis=(1, 2))))
 
 
-def test_a_trim_needs_no_wait(loaded: dict[str, LoadedModel]) -> None:
+def test_cutting_off_needs_no_wait(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["llama"]
     caches = filled(model, [20, 20])
+    caches.mark()
     caches.call(model.model, mx.array([[1, 2, 3], [4, 5, 6]]))
-    counts = mx.array([2, 0]) * mx.array([1, 1])
-    caches.trim(counts)
+    counts = mx.array([1, 3]) * mx.array([1, 1])
+    caches.keep(counts)
     after = caches.call(model.model, mx.array([[9], [9]]))
     caches.settle([2, 0])
     prompts = [[(7 * i + j) % model.vocabulary for j in range(20)] for i in range(2)]

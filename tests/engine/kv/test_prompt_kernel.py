@@ -22,19 +22,24 @@ from tests.engine.kv.test_attention_kernel import Geometry, rotations
 Shape = tuple[int, list[int], int | None]
 """Tokens, what each row has before them, and a window."""
 
-HERE: list[Shape] = [(17, [0], None), (70, [0, 45], None), (35, [90, 0, 7], 20)]
+HERE: list[Shape] = [(17, [0], None), (70, [0, 45], None), (35, [90, 0, 7], 20), (20, [80, 62], 90)]
 
 
 def call_of(
     geometry: Geometry, dtype: mx.Dtype, shape: Shape, rotation: Rotation | None, *, uneven: bool = False
 ) -> Call:
-    """As from one product of all projections: no array is contiguous, and there are more slots than rows."""
+    """As from one product of all projections: no array is contiguous, and there are more slots than rows.
+
+    What lies behind the rows is no number, and must not be looked at.
+    """
     (heads, groups, width), (tokens, starts, window) = geometry, shape
     rows, places = len(starts), max(starts) + tokens + 3
     keys = iter(mx.random.split(mx.random.key(tokens), 3))
     draw = lambda *of: mx.random.normal(of, key=next(keys)).astype(dtype)  # noqa: E731
     projected = draw(rows, tokens, heads + 2 * groups, width).swapaxes(1, 2)
-    planes = [draw(rows + 1, groups, places, width) for _ in range(2)]
+    ends = mx.array([*starts, 0])[:, None, None, None] + tokens
+    behind = mx.arange(places)[:, None] >= ends
+    planes = [mx.where(behind, mx.nan, draw(rows + 1, groups, places, width)).astype(dtype) for _ in range(2)]
     if uneven:  # in an order of their own, as one that was written as a whole; and lines that are not
         planes[0] = mx.contiguous(planes[0].swapaxes(1, 2)).swapaxes(1, 2)
         planes[1] = mx.contiguous(planes[1].swapaxes(2, 3)).swapaxes(2, 3)
@@ -60,18 +65,24 @@ def check(launch: Launch, calls: Iterator[Call]) -> None:
         places = mx.arange(planes[0].shape[2])
         new = (places >= call.starts[:, None]) & (places < call.starts[:, None] + tokens)
         new = mx.concatenate([new, mx.zeros((planes[0].shape[0] - rows, places.size), dtype=mx.bool_)])
-        for mine, other in zip(written, planes, strict=True):
+        for mine, other in zip(map(numbers, written), planes, strict=True):
             # A rotation's last bit may be another.
             assert mx.allclose(mine, other, rtol=close, atol=close).item(), "written in the right places"
             assert ((mine == other) | new[:, None, :, None]).all().item(), "and nowhere else"
-        assert mx.array_equal(written[1], planes[1]).item(), "values are what they are"
+        assert mx.array_equal(numbers(written[1]), planes[1]).item(), "values are what they are"
 
 
 def in_float32(call: Call) -> tuple[mx.array, Planes]:
     """What the launches should do; the planes they are given stay as they are. On the CPU, MLX rotates in 16 bits."""
     exact = replace(call, queries=call.queries.astype(mx.float32), keys=call.keys.astype(mx.float32))
     queries, keys = (array.astype(call.queries.dtype) for array in turned(exact))
-    return separately(replace(call, queries=queries, keys=keys, rotation=None))
+    planes = numbers(call.planes[0]), numbers(call.planes[1])
+    return separately(replace(call, queries=queries, keys=keys, planes=planes, rotation=None))
+
+
+def numbers(plane: mx.array) -> mx.array:
+    """Zeros for what is none."""
+    return mx.where(mx.isnan(plane), mx.array(0, dtype=plane.dtype), plane)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +133,14 @@ def test_on_the_host_as_on_the_device(scratch: Path, geometry: Geometry) -> None
     ("geometry", "dtype"),
     [
         *(((32, 8, 64), mx.bfloat16), ((8, 1, 128), mx.bfloat16), ((6, 2, 96), mx.bfloat16)),
-        *(((12, 12, 80), mx.float16), ((4, 2, 16), mx.float16), ((32, 8, 128), mx.float16)),
+        *(((12, 12, 80), mx.float16), ((4, 2, 16), mx.float16)),
     ],
     ids=str,
 )
 def test_on_the_device(geometry: Geometry, dtype: mx.Dtype) -> None:
     """Each rotation and each window takes a second to compile, so not all are tried with each geometry."""
     shapes: list[Shape] = [
-        *HERE,
+        *HERE[:3],
         *((256, [0], None), (255, [0, 33], None), (300, [1000, 64, 0], None), (128, [1, 0, 700], None)),
         *((64, [6000], None), (300, [500, 0], 20), (96, [18, 19, 20], 20)),
     ]

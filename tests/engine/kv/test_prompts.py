@@ -23,7 +23,7 @@ from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import OnDevice, OnHost, separately
 from tests.engine.kv.prompts_on_host import PromptsOnHost
-from tests.engine.kv.test_unwritten import TEXT, Recorded, operations
+from tests.engine.kv.test_unwritten import TEXT, Recorded, of_a_call
 from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
 
 Launched = OnDevice | PromptsOnHost
@@ -156,7 +156,7 @@ def test_a_layer_has_two_operations_for_eleven(
     llama = load(model_folder("llama"))
     tokens, lengths = mx.array([[1] * 20] * 3), [20, 4, 17]
     old, new = (
-        operations(llama, layout, tmp_path, tokens, lengths)
+        of_a_call(llama, layout, tmp_path, tokens, lengths)
         for layout in (Layout(llama.model), Layout(llama.model, launch=two, prompt_launch=two, rotates=True))
     )
     layers = 3
@@ -272,4 +272,5 @@ def test_prompts_that_join_a_batch_are_not_started_again(
         driver.engine.submit(generate(i, prompt=list(range(1, 30 + i)), max_tokens=8))
         driver.engine.step()
     driver.run([])
-    assert joins == [0, 0, 0]
+    assert len(joins) > 1
+    assert not any(joins)

@@ -102,8 +102,9 @@ def test_on_cuda_nothing_is_multiplied_as_it_is_packed(
 
 def test_rows_are_cut_without_copies(llama: LoadedModel) -> None:
     caches, _ = prefilled(llama, [PROMPT[:20], PROMPT[5:37]])
+    caches.mark()
     caches.call(llama.model, mx.array([[1, 2, 3, 4], [5, 6, 7, 8]]))
-    caches.trim(mx.array([3, 1]))
+    caches.keep(mx.array([1, 3], dtype=mx.int32))
     after = caches.call(llama.model, mx.array([[9], [9]]))[:, -1]
     caches.settle([3, 1])
     expected = [[*PROMPT[:20], 1, 9], [*PROMPT[5:37], 5, 6, 7, 9]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import OnDevice, OnHost, separately
+from tests.engine.operations import one, operations
 from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
 from tests.engine.tiny import CONFIGS, encode
 
@@ -116,31 +116,20 @@ def test_an_engine_says_the_same(
 # ------------------------------------------------------------- a step
 
 
-VIEWS = {"Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "AsStrided"}
-
-
-def operations(
+def of_a_call(
     model: LoadedModel, layout: Layout, scratch: Path, tokens: mx.array | None = None, lengths: list[int] | None = None
 ) -> Counter[str]:
-    """What the graph of a call of rows of different lengths has, but for views: of a step, if it says no `tokens`."""
+    """Operations of a call of rows of different lengths: of a step, if it says no `tokens`."""
     caches = layout.new(3)
     mx.eval(caches.call(model.model, mx.array([[1] * 20] * 3), [20, 4, 9]), caches.arrays)
-    logits = caches.call(model.model, mx.array([[1]] * 3) if tokens is None else tokens, lengths)
-    mx.export_to_dot(str(scratch / "step.dot"), logits)  # type: ignore[attr-defined]
-    labels = re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "step.dot").read_text())
-    return Counter(label for label in labels if label not in VIEWS)
+    return operations(scratch, caches.call(model.model, mx.array([[1]] * 3) if tokens is None else tokens, lengths))
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="Metal's own kernel attends there")
 def test_a_layer_has_one_operation_for_seven(llama: LoadedModel, tmp_path: Path) -> None:
     """And for eight launches: a scatter copies values that are not contiguous."""
-
-    def one(call: Call) -> tuple[mx.array, Planes]:
-        (attended,) = mx.depends([call.queries], [call.keys, call.values, *call.planes, call.starts])
-        return attended, call.planes
-
-    old = operations(llama, Layout(llama.model), tmp_path)
-    new = operations(llama, Layout(llama.model, launch=one), tmp_path)
+    old = of_a_call(llama, Layout(llama.model), tmp_path)
+    new = of_a_call(llama, Layout(llama.model, launch=one), tmp_path)
     layers = 3
     gone = Counter({"ScatterAxis": 2, "Multiply": 1, "Matmul": 2, "Select": 1, "Softmax": 1})
     of_layers = Counter({name: count * layers for name, count in gone.items()})

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from runner.engine.loader import LoadedModel
 from runner.engine.speculative.loading import speculate
-from runner.engine.speculative.policy import Acceptance
+from runner.engine.speculative.policy import Acceptance, Taken
 from runner.engine.speculative.speculation import Speculation
 from tests.engine.tiny import build_model
 
@@ -48,7 +48,7 @@ class Scripted:
         assert missed() >= 0
         return min(most, self._lengths())
 
-    def took(self, rows: int, length: int, seconds: float, *, steady: bool) -> None:
+    def took(self, step: Taken) -> None:
         pass
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.engine.speculative.acceptance import agreeing, leading, replacement, surviving
+from runner.engine.speculative.acceptance import NO_TOKEN, agreeing, leading, replacement, surviving
 
 NEVER = -float("inf")
 SKEWED = [0.5, 0.25, 0.125, 0.0625, 0.0625]
@@ -94,9 +94,11 @@ def test_leading_stops_at_the_first_that_is_not() -> None:
 
 
 def test_agreeing_compares_with_the_targets_own_choice() -> None:
-    proposed = mx.array([[4, 5], [4, 5], [9, 5]])
-    chosen = mx.array([[4, 5, 6], [4, 9, 5], [4, 5, 6]])
-    assert agreeing(proposed, chosen).tolist() == [2, 1, 0]
+    proposed = mx.array([[4, 5, NO_TOKEN], [4, 5, NO_TOKEN], [9, 5, NO_TOKEN]], dtype=mx.uint32)
+    chosen = mx.array([[4, 5, 6], [4, 9, 5], [4, 5, 6]], dtype=mx.uint32)
+    kept = agreeing(proposed, chosen)
+    assert kept.tolist() == [2, 1, 0]
+    assert kept.dtype == mx.int32, "it is added to other numbers"
 
 
 def test_what_the_target_never_says_is_refused_by_any_chance() -> None:

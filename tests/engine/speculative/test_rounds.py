@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.loader import LoadedModel, load
 from runner.engine.speculative import proposer
+from runner.engine.speculative.loading import speculate
 from runner.protocol import AdapterSource, Configure, Step
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
@@ -306,7 +308,7 @@ def test_the_real_policy_speculates_with_a_good_draft_and_not_with_a_bad_one(
         speculation = speculating(target, drafts("llama", kind))
         driver = Driver(target, speculation=speculation, num_draft_tokens=5)
         took = speculation.policy.took
-        flat = lambda rows, length, seconds, *, steady: took(rows, length, 0.01 + 0.002 * length, steady=steady)  # noqa: E731, B023
+        flat = lambda step: took(replace(step, seconds=0.01 + 0.002 * step.length, timed=not step.shared))  # noqa: E731, B023
         speculation.policy.took = flat
         speculation.policy.costs._target = lambda tokens: 0.01
         speculation.policy.costs._draft = lambda tokens: 0.002
@@ -315,3 +317,30 @@ def test_the_real_policy_speculates_with_a_good_draft_and_not_with_a_bad_one(
         shares[kind] = stats.drafted_tokens_total / stats.completion_tokens_total
     assert shares["self"] > 0.6
     assert shares["unrelated"] < 0.5
+
+
+def test_a_rehearsal_has_rounds_of_each_length_and_leaves_no_trace(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("llama")
+    target = load(folder, slack=SLACK)
+    speculation, _ = speculate(draft_folder(folder, tmp_path / "draft", "self"), target, SLACK)
+    assert speculation is not None
+    driver = Driver(target, speculation=speculation, num_draft_tokens=4)
+    proposed: list[int] = []
+    decide = speculation.decide
+
+    def recorded(*arguments: Any, **more: Any) -> int:
+        proposed.append(decide(*arguments, **more))
+        return proposed[-1]
+
+    speculation.decide = recorded  # type: ignore[method-assign]
+    assert driver.engine.rehearse() is None
+    assert {2, 4} <= set(proposed)
+    assert not driver.frames
+    stats = driver.engine.stats()
+    assert (stats.drafted_tokens_total, stats.accepted_tokens_total, stats.rows) == (0, 0, 0)
+    assert not speculation.policy.steps
+    assert not speculation.policy.tried
+    assert speculation.policy.allowance.seconds == 0
+    del proposed[:]
+    driver.one(prompt=[1, 2, 3], max_tokens=4)
+    assert set(proposed) == {0}, "plain steps are timed first"

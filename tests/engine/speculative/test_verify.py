@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runner.engine.sampling import Sampler, SamplingRow
-from runner.engine.speculative.verify import Proposal, verify
+from runner.engine.speculative.verify import Proposal, sequence, verify
 from runner.protocol import Sampling
 from tests.engine.speculative.test_acceptance import CHI_SQUARE, statistic
 
@@ -29,14 +29,14 @@ def round_of(sampler: Sampler) -> tuple[mx.array, mx.array, mx.array]:
     tokens, weights = [], []
     for position in range(2):
         logits = mx.broadcast_to(DRAFT[position], (ROWS, 1, VOCABULARY))
-        choice = sampler.choose(logits, tokens[-1] if tokens else fed, state, proposing=True)
+        choice = sampler.proposing.choose(logits, tokens[-1] if tokens else fed, state)
         state = choice.after()
         tokens.append(choice.tokens)
         assert choice.weights is not None
         weights.append(choice.weights)
-    proposal = Proposal(mx.concatenate(tokens, axis=1), mx.concatenate(weights, axis=1))
-    sequence = mx.concatenate([fed, proposal.tokens], axis=1)
-    choice = sampler.choose(mx.broadcast_to(TARGET, (ROWS, 3, VOCABULARY)), sequence, sampler.state, verifying=True)
+    proposal = Proposal(sequence(fed, tokens), mx.concatenate(weights, axis=1))
+    logits = mx.broadcast_to(TARGET, (ROWS, 3, VOCABULARY))
+    choice = sampler.choose(logits, proposal.fed, sampler.state, verifying=True)
     said, kept = verify(proposal, choice, sampler.draw)
     sampler.state = choice.after(kept)
     return said, kept, proposal.tokens

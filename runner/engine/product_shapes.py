@@ -1,0 +1,167 @@
+"""The kernels that products of one shape go through: each is tried on a layer's own weight first.
+
+That also compiles it before the engine says that it is ready. With changes it is tried when the first adapter for such
+a shape is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+from mlx_lm.models.activations import swiglu
+
+from runner.engine import cuda_kernels, product_kernel
+from runner.engine.adapters import kernel
+from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.stack import Stack
+from runner.engine.product_kernel import MOST_ROWS, TILES, Changed, Multiply
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE: Final = 0.02
+"""Of a product's norm. What rounding does is a tenth of it."""
+
+
+Make = Callable[[int, int, mx.Dtype, str], Multiply]
+"""How products of few tokens are made: `product_kernel.multiply`."""
+
+MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
+"""How those with changes are: `product_kernel.changed`."""
+
+AddChanges = Callable[[mx.array, mx.array, Stack, RowSlots, mx.array | None, str], mx.array]
+"""From tokens, what a product has made of them, and each row's change and slot: as `adapters.kernel.add_changes`."""
+
+Gate = Callable[[mx.array], mx.array]
+"""From a product of an MLP's gate and input, one behind the other, what is between those and its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What there is. MLX's operations stand for those that are None."""
+
+    multiply: Make
+    changed: MakeChanged | None = None
+    add_changes: AddChanges | None = None
+    gate: Gate | None = None
+
+
+def kernels() -> Kernels | None:
+    """Those of the device, None where there is none for them."""
+    if not product_kernel.usable():
+        return None
+    if not cuda_kernels.usable(kernel.SWITCH):
+        return Kernels(product_kernel.multiply, gate=product_kernel.gate)
+    return Kernels(product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate)
+
+
+def _add_changes(
+    x: mx.array, y: mx.array, stack: Stack, rows: RowSlots, added: mx.array | None, epilogue: str
+) -> mx.array:
+    return kernel.add_changes(x, y, stack, rows.board(), added, epilogue)
+
+
+class Shape:
+    """The products of layers with weights of one shape, [outputs, inputs], or of twice as many outputs for "swiglu"."""
+
+    def __init__(
+        self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, multiply: Multiply, kernels: Kernels
+    ) -> None:
+        self.inputs, self.dtype, self.epilogue = inputs, dtype, epilogue
+        self.multiply = multiply
+        self.kernels = kernels
+        self._outputs = outputs
+        self._changed: Changed | None = None
+        self._prepared = False
+
+    def prepare(self, weight: mx.array, stack: Stack) -> None:
+        """Try changes, once."""
+        make = self.kernels.changed
+        if make is None or self._prepared or not self._fits(stack):
+            return
+        self._prepared = True
+        made = make(self._outputs, self.inputs, self.dtype, self.epilogue)
+        self._changed = _tried_changed(made, self.epilogue, weight, stack)
+
+    def takes(self, x: mx.array) -> bool:
+        """Whether there is a kernel for these tokens."""
+        return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
+
+    def changed(self, x: mx.array, stack: Stack) -> Changed | None:
+        """The product with changes, None where it is to be made of several."""
+        return self._changed if self._changed is not None and self.takes(x) and self._fits(stack) else None
+
+    def _fits(self, stack: Stack) -> bool:
+        outputs = self._outputs * kernel.parts(self.epilogue)
+        return product_kernel.fits_changes(outputs, self.inputs, self.dtype, stack)
+
+
+class Shapes:
+    """Products by shape of weight."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._made: dict[tuple[int, int, mx.Dtype, str], Shape | None] = {}
+
+    def plain(self, weight: mx.array) -> Shape | None:
+        """That of a layer's product, if its kernels give what is expected."""
+        return self._of(weight, weight.shape[0], "plain", lambda x, w: x @ w.T)
+
+    def gated(self, weight: mx.array) -> Shape | None:
+        """The same of an MLP's gate and input, and what follows."""
+        return self._of(weight, weight.shape[0] // 2, "swiglu", lambda x, w: _gate(x @ w.T))
+
+    def _of(self, weight: mx.array, outputs: int, epilogue: str, expected: Multiply) -> Shape | None:
+        key = (outputs, weight.shape[1], weight.dtype, epilogue)
+        if key not in self._made:
+            multiply = _tried(self._kernels.multiply(*key), expected, weight)
+            self._made[key] = None if multiply is None else Shape(*key, multiply, self._kernels)
+        return self._made[key]
+
+
+def _gate(y: mx.array) -> mx.array:
+    result: mx.array = swiglu(*mx.split(y, 2, axis=-1))
+    return result
+
+
+def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:
+    """`multiply`, if it gives what is expected for each number of rows that it has a kernel for."""
+    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight) else None
+
+
+def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Stack) -> Changed | None:
+    """The same of products with changes: rows of all slots."""
+    slots = stack.down.shape[0]
+
+    def rows_of(x: mx.array) -> RowSlots:
+        return RowSlots.of([slots - 1 - row % slots for row in range(x.shape[1])])
+
+    def found(x: mx.array) -> mx.array:
+        return changed(x.swapaxes(0, 1), weight, None, stack, rows_of(x)).swapaxes(0, 1)
+
+    def expected(x: mx.array) -> mx.array:
+        which = rows_of(x).slots
+        change = (x.swapaxes(0, 1) @ stack.a[which]) @ stack.b[which]
+        y = x @ weight.T + change.swapaxes(0, 1)
+        return _gate(y) if epilogue == "swiglu" else y
+
+    return changed if _right(found, expected, weight) else None
+
+
+def _right(found: Callable[[mx.array], mx.array], expected: Callable[[mx.array], mx.array], weight: mx.array) -> bool:
+    """Whether both give the same for tokens [1, rows, inputs], by each kernel."""
+    try:
+        for rows in (8 * (eights - 1) + 1 for eights in TILES):
+            x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
+            exact = expected(x).astype(mx.float32)
+            wrong = mx.linalg.norm(found(x).astype(mx.float32) - exact)
+            if not (wrong <= _TOLERANCE * mx.linalg.norm(exact)).item():
+                logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "rows": rows})
+                return False
+    except (ValueError, RuntimeError) as failure:
+        logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "reason": str(failure)})
+        return False
+    return True

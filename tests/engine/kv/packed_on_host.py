@@ -1,0 +1,175 @@
+"""`quantised_kernel`'s source compiled for the host: at once, and in place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import mlx.core as mx
+import numpy as np
+
+from runner.engine.kv import attention_source, quantised_kernel
+from runner.engine.kv.attention_kernel import rotating
+from runner.engine.kv.quantised_device import HEADER
+from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.quantised_source import SOURCE
+from tests.engine.cuda_on_host import Run, compiled
+
+Array = np.ndarray[Any, Any]
+
+# MLX looks for a group's range from elsewhere on the CPU.
+DEVICE: Final = """
+constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;
+static uint4 memory[8 * 1024];
+// A copy is made when its thread waits for it, and not before.
+struct Copy { void* to; const void* from; };
+static std::deque<std::vector<Copy>> groups_of_each[1024];
+#define groups_of_copies groups_of_each[threadIdx.x]
+static std::vector<Copy> copies_of_each[1024];
+#define copies copies_of_each[threadIdx.x]
+static void copy(void* to, const void* from) {
+    if (reinterpret_cast<size_t>(to) % 16 || reinterpret_cast<size_t>(from) % 16) std::abort();
+    copies.push_back({to, from});
+}
+static void close_group() { groups_of_copies.push_back(std::move(copies)); copies.clear(); }
+template <int LATEST> static void wait_for_groups() {
+    while (groups_of_copies.size() > LATEST) {
+        for (const Copy& one : groups_of_copies.front()) std::memcpy(one.to, one.from, 16);
+        groups_of_copies.pop_front();
+    }
+}
+
+static float low_of(uint32_t halves) { _Float16 x; std::memcpy(&x, &halves, 2); return float(x); }
+static float high_of(uint32_t halves) { return low_of(halves >> 16); }
+static uint32_t halves_of(float low, float high) {
+    const _Float16 both[2] = {_Float16(low), _Float16(high)};
+    uint32_t word;
+    std::memcpy(&word, both, 4);
+    return word;
+}
+static uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
+    return halves_of(low_of(x) * low_of(y) + low_of(z), high_of(x) * high_of(y) + high_of(z));
+}
+
+struct Operands { uint32_t a[4], b[2]; };
+static Operands operands[1024];
+static float value(uint32_t word, int which) { return which ? high_of(word) : low_of(word); }
+static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    operands[threadIdx.x] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const Operands* warp = operands + (threadIdx.x - lane);
+    for (int i = 0; i < 4; ++i) {
+        const int line = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
+            const Operands& right = warp[column * 4 + k % 8 / 2];
+            sum[i] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
+        }
+    }
+    __syncwarp();
+}
+"""
+"""What only a GPU can do."""
+
+_CODES: Final = ("held_keys", "held_values")
+_TYPES: Final = {
+    "bfloat16": "bfloat16",
+    "float16": "_Float16",
+    "float32": "float",
+    "uint32": "uint32_t",
+    "int32": "int",
+}
+
+
+class PackedOnHost:
+    """Does what `quantised_kernel.attend_and_write` does, in blocks of so many warps, of which `splits` share keys.
+
+    Scales and biases lie `apart` bytes from where 16 of them could be copied at once.
+    """
+
+    def __init__(self, folder: Path, warps: int = 1, splits: int = 1, apart: int = 0) -> None:
+        self.launches = 0
+        self._folder = folder
+        self._warps = warps
+        self._splits = splits
+        self._apart = apart
+        self._built: dict[tuple[Any, ...], Run] = {}
+
+    def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        self.launches += 1
+        rows, heads, tokens, width = call.queries.shape
+        dtype = call.queries.dtype
+        way = replace(quantised_kernel.shape_of(call), warps=self._warps)
+        frequencies, rotation = rotating(call.rotation)
+        blocks = quantised_kernel.blocks_of(call, way)
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        given = [call.queries, call.keys, call.values, *call.planes, call.starts, call.starts]
+        mx.eval(*given, *(() if call.after is None else (call.after,)))
+        mx.synchronize()
+        arrays = dict(zip(quantised_kernel.INPUTS, [*map(_view, given), counters, _view(frequencies)], strict=True))
+        planes = {name: arrays[name] for name in quantised_kernel.HELD}
+        arrays |= {name: _placed(plane, self._apart * (name not in _CODES)) for name, plane in planes.items()}
+        out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
+        size = way.several * way.heads, width + 2
+        partial = np.full((blocks, self._splits, *size), np.nan, dtype=np.float32)
+        # All windows are one text.
+        sizes = dict(quantised_kernel.constants(width, call.bits, call.group_size, 0, way)) | dict(rotation)
+        del sizes["WINDOW"]
+        numbers: dict[str, Any] = {"WINDOW": ctypes.c_int(call.window or 0)}
+        numbers["SCALE"] = ctypes.c_float(call.scale * np.log2(np.e))
+        self._run(dtype, sizes, arrays, (out, partial), numbers, blocks * self._splits)
+        for name, plane in planes.items():
+            ctypes.memmove(plane.ctypes.data, arrays[name].ctypes.data, plane.nbytes)
+        assert not counters.any(), "a launch leaves them as they were"
+        result = mx.array(out)
+        return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+
+    def _run(
+        self,
+        dtype: mx.Dtype,
+        sizes: dict[str, int],
+        arrays: dict[str, Array],
+        results: tuple[Array, Array],
+        numbers: dict[str, Any],
+        blocks: int,
+    ) -> None:
+        kinds = {name: _TYPES[str(kind).split(".")[-1]] for name, kind in quantised_kernel.types(dtype).items()}
+        arguments: dict[str, str] = {}
+        passed: list[Array] = []
+        for name, array in arrays.items():
+            arguments |= {name: f"const {kinds[name]}*", f"{name}_shape": "const int*"}
+            arguments[f"{name}_strides"] = "const int64_t*"
+            strides = np.array(array.strides, dtype=np.int64) // array.itemsize
+            passed += [array, np.array(array.shape, dtype=np.int32), strides]
+        arguments |= {"out": f"{kinds['queries']}*", "partial": "float*", "WINDOW": "int", "SCALE": "float"}
+        key = (str(dtype), *sizes.items())
+        if key not in self._built:
+            folder = self._folder / str(len(self._built))
+            folder.mkdir(parents=True)
+            text = f"using T = {kinds['queries']}; constexpr int "
+            text += ", ".join(f"{name} = {value}" for name, value in sizes.items()) + ";"
+            header = DEVICE + attention_source.HEADER + HEADER
+            self._built[key] = compiled(folder, header, SOURCE, arguments, text)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*passed, *results)]
+        self._built[key](ctypes.c_int(blocks), ctypes.c_int(self._warps * 32), *pointers, *numbers.values())
+
+
+def _view(array: mx.array) -> Array:
+    """The array's own memory."""
+    if array.dtype in (mx.bfloat16, mx.float16):
+        array = array.view(mx.uint16)
+        mx.eval(array)
+    return np.asarray(array)
+
+
+def _placed(array: Array, apart: int) -> Array:
+    """A copy that begins at a multiple of 16 bytes, or so many `apart` from one."""
+    room = np.zeros(array.nbytes + 32, dtype=np.uint8)
+    first = -room.ctypes.data % 16 + apart
+    copy: Array = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy

@@ -1,0 +1,27 @@
+"""What a graph consists of."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+
+from runner.engine.kv.attention_kernel import Call, Planes
+
+VIEWS = {"Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "AsStrided"}
+VIEWS |= {"View"}
+
+
+def operations(scratch: Path, *arrays: mx.array) -> Counter[str]:
+    """Of what is not computed yet of some arrays, but for views."""
+    mx.export_to_dot(str(scratch / "graph.dot"), *arrays)  # type: ignore[attr-defined]
+    labels = re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "graph.dot").read_text())
+    return Counter(label for label in labels if label not in VIEWS)
+
+
+def one(call: Call) -> tuple[mx.array, Planes]:
+    """A launch that is one operation, and writes nothing."""
+    (attended,) = mx.depends([call.queries], [call.keys, call.values, *call.planes, call.starts])
+    return attended, call.planes

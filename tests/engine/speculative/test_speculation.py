@@ -1,0 +1,119 @@
+"""Which steps are timed, and what else is known of the time that went by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.engine.kv import attention_kernel
+from runner.engine.loader import load
+from runner.engine.speculative.costs import Costs, Curve
+from runner.engine.speculative.policy import Taken
+from runner.engine.speculative.speculation import Speculation
+from tests.engine.conftest import ModelFolder
+from tests.engine.drive import Driver, generate
+from tests.engine.kv.launches import separately
+from tests.engine.speculative.drafts import SLACK, always, draft_folder, speculating
+from tests.engine.tiny import encode
+
+PROMPT = encode("the quick brown fox jumps over")
+
+
+class Reader:
+    """A proposer that has missed ten tokens."""
+
+    def missed(self, rows: Any) -> int:
+        return 10
+
+    def catch_up(self, rows: Any) -> None:
+        pass
+
+
+class Timed:
+    """Speculation in virtual time, whose policy keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.taken: list[Taken] = []
+        reader: Any = Reader()
+        costs = Costs(Curve({1: 1.0}), Curve({10: 7.0}))
+        self.speculation = Speculation(reader, costs, clock=lambda: self.now)
+        policy: Any = self
+        self.speculation.policy = policy
+
+    def took(self, step: Taken) -> None:
+        self.taken.append(step)
+
+    def steps(self, *lengths: int) -> list[bool]:
+        """A second each, of two rows; returns which were timed. The last one has nothing after it."""
+        first = len(self.taken)
+        for length, following in zip(lengths, [*lengths[1:], None], strict=True):
+            self.now += 1.0
+            self.speculation.ended(2, length, 1.0, following)
+        return [step.timed for step in self.taken[first:]]
+
+
+def test_a_step_is_timed_among_others_of_its_kind() -> None:
+    timed = Timed()
+    assert timed.steps(0, 0, 0, 4, 4, 4, 4, 2) == [False, True, False, False, True, True, False, False]
+    assert [step.seconds for step in timed.taken] == [1.0] * 8
+    assert [step.following for step in timed.taken] == [0, 0, 4, 4, 4, 4, 2, None]
+
+
+def test_batches_of_another_size_are_another_kind() -> None:
+    timed = Timed()
+    timed.steps(0, 0)
+    timed.speculation.ended(3, 0, 1.0, 0)
+    assert not timed.taken[-1].timed
+
+
+def test_what_others_do_concerns_two_steps() -> None:
+    timed = Timed()
+    timed.steps(0, 0)
+    timed.speculation.disturbed()
+    assert timed.steps(0, 0, 0, 0) == [False, False, True, False]
+    assert [step.shared for step in timed.taken] == [False] * 2 + [True] * 2 + [False] * 2
+
+
+def test_what_is_built_or_read_concerns_two_steps_and_is_told_once() -> None:
+    timed = Timed()
+    timed.steps(4, 4)
+    timed.speculation.built(0.5)
+    timed.speculation.catch_up([])
+    assert timed.steps(4, 4, 4, 4) == [False, False, True, False]
+    assert not any(step.shared for step in timed.taken)
+    assert [(step.reading, step.building) for step in timed.taken[2:]] == [(7.0, 0.5), *[(0.0, 0.0)] * 3]
+
+
+@pytest.mark.parametrize("proposals", [0, 3])
+def test_steps_that_build_graphs_are_not_timed(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proposals: int
+) -> None:
+    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
+    folder = model_folder("llama")
+    speculation = speculating(load(folder, slack=SLACK), draft_folder(folder, tmp_path / "draft", "self"))
+    policy: Any = always(proposals)
+    taken: list[Taken] = []
+    policy.took = taken.append
+    speculation.policy = policy
+    driver = Driver(load(folder, slack=SLACK), speculation=speculation, num_draft_tokens=3)
+    driver.run([generate(0, prompt=PROMPT, max_tokens=40)])
+    built = [i for i, step in enumerate(taken) if step.building]
+    # Two calls of the shape are built, and the third builds what is kept; the test's environment builds each time.
+    assert built[:2] == [0, 1]
+    assert all(not taken[i].timed and not taken[i + 1].timed for i in built[:-1])
+
+
+def test_what_rows_are_given_is_counted_by_their_number(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("llama")
+    target = load(folder, slack=SLACK)
+    speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"))
+    policy: Any = always(4)
+    taken: list[Taken] = []
+    policy.took = taken.append
+    speculation.policy = policy
+    driver = Driver(target, speculation=speculation, num_draft_tokens=4)
+    driver.run([generate(i, prompt=PROMPT, max_tokens=12) for i in range(2)])
+    assert [(step.rows, step.length, step.tokens) for step in taken[:3]] == [(2, 4, 5.0), (2, 4, 5.0), (2, 4, 2.0)]
