@@ -4,8 +4,8 @@ In separate operations a step of 128 rows and 128,000 tokens spends most of its 
 whose result is one threshold a row. Here a block of threads finds a row's thresholds by histograms, and makes noise for
 the tokens that are left only (`draw_source.py`). Where rows are few, several blocks share a row's noise.
 
-Thread-block clusters would share the histograms as well, but MLX updates graphs as if no kernel of ours had any
-("not updated correctly", says its device.cpp of graphs whose clusters differ).
+Clusters of blocks could share the histograms as well. But MLX uses a graph again for kernels of other names, and CUDA
+does not update one correctly where clusters differ, which MLX does not know of a kernel of ours.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCKS: Final = 132
 """As many as run at once, on an H100 or H200; the kernel knows better where that is less."""
 
 _MOST_SPLITS: Final = 8
-_AT_ONCE: Final = 16
+_AT_ONCE: Final = 8
 
 INPUTS: Final = ("logits", "settings", "keys", "positions", "counters")
 """What the source calls a launch's arrays."""
@@ -55,7 +55,7 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
     rows, count, _ = logits.shape
     shares = splits(rows * count)
     tokens: mx.array = _kernel(logits.dtype).launch(
-        inputs=[logits, settings, keys, positions, counters(shares, rows * count)],
+        inputs=[logits, settings, keys, positions, counters(shares)],
         grid=(rows * count * shares * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
         output_shapes=[(rows, count), (rows * count, shares, 2) if shares > 1 else (1,)],
@@ -69,23 +69,25 @@ def splits(rows: int) -> int:
     return max(1, min(_MOST_SPLITS, _BLOCKS // rows))
 
 
-def counters(shares: int, rows: int) -> mx.array:
-    """[shares, at least `rows`] int32 zeros, which a launch leaves as they were; it knows by the shape who shares."""
-    return next(_counters(shares, 1 << (rows - 1).bit_length() if shares > 1 else 1))
+def counters(shares: int) -> mx.array:
+    """int32 zeros for rows that `shares` blocks share; a launch leaves them so, and has the number from the shape."""
+    return next(_counters()[shares])
 
 
 @cache
-def _counters(shares: int, rows: int) -> Iterator[mx.array]:
-    # Draws that may run at once do not have the same.
-    arrays = [mx.zeros((shares, rows), dtype=mx.int32) for _ in range(_AT_ONCE if shares > 1 else 1)]
+def _counters() -> dict[int, Iterator[mx.array]]:
+    # Draws that run at once do not have the same ones.
+    shapes = {shares: (shares, _BLOCKS // shares) for shares in range(1, _MOST_SPLITS + 1)}
+    arrays = {shares: [mx.zeros(shape, mx.int32) for _ in range(_AT_ONCE)] for shares, shape in shapes.items()}
     mx.eval(arrays)
-    return cycle(arrays)
+    return {shares: cycle(some) for shares, some in arrays.items()}
 
 
 def prepare(dtype: mx.Dtype) -> None:
-    """Begin to compile the kernel for such logits, where it can be used: it takes longer than any other."""
+    """Begin to compile the kernel for such logits, where it can be used, and have at hand what launches share."""
     if cuda_kernels.usable(SWITCH) and dtype in _LEAST_SHIFTS:
         _kernel(dtype)
+        _counters()
 
 
 def header() -> str:

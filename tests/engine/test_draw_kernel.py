@@ -171,6 +171,15 @@ def test_blocks_share_rows_while_there_are_processors_left() -> None:
     assert [draw_kernel.splits(rows) for rows in (1, 16, 17, 32, 66, 67, 500)] == [8, 8, 7, 4, 2, 1, 1]
 
 
+def test_every_row_that_is_shared_has_a_counter_which_no_other_launch_at_once_has() -> None:
+    for rows in range(1, 133):
+        shares = draw_kernel.splits(rows)
+        arrays = [draw_kernel.counters(shares) for _ in range(4)]
+        assert len({id(array) for array in arrays}) == 4
+        assert arrays[0].shape[0] == shares
+        assert shares == 1 or arrays[0].size // shares >= rows
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 def test_a_block_fits_on_a_multiprocessor(dtype: mx.Dtype) -> None:
     """Of 65,536 registers. Values that have no room in them would be in memory."""
