@@ -40,7 +40,7 @@ class Decoding:
         self._settle()
         self._batch.join(rows, caches)
         if self._speculation is not None:
-            self._speculation.joined(rows)
+            self._speculation.joined(rows, under_way=self._in_flight is not None)
 
     def ended(self) -> list[Row]:
         """Rows that are done. No step is under way then whose outcome decides how much of them is computed."""
@@ -68,7 +68,7 @@ class Decoding:
     def disturbed(self) -> None:
         """Something else than steps takes time: how long the next ones take tells nothing of them."""
         if self._speculation is not None:
-            self._speculation.disturbed()
+            self._speculation.disturbed(under_way=self._in_flight is not None)
 
     # ------------------------------------------------------------- steps
 
@@ -84,7 +84,7 @@ class Decoding:
             return
         proposals = self._proposals(most)
         before, self._in_flight = self._in_flight, None
-        self._forward(proposals)
+        self._forward(proposals, under_way=before is not None)
         if not self._batch.constrained:
             self._in_flight = self._batch.sample(None)
             self._tell(self._read(before, proposals))
@@ -103,15 +103,15 @@ class Decoding:
         proposals = speculation.decide(rows, most, changed=not self._batch.composed)
         if proposals and not speculation.proposer.ready(rows):
             self._settle()
-            speculation.catch_up(rows)
+            speculation.catch_up(rows, under_way=self._in_flight is not None)
         return proposals
 
-    def _forward(self, proposals: int) -> None:
+    def _forward(self, proposals: int, *, under_way: bool) -> None:
         """Call the model; what has to be built first is no part of what such steps take."""
         built = self._batch.building
         self._batch.forward(proposals)
         if self._speculation is not None and (seconds := self._batch.building - built):
-            self._speculation.built(seconds)
+            self._speculation.built(seconds, under_way=under_way)
 
     def _settle(self) -> None:
         """Read the round under way, if there is one: until then nobody knows how long rows are."""

@@ -15,7 +15,11 @@ _AVERAGED: Final = 50
 """Plain steps that their average is over."""
 
 ENOUGH: Final = 3
-"""Steps of a kind that have to be timed before it is known what it costs."""
+_ENOUGH_PLAIN: Final = 5
+"""Rounds of a kind, and plain steps, that have to be timed before it is known what they cost."""
+
+_ENOUGH_DISTURBED: Final = 12
+"""Rounds that have to be seen where too few can be timed: what the third fastest of them took is what they cost."""
 
 
 class Curve:
@@ -55,6 +59,7 @@ class Costs:
         self._target = target
         self._draft = draft
         self._errors: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._disturbed: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_ENOUGH_DISTURBED))
         self._medians: dict[tuple[int, int], float] = {}
         self._averages: dict[int, float] = {}
         self._predictions: dict[tuple[int, int], float] = {}
@@ -66,15 +71,30 @@ class Costs:
         kind = size, _ = size_class(rows), length
         error = seconds / self.predicted(rows, length)
         self._errors[kind].append(error)
-        self._medians[kind] = median(self._errors[kind])
         self.timed[kind] += 1
+        if self.timed[kind] >= ENOUGH or len(self._disturbed[kind]) < _ENOUGH_DISTURBED:
+            self._medians[kind] = median(self._errors[kind])
         if not length:
             before = self._averages.get(size, error)
             self._averages[size] = before + (error - before) / min(self.timed[kind], _AVERAGED)
 
+    def record_disturbed(self, rows: int, length: int, seconds: float) -> None:
+        """A round took at most `seconds`: something else was done as well.
+
+        Where rows come and go all the time there may be no others.
+        """
+        kind = size_class(rows), length
+        if self.timed[kind] < ENOUGH:
+            self._disturbed[kind].append(seconds / self.predicted(rows, length))
+            if len(self._disturbed[kind]) == _ENOUGH_DISTURBED:
+                self._medians[kind] = sorted(self._disturbed[kind])[_ENOUGH_DISTURBED // 4 - 1]
+
     def known(self, rows: int, length: int) -> bool:
-        """Whether enough such steps have been timed."""
-        return self.timed[size_class(rows), length] >= ENOUGH
+        """Whether enough such steps have been seen."""
+        kind = size_class(rows), length
+        if not length:
+            return self.timed[kind] >= _ENOUGH_PLAIN
+        return self.timed[kind] >= ENOUGH or len(self._disturbed[kind]) == _ENOUGH_DISTURBED
 
     def step(self, rows: int, length: int) -> float:
         """Seconds of a step to come, if nothing disturbs it."""

@@ -54,9 +54,10 @@ _RETRY_MOST: Final = 1024
 _PAYS_BACK: Final = 32
 """Steps over which the draft's reading of what it has missed has to be worth it."""
 
+_PLAIN_FIRST: Final = 32
 _PLAIN_EVERY: Final = 256
 _PLAIN_STEPS: Final = 6
-"""Rounds between two looks at what plain steps cost, and how many of them it takes."""
+"""Rounds until the first look at what plain steps cost now, and, in the end, between two; how many of them it takes."""
 
 
 @dataclass(slots=True)
@@ -139,6 +140,7 @@ class Policy:
         self._gaps: defaultdict[int, int] = defaultdict(int)
         self._since_trial: Counter[int] = Counter()
         self._since_plain: Counter[int] = Counter()
+        self._plain_after: defaultdict[int, int] = defaultdict(lambda: _PLAIN_FIRST)
 
     def decide(self, rows: Sequence[Acceptance], most: int, missed: Callable[[], int], *, changed: bool) -> int:
         """Tokens to propose in the next step of `rows`, at most `most`.
@@ -172,6 +174,8 @@ class Policy:
             self.costs.record(step.rows, step.length, step.seconds)
             if self._trial is not None and (self._trial.size, self._trial.length) == (size, step.length):
                 self._trial.timed += 1
+        elif step.length and step.following == step.length:
+            self.costs.record_disturbed(step.rows, step.length, step.seconds)
         (self._since_plain if step.length else self._since_trial)[size] += 1
         if step.building and step.following is not None:
             self._builds[step.following] = step.building / self.costs.step(step.rows, step.following)
@@ -189,9 +193,10 @@ class Policy:
     def _lost(self, step: Taken, plain: float) -> float:
         """Seconds beyond those that plain steps, of `plain` seconds, take for as many tokens.
 
-        What is done for a round while the plain step before it is waited for is part of it.
+        What is done for a round while the plain step before it is waited for is part of it. Of one that nothing follows
+        on, some of the time may have gone by before the one before it was read.
         """
-        if not step.shared:
+        if not step.shared and step.following is not None:
             return step.seconds - step.tokens * plain
         rounds = self.costs.step(step.rows, step.length) - step.tokens * plain if step.length else 0.0
         return rounds + (step.reading + step.building if step.following else 0.0)
@@ -237,7 +242,7 @@ class Policy:
         self._wanted = 0.0
         self.tried += 1
         self._trial = _Trial(size, length)
-        self._since_trial[size] = 0
+        self._since_trial[size], self._gaps[size] = 0, max(_RETRY, self._gaps[size])
         for row in rows:
             row.fade(_TRIED_AGAIN)
 
@@ -262,9 +267,9 @@ class Policy:
         """The present length, or a plain step where it is long ago that one was timed."""
         if self._trial is not None:
             return self._trial.length
-        if not self._length or self._since_plain[size] < _PLAIN_EVERY:
+        if not self._length or self._since_plain[size] < self._plain_after[size]:
             return self._length
-        self._since_plain[size] = 0
+        self._since_plain[size], self._plain_after[size] = 0, min(2 * self._plain_after[size], _PLAIN_EVERY)
         self._plain_left = _PLAIN_STEPS - 1
         return 0
 

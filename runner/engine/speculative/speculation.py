@@ -16,10 +16,6 @@ from runner.engine.speculative.proposer import Proposer
 _REMEMBER: Final = 0.998
 """What earlier rounds of any row still count for, after another one, in what is assumed of new rows."""
 
-_DISTURBED: Final = 2
-"""Steps whose time is not their own when something is done between two: what the host does then delays the one that
-is being waited for, and what the device does the next."""
-
 
 class Speculation:
     """The proposer, and the decision how many tokens it proposes; both for the rows of the engine's one batch.
@@ -46,7 +42,6 @@ class Speculation:
         self._known: defaultdict[str, Acceptance] = defaultdict(Acceptance)
         self._clock = clock
         self._ended = clock()
-        self._before: tuple[int, int] | None = None
         self._shared = 0
         self._warming = 0
         self._reading = self._building = 0.0
@@ -67,11 +62,11 @@ class Speculation:
             self._rehearsed = None
             self._ended = self._clock()
 
-    def joined(self, rows: Sequence[Row]) -> None:
+    def joined(self, rows: Sequence[Row], *, under_way: bool) -> None:
         """Rows are new in the batch: what is assumed of them is what others with their adapter had."""
         for row in rows:
             row.acceptance = Acceptance(prior=self._known[row.adapter_key].rate)
-        self.disturbed()
+        self.disturbed(under_way=under_way)
 
     def decide(self, rows: Sequence[Row], most: int, *, changed: bool) -> int:
         """Tokens to propose in the next step, at most `most`."""
@@ -86,19 +81,23 @@ class Speculation:
         most = most if self._most is None else min(most, self._most)
         return self.policy.decide(self._accepted, most, lambda: self.proposer.missed(rows), changed=changed)
 
-    def disturbed(self) -> None:
-        """Something else than steps takes time: how long the steps under way take tells nothing."""
-        self._shared = _DISTURBED
+    def disturbed(self, *, under_way: bool) -> None:
+        """Something else than steps takes time: how long the next one takes tells nothing.
 
-    def catch_up(self, rows: Sequence[Row]) -> None:
+        Nor does the one that is `under_way`, if there is one: what the host does delays it, what the device does the
+        next.
+        """
+        self._shared = max(self._shared, 1 + under_way)
+
+    def catch_up(self, rows: Sequence[Row], *, under_way: bool) -> None:
         """Have the draft read what it has missed of `rows`."""
         self._reading += self._costs.catching_up(self.proposer.missed(rows))
-        self._warming = _DISTURBED
+        self._warming = max(self._warming, 1 + under_way)
         self.proposer.catch_up(rows)
 
-    def built(self, seconds: float) -> None:
+    def built(self, seconds: float, *, under_way: bool) -> None:
         """Graphs were built for the next step, as they will not be for others of its kind."""
-        self._warming = _DISTURBED
+        self._warming = max(self._warming, 1 + under_way)
         self._building += seconds
 
     def ended(self, rows: int, length: int, tokens: float, following: int | None) -> None:
@@ -108,12 +107,12 @@ class Speculation:
         """
         if self._rehearsed is not None:
             return
-        now, kind = self._clock(), (rows, length)
-        alike = self._before == kind and following == length
-        timed = alike and not self._shared and not self._warming
+        now = self._clock()
+        # The host has begun what follows meanwhile: that has to be of the same kind.
+        timed = following == length and not self._shared and not self._warming
         extra = self._reading, self._building
         self.policy.took(Taken(rows, length, now - self._ended, tokens, following, timed, self._shared > 0, *extra))
-        self._ended, self._before, self._reading, self._building = now, kind, 0.0, 0.0
+        self._ended, self._reading, self._building = now, 0.0, 0.0
         self._shared, self._warming = max(0, self._shared - 1), max(0, self._warming - 1)
 
     def learn(self, row: Row, kept: int, proposed: int) -> None:

@@ -115,7 +115,7 @@ class _Run:
         self.speculation = Speculation(self.reader, machine.costs(), clock=lambda: self.now)
         self.rows: list[Any] = []
         self.calls: Counter[tuple[int, int]] = Counter()
-        self.flying: tuple[int, int, list[int], float] | None = None
+        self.flying: tuple[list[Any], int, list[int], float] | None = None
         self.others = self.plain = 0.0
         self.outcome = Outcome(policy=self.speculation.policy)
 
@@ -125,20 +125,19 @@ class _Run:
         new = [self.joined() for _ in range(count - len(stay))]
         changed = len(stay) < len(self.rows) or bool(new)
         if changed:
-            self.read(None)
+            self.settle()
+            self.speculation.disturbed(under_way=self.flying is not None)
             self.work(0.2 * self.machine.target(1))
         self.rows = stay + new
         if new:
             self.work(self.machine.target(PROMPT * len(new)))
             self.reader.add(PROMPT * len(new))
-            self.speculation.joined(new)
-        elif changed:
-            self.speculation.disturbed()
+            self.speculation.joined(new, under_way=self.flying is not None)
         return changed
 
     def work(self, seconds: float) -> None:
-        """Something that is no decoding."""
-        self.now += seconds
+        """The device does something that is no decoding."""
+        self.free = max(self.now, self.free) + seconds
         self.others += seconds
 
     def joined(self) -> Any:
@@ -157,33 +156,38 @@ class _Run:
         self.outcome.lengths[len(rows), length] += 1
         seconds = self.machine.step(len(rows), length) * (1 + self.machine.scatter * self.dice.random())
         if length and self.reader.behind:
-            if self.flying is not None and self.flying[1]:
-                self.read(None)
-            self.now += self.machine.draft(self.reader.behind)
-            self.speculation.catch_up(rows)
+            self.settle()
+            self.free = max(self.now, self.free) + self.machine.draft(self.reader.behind)
+            self.speculation.catch_up(rows, under_way=self.flying is not None)
         self.calls[len(rows), length] += 1
         if self.machine.first > 1 and self.calls[len(rows), length] <= BUILT:
             building = (self.machine.first - 1) * seconds
             self.now += building
-            self.speculation.built(building)
+            self.speculation.built(building, under_way=self.flying is not None)
         self.now += 0.1 * seconds
         self.free = max(self.now, self.free) + seconds
         kept = [next((n for n in range(length) if self.dice.random() >= rate), length) for _ in rows]
-        before, self.flying = self.flying, (len(rows), length, kept, self.free)
+        before, self.flying = self.flying, (rows, length, kept, self.free)
         self.ended(before, length)
         if not length:
             self.reader.add(len(rows))
+
+    def settle(self) -> None:
+        """Read the step under way, if it is a round: until then nobody knows how long rows are."""
+        if self.flying is not None and self.flying[1]:
+            self.read(None)
 
     def read(self, following: int | None) -> None:
         before, self.flying = self.flying, None
         self.ended(before, following)
 
-    def ended(self, step: tuple[int, int, list[int], float] | None, following: int | None) -> None:
+    def ended(self, step: tuple[list[Any], int, list[int], float] | None, following: int | None) -> None:
         if step is None:
             return
-        count, length, kept, done = step
+        rows, length, kept, done = step
+        count = len(rows)
         self.now = max(self.now, done)
-        for row, more in zip(self.rows, kept, strict=True):
+        for row, more in zip(rows, kept, strict=True):
             row.left -= more + 1
             if length:
                 self.speculation.learn(row, more, length)

@@ -132,7 +132,7 @@ def test_only_two_numbers_of_proposals_are_considered() -> None:
 
 def test_a_plain_step_is_timed_before_anything_is_proposed() -> None:
     policy = Policy(GPU.costs())
-    assert [decide_and_take(policy, [Acceptance(1.0)], GPU) for _ in range(6)] == [0, 0, 0, 4, 4, 4]
+    assert [decide_and_take(policy, [Acceptance(1.0)], GPU) for _ in range(8)] == [0, 0, 0, 0, 0, 4, 4, 4]
 
 
 def test_without_a_draft_or_rows_nothing_is_proposed() -> None:
@@ -155,7 +155,7 @@ def test_what_is_proposed_stays_within_a_lowered_limit() -> None:
 def test_plain_steps_are_timed_again_now_and_then() -> None:
     policy, row = Policy(GPU.costs()), Acceptance(1.0)
     decided = [decide_and_take(policy, [row], GPU) for _ in range(600)]
-    assert 0 < decided[50:].count(0) < 0.03 * 550
+    assert 0 < decided[50:].count(0) < 0.04 * 550
     # They have become as fast as nobody thought, and rounds do not pay any more.
     faster = replace(GPU, target=lambda n: 0.0001 if n == 1 else GPU.target(n))
     decided = [decide_and_take(policy, [row], faster) for _ in range(600)]
@@ -164,18 +164,21 @@ def test_plain_steps_are_timed_again_now_and_then() -> None:
 
 def test_what_others_do_is_neither_charged_nor_saved_up() -> None:
     policy, plain = Policy(GPU.costs()), GPU.step(1, 0)
-    for _ in range(3):
+    for _ in range(5):
         policy.took(Taken(1, 0, plain, 1.0, 0))
     before = policy.allowance.seconds
     policy.took(Taken(1, 0, 1e6, 1.0, 0, timed=False, shared=True))
     assert 0 < policy.allowance.seconds - before < plain
-    policy.took(Taken(1, 4, 1e6, 1.0, 4, timed=False, shared=True))
-    assert 0 < before - policy.allowance.seconds < 2 * GPU.step(1, 4)
+    # What nothing follows on may have been computed while the one before was waited for.
+    for following, shared, seconds in ((4, True, 1e6), (None, False, 1e-6)):
+        before = policy.allowance.seconds
+        policy.took(Taken(1, 4, seconds, 1.0, following, timed=False, shared=shared))
+        assert 0.5 * GPU.step(1, 4) < before - policy.allowance.seconds + plain < 2 * GPU.step(1, 4)
 
 
 def test_reading_and_building_are_charged_though_others_were_at_work() -> None:
     policy, plain = Policy(GPU.costs()), GPU.step(1, 0)
-    for _ in range(3):
+    for _ in range(5):
         policy.took(Taken(1, 0, plain, 1.0, 0))
     for following, charged in ((0, False), (4, True)):
         before = policy.allowance.seconds
@@ -230,11 +233,11 @@ def test_costs_follow_what_steps_took() -> None:
     costs = Costs(Curve({1: 1.0, 9: 2.0}), Curve({1: 0.1}))
     assert costs.step(1, 4) == costs.predicted(1, 4) == pytest.approx(1.5 + 0.2 + 3 * 0.1)
     assert not costs.known(1, 0)
-    for seconds in (2.0, 9.0, 2.0):
+    for seconds in (2.0, 9.0, 2.0, 2.0, 2.0):
         costs.record(1, 0, seconds)
     assert costs.known(1, 0)
     assert costs.step(1, 0) == 2.0, "one that was disturbed does not count"
-    assert costs.average(1) == pytest.approx(13 / 3), "but it does in the long run"
+    assert costs.average(1) == pytest.approx(17 / 5), "but it does in the long run"
     assert costs.step(1, 4) == pytest.approx(2 * 2.0), "rounds that were not timed are off like plain steps"
     assert costs.step(8, 0) == pytest.approx(2.0 * (1 + 7 / 8)), "contexts are as long in other batches"
     for _ in range(3):
@@ -243,3 +246,34 @@ def test_costs_follow_what_steps_took() -> None:
     assert costs.step(1, 3) == pytest.approx(3 * costs.predicted(1, 3)), "or else like rounds of another length"
     assert costs.step(4, 0) == pytest.approx(2 * costs.predicted(4, 0))
     assert costs.catching_up(0) == 0.0
+
+
+def test_rounds_that_are_never_timed_cost_what_those_take_that_are_disturbed_least() -> None:
+    costs = Costs(Curve({1: 1.0, 9: 2.0}), Curve({1: 0.1}))
+    for number in range(12):
+        assert not costs.known(1, 4)
+        costs.record_disturbed(1, 4, 5.0 + number % 4)
+    assert costs.known(1, 4)
+    assert costs.step(1, 4) == pytest.approx(5.0)
+    for expected in (5.0, 5.0, 3.0):
+        costs.record(1, 4, 3.0)
+        assert costs.known(1, 4)
+        assert costs.step(1, 4) == pytest.approx(expected), "a few that are timed are worth more"
+
+
+def test_where_rows_come_and_go_at_every_step_rounds_that_do_not_pay_are_given_up() -> None:
+    """Nothing is known but what steps took with the work of others."""
+    policy = Policy(GPU.costs())
+    plain = GPU.step(16, 0)
+    for _ in range(5):
+        policy.took(Taken(16, 0, plain, 1.0, 0))
+    rows, lengths = [Acceptance() for _ in range(16)], []
+    for _ in range(1500):
+        length = policy.decide(rows, 4, nothing, changed=True)
+        # Rounds take eight steps' time, which nothing has let expect.
+        policy.took(
+            Taken(16, length, (8 if length else 1) * plain + 0.001, 2.0 if length else 1.0, length, False, True)
+        )
+        lengths.append(length)
+    assert policy.costs.known(16, 4)
+    assert sum(length > 0 for length in lengths[500:]) < 0.02 * 1000

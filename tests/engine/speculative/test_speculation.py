@@ -55,36 +55,38 @@ class Timed:
         return [step.timed for step in self.taken[first:]]
 
 
-def test_a_step_is_timed_among_others_of_its_kind() -> None:
+def test_a_step_is_timed_where_one_of_its_kind_follows() -> None:
     timed = Timed()
-    assert timed.steps(0, 0, 0, 4, 4, 4, 4, 2) == [False, True, False, False, True, True, False, False]
+    assert timed.steps(0, 0, 0, 4, 4, 4, 4, 2) == [True, True, False, True, True, True, False, False]
     assert [step.seconds for step in timed.taken] == [1.0] * 8
     assert [step.following for step in timed.taken] == [0, 0, 4, 4, 4, 4, 2, None]
 
 
-def test_batches_of_another_size_are_another_kind() -> None:
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_others_do_concerns_the_next_step_and_the_one_under_way(under_way: bool) -> None:
     timed = Timed()
     timed.steps(0, 0)
-    timed.speculation.ended(3, 0, 1.0, 0)
-    assert not timed.taken[-1].timed
+    timed.speculation.disturbed(under_way=under_way)
+    timed.speculation.disturbed(under_way=False)
+    assert timed.steps(0, 0, 0, 0) == [False, not under_way, True, False]
+    assert [step.shared for step in timed.taken[2:]] == [True, under_way, False, False]
 
 
-def test_what_others_do_concerns_two_steps() -> None:
-    timed = Timed()
-    timed.steps(0, 0)
-    timed.speculation.disturbed()
-    assert timed.steps(0, 0, 0, 0) == [False, False, True, False]
-    assert [step.shared for step in timed.taken] == [False] * 2 + [True] * 2 + [False] * 2
-
-
-def test_what_is_built_or_read_concerns_two_steps_and_is_told_once() -> None:
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_is_built_or_read_concerns_as_many_and_is_told_once(under_way: bool) -> None:
     timed = Timed()
     timed.steps(4, 4)
-    timed.speculation.built(0.5)
-    timed.speculation.catch_up([])
-    assert timed.steps(4, 4, 4, 4) == [False, False, True, False]
+    timed.speculation.built(0.5, under_way=under_way)
+    timed.speculation.catch_up([], under_way=False)
+    assert timed.steps(4, 4, 4, 4) == [False, not under_way, True, False]
     assert not any(step.shared for step in timed.taken)
     assert [(step.reading, step.building) for step in timed.taken[2:]] == [(7.0, 0.5), *[(0.0, 0.0)] * 3]
+
+
+def test_new_rows_are_somebody_elses_work() -> None:
+    timed = Timed()
+    timed.speculation.joined([], under_way=True)
+    assert timed.steps(0, 0, 0, 0) == [False, False, True, False]
 
 
 @pytest.mark.parametrize("proposals", [0, 3])
