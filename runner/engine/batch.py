@@ -68,6 +68,7 @@ class DecodeBatch:
         self._proposal: Proposal | None = None
         self._sampler: Sampler | None = None
         self._slots: RowSlots | None = None
+        self._padded: tuple[int, RowSlots | None] | None = None
         self._slots_version = -1
 
     def join(self, rows: Sequence[Row], caches: Caches) -> None:
@@ -118,7 +119,7 @@ class DecodeBatch:
         if self._sampler is None:
             self._sampler = Sampler([row.sampling_row() for row in self.rows], self._vocabulary)
         if self._slots_version != self._bank.version:
-            self._slots = self._bank.slots([row.adapter for row in self.rows])
+            self._assign_slots(self._caches.padded)
             self._slots_version = self._bank.version
         self._fed, self._proposal = self._tokens, None
         if proposals:
@@ -130,11 +131,18 @@ class DecodeBatch:
             self._proposal = self._proposer.propose(last, proposals, self._sampler)
             self._fed = self._proposal.fed
             self._caches.mark()
-        self._logits = self._call(self._caches, self._fed, self._slots)
+        self._logits = self._call(self._caches, self._fed, self._slots, padded=self._padded)
         if self.constrained:
             start(self._fed, self._logits)
         for row in self.rows:
             row.unread = not proposals
+
+    def _assign_slots(self, padded: int) -> None:
+        """Look up the rows' adapters; rows that pad a graph have the last one's, so that rows of one stay of one."""
+        adapters = [row.adapter for row in self.rows]
+        self._slots = self._bank.slots(adapters)
+        more = padded - len(adapters)
+        self._padded = (padded, self._bank.slots(adapters + adapters[-1:] * more)) if more else None
 
     def read_proposed(self) -> list[list[int]] | None:
         """What is proposed for each row in the call under way, None in a plain step; waits for the draft."""

@@ -128,16 +128,25 @@ class TracedCalls:
         return self._graphs.building
 
     def __call__(
-        self, caches: Caches, tokens: mx.array, slots: RowSlots | None = None, lengths: Sequence[int] | None = None
+        self,
+        caches: Caches,
+        tokens: mx.array,
+        slots: RowSlots | None = None,
+        lengths: Sequence[int] | None = None,
+        padded: tuple[int, RowSlots | None] | None = None,
     ) -> mx.array:
-        """As `caches.call(model, tokens, lengths)` with the adapters of `slots` applied."""
+        """As `caches.call(model, tokens, lengths)` with the adapters of `slots` applied.
+
+        With `padded`, the graph is one of so many rows, which have such slots.
+        """
         self._apply(slots)
         if self._bank is not None and self._generation != self._bank.generation:
             # Graphs hold on to the adapters that they were traced with.
             self._generation = self._bank.generation
             self._graphs.clear()
         only = None if slots is None else slots.only
-        rows = [] if slots is None else slots.arrays
+        count, its_slots = padded or (caches.rows, slots)
+        rows = [] if its_slots is None else its_slots.arrays
         shape = caches.shape(tokens.shape[1], lengths)
 
         def trace(tokens: mx.array, starts: mx.array, rows: list[mx.array], held: Held) -> Traced[mx.array]:
@@ -146,11 +155,14 @@ class TracedCalls:
 
         def call(graph: Callable[..., Traced[mx.array]]) -> mx.array:
             try:
-                return caches.call_graph(lambda tokens, starts, held: graph(tokens, starts, rows, held), tokens)
+                answer = caches.call_graph(
+                    lambda tokens, starts, held: graph(tokens, starts, rows, held), tokens, count
+                )
+                return answer if count == caches.rows else answer[: caches.rows]
             finally:
                 self._apply(slots)
 
-        key = None if shape is None else (shape, slots is None, only)
+        key = None if shape is None else (*shape[1:], count, slots is None, only)
         return self._graphs.run(key, trace, call, lambda: caches.call(self._model, tokens, lengths))
 
     def _apply(self, slots: RowSlots | None) -> None:

@@ -214,6 +214,40 @@ def test_a_graph_is_built_once_and_used_again(
     assert found == answers(load(folder, slack=SLACK), draft, adapters, tokens=60)
 
 
+def answers_of_many(loaded: LoadedModel, adapters: list[AdapterSource], keys: int) -> list[str]:
+    """What nine rows say that leave one after the other, while others join, with so many adapters in turn."""
+    driver = Driver(loaded, max_rows=12, prefix_cache_bytes=0)
+    known = ["", *(driver.engine.load_adapter(source).key for source in adapters)][:keys]
+    driver.run(
+        generate(
+            i, prompt=TEXT[i : 2 * i + 5], max_tokens=6 + 5 * i, adapter=known[i % keys], temperature=i % 2, seed=i
+        )
+        for i in range(9)
+    )
+    driver.run(generate(20 + i, prompt=TEXT[i : i + 9], max_tokens=40 - 3 * i, adapter=known[-1]) for i in range(9))
+    return [answer.text for _, answer in sorted(driver.answers.items())]
+
+
+@pytest.mark.usefixtures("keeping")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("keys", [1, 2, 3])
+def test_batches_of_like_sizes_share_a_graph(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    graphs: Graphs,
+    tmp_path: Path,
+    model_type: str,
+    keys: int,
+) -> None:
+    folder = model_folder(model_type)
+    adapters = sources(load(folder), tmp_path)
+    found = answers_of_many(load(folder), adapters, keys)
+    assert {rows for rows, count in graphs.shapes if count == 1} <= {1, 2, 4, 8, 9}
+    assert graphs.calls > 50
+    monkeypatch.setattr(attention_kernel, "launch", lambda: None)
+    assert found == answers_of_many(load(folder), adapters, keys)
+
+
 def answers_to_prompts(loaded: LoadedModel, adapters: list[AdapterSource]) -> list[str]:
     """What rows say whose prompts are of few shapes, but not of one length: six pairs of up to 32 tokens that share a
     call, and five of two chunks of 64 and one of up to 32."""

@@ -7,7 +7,7 @@ leave in any order. A row's cost to join or leave is its own keys and values, no
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -142,6 +142,11 @@ class Caches:
         return self._positions.rows
 
     @property
+    def padded(self) -> int:
+        """Rows that a graph of a call is made for: a few more than there are, so that it does for those as well."""
+        return self._positions.padded
+
+    @property
     def arrays(self) -> list[mx.array]:
         """All that is on the device, to be evaluated: then all that was written is."""
         return [array for leaf in self._leaves for array in leaf.arrays]
@@ -184,7 +189,7 @@ class Caches:
         for leaf in self._leaves:
             leaf.dispatched()
 
-    def shape(self, count: int, lengths: Sequence[int] | None = None) -> Hashable | None:
+    def shape(self, count: int, lengths: Sequence[int] | None = None) -> tuple[int, int, int, int] | None:
         """What decides how a call of `count` tokens for each row is computed; None if more does than such a thing.
 
         Calls of one shape differ by the values of arrays alone: see `call_graph`. Of row i, only `lengths[i]` count.
@@ -195,15 +200,18 @@ class Caches:
             return None
         return positions.rows, count, positions.slots, positions.capacity
 
-    def call_graph(self, graph: Graph[Answer], tokens: mx.array) -> Answer:
+    def call_graph(self, graph: Graph[Answer], tokens: mx.array, rows: int | None = None) -> Answer:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
 
-        Only after `shape` has returned one. When `graph` raises, nothing has changed.
+        Only after `shape` has returned one. When `graph` raises, nothing has changed. A graph of more `rows` than there
+        are gets as many; the others have no tokens, write to slots that nobody has, and are part of the answer.
         """
         positions = self._positions
+        if (more := (rows or positions.rows) - positions.rows) > 0:
+            tokens = mx.concatenate([tokens, mx.zeros((more, tokens.shape[1]), dtype=tokens.dtype)])
         held = [leaf.arrays for leaf in self._leaves]
         try:
-            answer, after, starts = graph(tokens, positions.row_starts, held)
+            answer, after, starts = graph(tokens, positions.padded_starts(positions.rows + more), held)
         except BaseException:
             after = held
             raise

@@ -20,6 +20,9 @@ import mlx.core as mx
 
 T = TypeVar("T")
 
+_EIGHT: Final = 8
+"""Rows that graphs are made for a multiple of, from as many on."""
+
 _STEP: Final = 256
 """Tokens that room grows by at least. MLX's CUDA backend takes cuDNN only for multiples of it."""
 
@@ -43,6 +46,7 @@ class Positions:
         self._offsets: mx.array | None = None
         self._made: dict[Any, Any] = {}
         self._next: mx.array | None = None
+        self._padded: tuple[mx.array, mx.array] | None = None
         self._marked: mx.array | None = None
         self.same: int | None = 0
         """The length that all rows have, if the host knows it."""
@@ -96,6 +100,23 @@ class Positions:
             return mx.array([self.same] * self.rows, dtype=mx.int32)
         return self.starts if self.starts.dtype == mx.int32 else self.starts.astype(mx.int32)
 
+    @property
+    def padded(self) -> int:
+        """Rows of a graph that does for as many as there are, and for a few more or less: within the slots.
+
+        Rows come and go, and each number of them would want a graph of its own.
+        """
+        return max(self.rows, min(rounded(self.rows), self.slots))
+
+    def padded_starts(self, rows: int) -> mx.array:
+        """`row_starts` of so many rows: those that are not there have no tokens."""
+        starts = self.row_starts
+        if self._padded is not None and self._padded[0] is starts and self._padded[1].shape[0] == rows:
+            return self._padded[1]
+        if rows == starts.shape[0]:
+            return starts
+        return mx.concatenate([starts, mx.zeros((rows - starts.shape[0],), dtype=mx.int32)])
+
     # ------------------------------------------------------------- calls
 
     def begin(self, count: int, lengths: Sequence[int] | None) -> None:
@@ -106,7 +127,10 @@ class Positions:
         self.reserve(self.reach)
 
     def end(self, starts: mx.array | None = None) -> None:
-        """The call is built: rows are as much longer. `starts` [rows] int32 of the next call, if it has made them."""
+        """The call is built: rows are as much longer. `starts` [≥ rows] int32 of the next call, if it has made them."""
+        padded = starts
+        if starts is not None and starts.shape[0] > self.rows:
+            starts = starts[: self.rows]
         added = self.lengths or [self.count] * self.rows
         self._most = [length + more for length, more in zip(self._most, added, strict=True)]
         self._written = list(map(max, self._most, self._written))
@@ -117,18 +141,19 @@ class Positions:
         self.count, self.lengths = 0, None
         self._changed()
         self._next = starts
+        self._padded = None if starts is None or padded is None else (starts, padded)
 
     @contextmanager
     def traced(self, starts: mx.array, count: int) -> Iterator[None]:
         """A call of `count` tokens, which is (a part of) the one under way, is built with `starts` [rows] int32 for
-        what the rows have, and with nothing else."""
-        before = self.same, self._offsets, self._next, self.count
-        self.same, self._offsets, self._next, self.count = None, starts, None, count
+        what the rows have, and with nothing else; they may be more than there are."""
+        before = self.same, self._offsets, self._next, self.count, self.rows
+        self.same, self._offsets, self._next, self.count, self.rows = None, starts, None, count, starts.shape[0]
         self._made.clear()
         try:
             yield
         finally:
-            self.same, self._offsets, self._next, self.count = before
+            self.same, self._offsets, self._next, self.count, self.rows = before
             self._made.clear()
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
@@ -177,7 +202,7 @@ class Positions:
     def fit(self) -> None:
         """Ask for less room where rows need much less: half of it, and what they take within the next steps."""
         if self.slots > 2 * self.rows + 2:
-            self.slots = self.rows
+            self.slots = rounded(self.rows)
         if 2 * (longest := max(self._most, default=0) + _STEP) < self.capacity:
             self.capacity = -(-longest // _STEP) * _STEP
 
@@ -208,6 +233,11 @@ class Positions:
         self.same = first if self.exact and all(length == first for length in self._most) else None
         if self.same is not None:
             self._offsets = None
+
+
+def rounded(rows: int) -> int:
+    """A power of two up to eight rows, then a multiple of eight."""
+    return 1 << max(0, rows - 1).bit_length() if rows <= _EIGHT else -(-rows // _EIGHT) * _EIGHT
 
 
 def grown(slots: int, rows: int) -> int:
