@@ -1,18 +1,20 @@
 """Where the time of a decode step goes: building its graph, starting it, waiting for the one before, the rest.
 
     python tests/bench/step_time.py [--geometry llama-1b] [--rows 1 8 32 128] [--steps 64] [--prompt 256] [--greedy]
-        [--adapters 9] [--bits 8]
+        [--adapters 9 [--beside 3]] [--bits 8]
 
 The engine's own loop on a model of random weights, all rows in the batch, prompts of different lengths; at
 temperature 0.7 with top_p 0.9 unless greedy. With adapters, of rank 8 on all linear layers, rows take them and the
 base model in turn; with bits, keys and values are cached in so many. Milliseconds a step, means over the steps;
-tokens a second are those of the steps alone.
+tokens a second are those of the steps alone. With `--beside`, base rows alone and mixed ones are measured in turn, so
+often, and the ratio of their medians is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -55,10 +57,10 @@ class Watch:
     def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else partial(self, instance)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
         began = time.perf_counter()
         try:
-            return self._function(*arguments)
+            return self._function(*arguments, **more)
         finally:
             self.seconds += time.perf_counter() - began
 
@@ -68,8 +70,8 @@ def emit(frame: FromEngine) -> None:
     encode_frame(frame)
 
 
-def measure(engine: Engine, rows: int, keys: list[str], arguments: argparse.Namespace) -> str:
-    """One line: milliseconds of all, building, starting, waiting, and tokens a second."""
+def measure(engine: Engine, rows: int, keys: list[str], arguments: argparse.Namespace) -> tuple[str, float]:
+    """One line: milliseconds of all, building, starting, waiting, and tokens a second; and these."""
     sampling = Sampling(**({} if arguments.greedy else SAMPLED))
     # Enough tokens that none ends before the last has joined and all steps are made.
     tokens = arguments.steps + 40 + rows
@@ -91,7 +93,18 @@ def measure(engine: Engine, rows: int, keys: list[str], arguments: argparse.Name
         engine.step()
     parts = [seconds, building.seconds, starting.seconds, reading.seconds]
     milliseconds = " ".join(f"{part / arguments.steps * 1000:>8.3f}" for part in parts)
-    return f"{rows:>5} {milliseconds} {rows * arguments.steps / seconds:>9.0f}"
+    rate = rows * arguments.steps / seconds
+    return f"{rows:>5} {milliseconds} {rate:>9.0f}", rate
+
+
+def beside(engine: Engine, rows: int, keys: list[str], arguments: argparse.Namespace) -> None:
+    """Base rows and mixed ones in turn."""
+    rates: dict[str, list[float]] = {"base": [], "mixed": []}
+    for _ in range(arguments.beside):
+        for name, chosen in (("base", keys[:1]), ("mixed", keys)):
+            rates[name].append(measure(engine, rows, chosen, arguments)[1])
+    base, mixed = (statistics.median(found) for found in rates.values())
+    print(f"{rows:>5} rows: base {base:,.0f}, mixed {mixed:,.0f} tokens/s: {mixed / base:.3f}", flush=True)
 
 
 def main() -> None:
@@ -102,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--beside", type=int, default=0, metavar="TIMES")
     parser.add_argument("--bits", type=int, default=0)
     parser.add_argument("--greedy", action="store_true")
     arguments = parser.parse_args()
@@ -122,7 +136,9 @@ def main() -> None:
         keys = ["", *(source.key for source in adapters)]
         for rows in arguments.rows:
             measure(engine, rows, keys, arguments)  # kernels are compiled, and loaded
-            print(measure(engine, rows, keys, arguments), flush=True)
+            print(measure(engine, rows, keys, arguments)[0], flush=True)
+            if arguments.beside:
+                beside(engine, rows, keys, arguments)
 
 
 starting, reading = Watch(batch, "start"), Watch(batch, "to_list")
