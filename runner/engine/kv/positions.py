@@ -202,7 +202,7 @@ class Positions:
     def fit(self) -> None:
         """Ask for less room where rows need much less: half of it, and what they take within the next steps."""
         if self.slots > 2 * self.rows + 2:
-            self.slots = rounded(self.rows)
+            self.slots = self.rows
         if 2 * (longest := max(self._most, default=0) + _STEP) < self.capacity:
             self.capacity = -(-longest // _STEP) * _STEP
 
