@@ -29,11 +29,11 @@ class Moves:
 
     def take(self, planes: Planes, into: Planes) -> bool:
         """Move from `planes` [slots, heads, capacity, width] to others, as long or longer; False if that cannot be."""
-        pairs = list(zip(planes, into, strict=True))
-        if not self._tokens or not all(_alike(a, b) and copy_kernel.applies([a, b]) for a, b in pairs):
+        pairs = [((a.shape, b.shape, a.dtype, b.dtype), (a, b)) for a, b in zip(planes, into, strict=True)]
+        if not self._tokens or not all(alike in self._alike or _fit(*pair) for alike, pair in pairs):
             return False
-        for pair in pairs:
-            self._alike.setdefault(tuple((array.shape, array.dtype) for array in pair), []).append(pair)
+        for alike, pair in pairs:
+            self._alike.setdefault(alike, []).append(pair)
         return True
 
     def start(self) -> None:
@@ -68,6 +68,7 @@ class Beginnings:
         self.start_at = piece.start
         self._piece = piece
         self._into: list[dict[int, mx.array]] = [{} for _ in piece.arrays]
+        self._fit: set[Hashable] = set()
 
     def like(self, places: Sequence[Place]) -> Planes:
         """Arrays of as many heads, as wide, and of the same types as a layer's at these places in the piece."""
@@ -79,12 +80,13 @@ class Beginnings:
 
     def take(self, places: Sequence[Place], planes: Planes) -> bool:
         """Put what is at these places into planes [slots, heads, capacity, width]; False if that cannot be."""
-        pairs = list(zip(places, planes, strict=True))
-        if not all(
-            _alike(self._piece.arrays[which], plane) and copy_kernel.applies([plane]) for (which, _), plane in pairs
-        ):
+        pairs = [
+            (which, (which, array.shape, array.dtype), array) for (which, _), array in zip(places, planes, strict=True)
+        ]
+        if not all(alike in self._fit or _fit(self._piece.arrays[which], array) for which, alike, array in pairs):
             return False
-        for (which, plane), array in pairs:
+        for (_, plane), (which, alike, array) in zip(places, pairs, strict=True):
+            self._fit.add(alike)
             self._into[which][plane] = array
         return True
 
@@ -100,6 +102,7 @@ class Beginnings:
         return done
 
 
-def _alike(a: mx.array, b: mx.array) -> bool:
-    """Whether lines of one can be lines of the other."""
-    return (a.shape[1], a.shape[3], a.dtype) == (b.shape[1], b.shape[3], b.dtype)
+def _fit(lines: mx.array, plane: mx.array) -> bool:
+    """Whether a launch can put lines of one into the other."""
+    same = (lines.shape[1], lines.shape[3], lines.dtype) == (plane.shape[1], plane.shape[3], plane.dtype)
+    return same and copy_kernel.applies([plane])
