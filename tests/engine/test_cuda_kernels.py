@@ -248,8 +248,9 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel, copy_kernel]}
+    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
     made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
+    made |= {"_copy": [copy_kernel], "_put": [copy_kernel]}
     for name, modules in made.items():
         for module in modules:
             monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
@@ -337,12 +338,15 @@ def test_a_prompt_s_attention_is_compiled_as_it_is_called(
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.uint32], ids=str)
 def test_copies_are_compiled_as_they_are_called(launches: Launches, compiled: list[str], dtype: mx.Dtype) -> None:
-    """Once for so many planes, whichever row and span are copied, and however much room there is."""
-    for row, stop, capacity in ((0, 4, 256), (1, 200, 512)):
-        copied = copy_kernel.copy([mx.zeros((2, 2, capacity, 64), dtype)] * 12, row, 3, stop)
-        assert (copied.shape, copied.dtype) == ((12, 2, stop - 3, 64), dtype)
-    assert sorted(set(launches.modules)) == compiled
-    assert len(compiled) == 1
+    """Once for so many planes, whichever rows and span are copied, and however much room there is."""
+    for rows, stop, capacity in (([0], 4, 256), ([1, 0], 200, 512)):
+        planes = [mx.zeros((2, 2, capacity, 64), dtype)] * 12
+        stack = copy_kernel.copy(planes, rows, 3, stop)
+        assert (stack.shape, stack.dtype) == ((12, 2 * len(rows), stop - 3, 64), dtype)
+        assert copy_kernel._put.cache_info().currsize == 1, "before it is called"
+        copy_kernel.put(planes, stack, rows, 3, stop - 3, capacity)
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == 2
 
 
 # ------------------------------------------------------------- on a device

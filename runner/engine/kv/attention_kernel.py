@@ -18,14 +18,16 @@ planes are inputs, and the kernel casts `const` away. MLX takes arrays for value
   nobody has asked for yet) or not, the planes are complete when they are read.
 - *All other readers and writers* of the planes (they grow, shrink, move, are copied from, pasted into, and calls that
   no launch can do write and read them in separate operations) begin with `Planes.land`, which has the launch before
-  dispatched: theirs is then a later graph. `Caches.arrays` lists the launches' outputs, so that whoever starts the
-  caches' arrays starts them, even if nobody wants what they have attended to.
+  dispatched: theirs is then a later graph. Launches of `copy_kernel` that write are among them, and are started at
+  once: what comes after them is in a later graph again. `Caches.arrays` lists the launches' outputs, so that whoever
+  starts the caches' arrays starts them, even if nobody wants what they have attended to.
 - *Who holds an older value* of the planes sees the write. For layers that cache all tokens it is dead to them: places
   at or behind a row's length mean nothing to anyone, tokens are cut off only after what attended to them was needed to
-  know how many, and a slot is given to another row by copying into it, which as all of MLX's own writing copies an
-  array that others hold. A ring's places are used again: so what is kept of a ring, and what a ring begins with, are
-  copies that share no memory with it and are started at once (Window), and a call that reads a ring in separate
-  operations has to be started before the next call, as whoever calls a model here does.
+  know how many, and a slot is given to another row by copying into it: MLX's own writing copies an array that others
+  hold, and before a launch does it, whatever copies from a row has been started (`Caches.piece`). A ring's places are
+  used again: so what is kept of a ring, and what a ring begins with, are copies that share no memory with it and are
+  started at once (Window), and a call that reads a ring in separate operations has to be started before the next call,
+  as whoever calls a model here does.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from runner.engine.arrays import start
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layers import Layer, Straight, Window
+from runner.engine.kv.moves import Beginnings, Moves
 from runner.engine.kv.planes import Form, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
@@ -242,10 +243,12 @@ class Caches:
 
     def join(self, other: Caches) -> None:
         """Rows of `other` come after these. `other` is not used any more."""
-        first = self.rows
-        self._positions.extend(other._positions)
+        first, more = self.rows, other._positions
+        moves = Moves(range(more.rows), range(first, first + more.rows), max(more.written))
+        self._positions.extend(more)
         for mine, new in zip(self._leaves, other._leaves, strict=True):
-            mine.extend(first, new)
+            mine.extend(first, new, moves)
+        moves.start()
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Let go of rows. Returns the others in their new order: the last ones have moved into the holes."""
@@ -258,9 +261,13 @@ class Caches:
             order[hole] = row
         lifted: list[list[mx.array]] = [[] for _ in self._leaves]
         if holes:
-            lifted = [leaf.lift(_slots(last)) for leaf in self._leaves]
-            # At once: what still reads an array keeps it from being written in place, and each start costs the host.
-            start(lifted)
+            moves = Moves(last, holes, max(self._positions.written[row] for row in last))
+            lifted = [leaf.lift(_slots(last), moves) for leaf in self._leaves]
+            moves.start()
+            if any(lifted):
+                # At once: what still reads an array keeps it from being written in place, and each start costs the
+                # host.
+                start(lifted)
         self._positions.take(order)
         self._positions.fit()
         into = _slots(holes)
@@ -290,7 +297,8 @@ class Caches:
         return self._positions.most[row]
 
     def piece(self, row: int, start: int, stop: int) -> Piece:
-        """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet."""
+        """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet: to be started before rows
+        leave or join."""
         assert stop <= self.length(row)
         cut, written = Cut(row, slice(start, stop)), self._positions.written[row]
         return cut.piece([leaf.piece(cut, written) for leaf in self._leaves])
@@ -307,20 +315,24 @@ class Caches:
         lengths = [0 if begun is None else begun.length for begun in beginnings]
         self._positions.restart(lengths, [0 if begun is None else begun.written for begun in beginnings])
         self._positions.reserve(max(reserve, *self._positions.written))
-        for row, rows, begun in _runs(beginnings):
-            self._put(row, rows, begun)
+        if done := [array for row, rows, begun in _runs(beginnings) for array in self._put(row, rows, begun)]:
+            start(done)
 
-    def _put(self, row: int, rows: int, begun: Beginning) -> None:
+    def _put(self, row: int, rows: int, begun: Beginning) -> list[mx.array]:
+        """Write it, or return what is to be started for that."""
+        done = []
         for piece in begun.pieces:
-            used = min(piece.stop, begun.length) - piece.start
+            part = Beginnings(row, rows, piece, min(piece.stop, begun.length) - piece.start)
             for leaf, places in zip(self._leaves, piece.layers, strict=True):
                 if places is not None:
-                    leaf.put_piece(row, rows, piece.start, piece.of(places, used))
+                    leaf.put_piece(part, places)
+            done += part.put()
         if begun.state is not None:
             for leaf, arrays in zip(self._leaves, begun.state.layers, strict=True):
                 if arrays is not None:
                     for one in range(row, row + rows):
                         leaf.put_state(one, arrays)
+        return done
 
 
 class Foreign(Caches):

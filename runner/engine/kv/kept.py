@@ -79,7 +79,7 @@ class Cut:
         """It, not computed yet, of `layers` that are where they were told."""
         start, stop = self.span.start, self.span.stop
         arrays = [
-            part if isinstance(part, mx.array) else copy_kernel.copy(part, self.row, start, stop)
+            part if isinstance(part, mx.array) else copy_kernel.copy(part, [self.row], start, stop)
             for part in self._parts
         ]
         return Piece(start, stop, arrays, tuple(layers))

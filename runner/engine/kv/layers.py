@@ -16,6 +16,7 @@ from runner.engine.kv import attention_kernel, masks, prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.masks import FEW
+from runner.engine.kv.moves import Beginnings, Moves
 from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
@@ -58,12 +59,12 @@ class Layer(Protocol):
         """Have what a graph takes or returns."""
         ...
 
-    def extend(self, first: int, other: Any) -> None:
-        """Rows of `other` come after the `first` ones here. `other` is not used any more."""
+    def extend(self, first: int, other: Any, moves: Moves) -> None:
+        """Rows of `other` come after the `first` ones here, now or by `moves`. `other` is not used any more."""
         ...
 
-    def lift(self, slots: Slots) -> list[mx.array]:
-        """Copies of slots, not computed yet, for `take` to put into others."""
+    def lift(self, slots: Slots, moves: Moves) -> list[mx.array]:
+        """Copies of slots, not computed yet, for `take` to put into others; none where `moves` does that."""
         ...
 
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
@@ -78,8 +79,8 @@ class Layer(Protocol):
         """A copy of what a row has that had up to `written` tokens; None if pieces say as much."""
         ...
 
-    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
-        """Have what `piece` had copied from position `start` on, in `rows` rows that nothing was written to yet."""
+    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
+        """Have what `piece` had copied to these places, now or when `begun` puts it."""
         ...
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
@@ -223,13 +224,20 @@ class Straight:
             self._unwritten.settle()
             self._unwritten = None
 
-    def extend(self, first: int, other: Straight) -> None:
+    def extend(self, first: int, other: Straight, moves: Moves) -> None:
         new = other._planes.arrays
         if new or not self._planes.empty:
             self._planes.reserve(self._positions.slots, self._room(), new)
+            if new and self._in_place and moves.take(new, self._planes.arrays):
+                return
             if new:
                 self._planes.paste(first, other._positions.rows, new)
             self._planes.clear(first, other._positions.rows, new[0].shape[2] if new else 0)
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether there are launches that write to the planes, and everybody knows."""
+        return self._launch is not None
 
     @property
     def _launches(self) -> bool:
@@ -242,8 +250,9 @@ class Straight:
     def _room(self) -> int:
         return self._positions.capacity
 
-    def lift(self, slots: Slots) -> list[mx.array]:
-        return self._planes.lift(slots)
+    def lift(self, slots: Slots, moves: Moves) -> list[mx.array]:
+        planes = self._planes.arrays
+        return [] if self._in_place and moves.take(planes, planes) else self._planes.lift(slots)
 
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         if lifted:
@@ -256,9 +265,10 @@ class Straight:
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return None
 
-    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
-        self._planes.reserve(self._positions.slots, self._room(), arrays)
-        self._planes.paste(row, rows, arrays, start)
+    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
+        self._planes.reserve(self._positions.slots, self._room(), begun.like(places))
+        if not (self._in_place and begun.take(places, self._planes.arrays)):
+            self._planes.paste(begun.row, begun.rows, begun.arrays(places), begun.start_at)
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
         raise AssertionError("its pieces say all")
@@ -349,13 +359,17 @@ class Window(Straight):
     def _cut(self, row: int, span: slice) -> list[mx.array]:
         return [mx.contiguous(array[row : row + 1, :, span]) for array in self._planes.arrays]
 
-    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
+    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
         # What goes on beyond the ring is of a row that has a state, which says more.
-        if start + arrays[0].shape[2] <= self._size:
-            super().put_piece(row, rows, start, self._apart(arrays))
+        if begun.start_at + begun.tokens <= self._size:
+            self._paste(begun.row, begun.rows, begun.arrays(places), begun.start_at)
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
-        super().put_piece(row, 1, 0, self._apart(arrays))
+        self._paste(row, 1, arrays, 0)
+
+    def _paste(self, row: int, rows: int, arrays: Sequence[mx.array], start: int) -> None:
+        self._planes.reserve(self._positions.slots, self._room(), arrays)
+        self._planes.paste(row, rows, self._apart(arrays), start)
 
     def _apart(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Copies that share no memory with the ring, which a launch writes to without MLX knowing.

@@ -1,8 +1,8 @@
 """The arrays of one layer: [slots, heads, capacity, width], several of them side by side.
 
 MLX arrays are values, but an operation whose input nobody else holds writes into it. So a write costs what is written,
-as long as the arrays are reached through here alone. A launch of `attention_kernel` writes without MLX knowing of it:
-whoever else gets at the arrays has it dispatched first (`land`).
+as long as the arrays are reached through here alone. Launches of `attention_kernel` and `copy_kernel` write without MLX
+knowing of it: whoever else gets at the arrays has those of the former dispatched first (`land`).
 """
 
 from __future__ import annotations

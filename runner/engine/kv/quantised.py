@@ -124,6 +124,10 @@ class Quantised(Straight):
         return self._planes.launch(run)
 
     @property
+    def _in_place(self) -> bool:
+        return self._packed_launch is not None
+
+    @property
     def _launches(self) -> bool:
         return self._packed_launch is not None and self._positions.count <= FEW
 

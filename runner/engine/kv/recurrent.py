@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
 from runner.engine.kv.kept import Cut, Place
+from runner.engine.kv.moves import Beginnings, Moves
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
@@ -48,10 +49,10 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def hold(self, arrays: Sequence[mx.array]) -> None:
         self.cache = list(arrays)
 
-    def extend(self, first: int, other: Recurrent) -> None:
+    def extend(self, first: int, other: Recurrent, moves: Moves) -> None:
         self.cache = [_joined(a, first, b, other._positions.rows) for a, b in zip(self.cache, other.cache, strict=True)]
 
-    def lift(self, slots: Slots) -> list[mx.array]:
+    def lift(self, slots: Slots, moves: Moves) -> list[mx.array]:
         return []
 
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
@@ -63,7 +64,7 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def state(self, row: int, written: int) -> list[mx.array] | None:
         return [mx.zeros((0,)) if a is None else mx.contiguous(a[row : row + 1]) for a in self.cache]
 
-    def put_piece(self, row: int, rows: int, start: int, arrays: Sequence[mx.array]) -> None:
+    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
         raise AssertionError("it has no pieces")
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:

@@ -1,71 +1,95 @@
-"""`copy_kernel`'s source compiled for the host, in the place of the kernel."""
+"""`copy_kernel`'s sources compiled for the host, in the place of its kernels: at once, and in place."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from runner.engine.kv import copy_kernel
 from tests.engine.cuda_on_host import Run, compiled
+
+Array = np.ndarray[Any, Any]
 
 _TYPES = {4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 """By bytes: copies are all the same."""
 
 
 class CopiesOnHost:
-    """Makes kernels, as `copy_kernel._kernel` does, whose launches are computed at once."""
+    """Launches of `copy_kernel`, as if there were a device."""
 
-    def __init__(self, folder: Path) -> None:
-        self.planes: list[int] = []
-        """Of each launch."""
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, threads: int = 2, each: int = 64) -> None:
+        """Blocks of so many threads, of which each has so many vectors."""
+        self.launches: list[tuple[str, int]] = []
+        """What each has done, with how many planes."""
         self.aligned = True
         """Whether planes begin at whole vectors: MLX's own memory begins 8 bytes behind a multiple of 16 here."""
         self._folder = folder
-        self._built: dict[tuple[int, int], Run] = {}
+        self._built: dict[tuple[str, int, int], Run] = {}
+        patch.setattr(copy_kernel, "applies", lambda _: True)
+        patch.setattr(copy_kernel, "THREADS", threads)
+        patch.setattr(copy_kernel, "_EACH", each)
+        for name in ("copy", "put"):
+            patch.setattr(copy_kernel, f"_{name}", lambda planes, dtype, name=name: _Made(self.run, name, dtype))
 
-    def __call__(self, planes: int, dtype: mx.Dtype) -> _Made:
-        return _Made(self, planes, dtype)
+    @property
+    def copied(self) -> list[int]:
+        """Planes of each launch that has copied from them."""
+        return [planes for name, planes in self.launches if name == "copy"]
 
-    def run(self, planes: int, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]) -> Any:
-        """[planes, heads, tokens, width]"""
-        self.planes.append(planes)
+    @property
+    def put(self) -> list[int]:
+        """Planes of each launch that has written to them."""
+        return [planes for name, planes in self.launches if name == "put"]
+
+    def run(self, name: str, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]) -> Array:
+        """What the launch returns. What it is to write to is written to."""
         mx.eval(*inputs)
         mx.synchronize()
-        *held, span = [np.asarray(array) for array in inputs]
-        if self.aligned:
-            held = [array.copy(order="K") for array in held]
-        strides = [np.array(array.strides, dtype=np.int64) // array.itemsize for array in held]
-        # One more plane than is to be written, to see that it is not.
-        out = np.full((shape[0] + 1, *shape[1:]), 7, dtype=held[0].dtype)
-        passed = [*held, span, np.array(held[0].shape, dtype=np.int32), *strides, out]
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in passed]
-        self._kernel(planes, dtype)(ctypes.c_int(blocks), ctypes.c_int(copy_kernel.THREADS), *pointers)
+        own = [np.asarray(array) for array in inputs]
+        planes = len(own) - (1 if name == "copy" else 2)
+        self.launches.append((name, planes))
+        used = [array.copy(order="K") for array in own] if self.aligned else own
+        strides = [np.array(array.strides, dtype=np.int64) // array.itemsize for array in used[:planes]]
+        # One more than is to be written, to see that it is not.
+        out = np.full((shape[0] + 1, *shape[1:]), 7, dtype=own[0].dtype if name == "copy" else np.int32)
+        shapes = [np.array(array.shape, dtype=np.int32) for array in (used[0], *used[planes:])]
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*used, *shapes, *strides, out)]
+        self._kernel(name, planes, dtype)(ctypes.c_int(blocks), ctypes.c_int(copy_kernel.THREADS), *pointers)
         assert (out[-1] == 7).all()
-        return mx.array(out[:-1])
+        if name == "put" and self.aligned:
+            for array, written in zip(own, used, strict=True):
+                np.copyto(array, written)
+        return out[:-1]
 
-    def _kernel(self, planes: int, dtype: mx.Dtype) -> Run:
-        key = planes, dtype.size
+    def _kernel(self, name: str, planes: int, dtype: mx.Dtype) -> Run:
+        key = name, planes, dtype.size
         if key not in self._built:
-            arguments = {f"plane{i}": "const T*" for i in range(planes)}
-            arguments |= {"span": "const int*", "plane0_shape": "const int*"}
-            arguments |= {f"plane{i}_strides": "const int64_t*" for i in range(planes)} | {"out": "T*"}
-            folder = self._folder / f"{planes}-{dtype.size}"
+            of = {"copy": copy_kernel.COPY, "put": copy_kernel.PUT}[name]
+            names = copy_kernel.inputs(of, planes, dtype)
+            arguments = {each: "const int*" if each == "span" else "const T*" for each in names}
+            arguments |= {f"{each}_shape": "const int*" for each in ("plane0", *[*names][planes:])}
+            arguments |= {f"plane{i}_strides": "const int64_t*" for i in range(planes)}
+            arguments |= {"out": "T*"} if name == "copy" else {"done": "int*"}
+            folder = self._folder / "-".join(map(str, key))
             folder.mkdir(parents=True)
-            given = "".join(f"constexpr int {name} = {value};" for name, value in copy_kernel.constants().items())
+            given = "".join(f"constexpr int {each} = {value};" for each, value in copy_kernel.constants().items())
             header = f"using T = {_TYPES[dtype.size]};\n{given}\n"
-            self._built[key] = compiled(folder, header, copy_kernel.source(planes), arguments, "")
+            self._built[key] = compiled(folder, header, copy_kernel.source(of, planes), arguments, "")
         return self._built[key]
 
 
 class _Made:
-    def __init__(self, copies: CopiesOnHost, planes: int, dtype: mx.Dtype) -> None:
-        self._copies = copies
-        self._planes = planes
+    """In the place of a Kernel."""
+
+    def __init__(self, run: Callable[..., Array], name: str, dtype: mx.Dtype) -> None:
+        self._run = run
+        self._name = name
         self._dtype = dtype
 
     def launch(
@@ -76,7 +100,8 @@ class _Made:
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        assert output_dtypes == [self._dtype]
-        assert len(inputs) == self._planes + 1
-        blocks = grid[0] // threadgroup[0]
-        return [self._copies.run(self._planes, self._dtype, inputs, blocks, output_shapes[0])]
+        assert inputs[0].dtype == self._dtype
+        out = self._run(self._name, self._dtype, inputs, grid[0] // threadgroup[0], output_shapes[0])
+        result = mx.array(out)
+        assert [result.dtype] == output_dtypes
+        return [result]

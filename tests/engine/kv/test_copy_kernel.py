@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,13 +46,31 @@ def drawn(shape: Shape, dtype: mx.Dtype, count: int) -> list[mx.array]:
     return made
 
 
-def check(shape: Shape, dtype: mx.Dtype, count: int) -> None:
+def check_copies(shape: Shape, dtype: mx.Dtype, count: int, some: Sequence[Sequence[int]] = ((0,),)) -> None:
     made = drawn(shape, dtype, count)
-    for row in range(shape[0]):
+    for rows in some:
         for start, stop in [(0, shape[2]), (5, 6), (17, shape[2] - 1)]:
-            copied = copy_kernel.copy(made, row, start, stop)
+            copied = copy_kernel.copy(made, rows, start, stop)
             assert copied.dtype == dtype
-            assert mx.array_equal(copied, mx.stack([plane[row, :, start:stop] for plane in made])).item()
+            expected = [mx.concatenate([plane[row, :, start:stop] for row in rows]) for plane in made]
+            assert mx.array_equal(copied, mx.stack(expected)).item()
+
+
+def check_puts(shape: Shape, dtype: mx.Dtype, count: int) -> None:
+    """Of several rows, in an order of their own, and of one to several; zeros follow."""
+    slots, heads, room, width = shape
+    for sources, rows in ((1, [slots - 1]), (1, [*range(slots)]), (slots, [*reversed(range(slots))])):
+        for start, tokens, end in [(0, room - 9, room), (3, 7, 10), (5, 4, room - 2)]:
+            made = drawn(shape, dtype, count)
+            stack = mx.random.randint(1, 250, (count, sources * heads, tokens + 2, width)).astype(dtype)
+            expected = [mx.array(plane) for plane in made]
+            for i, row in enumerate(rows):
+                first = i * heads if sources > 1 else 0
+                for plane, part in zip(expected, stack[:, first : first + heads, :tokens], strict=True):
+                    plane[row, :, start : start + tokens] = part
+                    plane[row, :, start + tokens : end] = 0
+            mx.eval(expected, copy_kernel.put(made, stack, rows, start, tokens, end))
+            assert all(mx.array_equal(*both).item() for both in zip(made, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +82,30 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> CopiesOnHost:
     """As if there were a device."""
-    made = CopiesOnHost(scratch / request.node.name)
-    monkeypatch.setattr(copy_kernel, "applies", lambda _: True)
-    monkeypatch.setattr(copy_kernel, "_kernel", made)
-    monkeypatch.setattr(copy_kernel, "THREADS", 8)
-    return made
+    return CopiesOnHost(scratch / request.node.name, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.uint16, mx.uint8], ids=str)
-def test_on_the_host(on_host: CopiesOnHost, dtype: mx.Dtype) -> None:
+def test_on_the_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
+    on_host = CopiesOnHost(scratch / str(dtype), monkeypatch, threads=8, each=4)
     for shape in SHAPES:
-        check(shape, dtype, 4)
-    assert set(on_host.planes) == {4}
+        check_copies(shape, dtype, 4, [[0], [*reversed(range(shape[0]))]])
+        check_puts(shape, dtype, 4)
+    assert {planes for _, planes in on_host.launches} == {4}
 
 
 def test_planes_that_begin_anywhere_on_the_host(on_host: CopiesOnHost) -> None:
     on_host.aligned = False
-    check(SHAPES[0], mx.float32, 2)
-    assert on_host.planes
+    check_copies(SHAPES[0], mx.float32, 2, [[0], [2, 1]])
+    check_puts(SHAPES[0], mx.float32, 2)
+    assert on_host.copied
+    assert on_host.put
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_separate_operations(count: int) -> None:
     for shape in SHAPES:
-        check(shape, mx.float16, count)
+        check_copies(shape, mx.float16, count)
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
@@ -95,17 +114,28 @@ def test_on_the_device(count: int) -> None:
     for dtype in (mx.bfloat16, mx.uint32):
         for shape in (*SHAPES, (3, 8, 1024, 128)):
             assert copy_kernel.applies(drawn(shape, dtype, 1))
-            check(shape, dtype, count)
+            check_copies(shape, dtype, count, [[0], [*reversed(range(shape[0]))]])
+            check_puts(shape, dtype, count)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.uint32], ids=str)
-def test_compiles_for_the_device(dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("of", [copy_kernel.COPY, copy_kernel.PUT], ids=["copy", "put"])
+def test_compiles_for_the_device(of: str, dtype: mx.Dtype) -> None:
     count = copy_kernel.MOST
-    arrays = {**{f"plane{i}": dtype for i in range(count)}, "span": mx.int32}
-    template = [("T", dtype), *copy_kernel.constants().items()]
-    needs = compile_kernel("", copy_kernel.source(count), arrays, {"out": dtype}, template)
+    outputs = {"out": dtype} if of == copy_kernel.COPY else {"done": mx.int32}
+    arrays, template = copy_kernel.inputs(of, count, dtype), [("T", dtype), *copy_kernel.constants().items()]
+    needs = compile_kernel("", copy_kernel.source(of, count), arrays, outputs, template)
     assert needs.local == 0, "nothing has to be put aside: addresses least of all"
     assert needs.registers <= 64
+    # Arrays of ten: a shape is 40 bytes, strides are 80.
+    assert 88 * count + 8 * (len(arrays) - count + 1) + 3 * 40 <= 4096, "that many parameters a kernel has for certain"
+
+
+def test_what_a_launch_can_count() -> None:
+    """Long rows go one by one."""
+    assert copy_kernel.rows_at_once(mx.zeros((16, 8, 256, 64))) == 8192
+    plane = mx.broadcast_to(mx.array(0.0), (64, 32, 1 << 17, 128))
+    assert copy_kernel.rows_at_once(plane) == 2
 
 
 def test_it_is_on_where_there_is_a_device_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +144,7 @@ def test_it_is_on_where_there_is_a_device_unless_it_is_turned_off(monkeypatch: p
     monkeypatch.setattr(cuda_kernels, "usable", cuda_kernels.usable.__wrapped__)
     assert copy_kernel.applies([mx.zeros((2, 2, 8, 4))])
     assert not copy_kernel.applies([mx.zeros((2, 2, 8, 0))])
+    assert not copy_kernel.applies([mx.broadcast_to(mx.array(0.0), (4, 64, 1 << 18, 128))]), "a row of 2^31 values"
     monkeypatch.setenv(SWITCH, "0")
     assert not copy_kernel.applies([mx.zeros((2, 2, 8, 4))])
 
@@ -142,7 +173,7 @@ def test_a_row_is_kept_in_one_launch_for_planes_that_are_alike(
     model = load(model_folder("llama", wide=True), quantisation=Quantisation(bits, 64) if bits else None)
     caches = filled(model, model.layout, [60, 33])
     piece = caches.piece(1, 3, 30)
-    assert on_host.planes == ([6, 12] if bits else [6])
+    assert on_host.copied == ([6, 12] if bits else [6])
     assert piece.complete
     for layer, places in zip(caches.layers, piece.layers, strict=True):
         assert places is not None
@@ -159,7 +190,7 @@ def test_more_planes_than_a_launch_has_room_for(
     monkeypatch.setattr(copy_kernel, "MOST", 4)
     caches = filled(llama, llama.layout, [40])
     kept = Beginning(40, (caches.piece(0, 0, 40),))
-    assert on_host.planes == [4, 2]
+    assert on_host.copied == [4, 2]
     restored = llama.layout.restore([kept])
     for layer, other in zip(caches.layers, restored.layers, strict=True):
         assert mx.array_equal(layer.keys[:, :, :40], other.keys[:, :, :40]).item()
@@ -175,7 +206,7 @@ def test_it_is_copied_once_what_was_written_is_on_its_way(
     caches.call(llama.model, mx.array([[1, 2, 3]]))
     assert not started
     caches.piece(0, 0, 3)
-    assert on_host.planes == [6]
+    assert on_host.copied == [6]
     assert all(any(array is other for other in started) for array in launch.returned)
 
 
@@ -229,6 +260,6 @@ def test_an_engine_says_the_same(model_folder: ModelFolder, on_host: CopiesOnHos
         return [answer.text for _, answer in sorted(driver.answers.items())]
 
     expected = answers(0)
-    assert not on_host.planes
+    assert not on_host.copied
     assert answers(1 << 24) == expected
-    assert len(on_host.planes) > 4
+    assert len(on_host.copied) > 4
