@@ -160,17 +160,24 @@ class Engine:
         rows = [*self._batch.rows, *self._prefiller.active, row]
         if self.closed and len(rows) > 1:
             return False
-        excess = self.budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
+        # A row that joins others is there twice for a moment: in its own caches, and in theirs.
+        twice = self.budget.caches([row]) if self._batch.rows else 0
+        excess = self.budget.excess(rows, self._beside(rows) + int(twice))
         if excess > 0:
             excess -= self._prefixes.release(excess)
         wider = self.budget.working * max(0, tokens - self.limits.prefill_step_size) // self.limits.prefill_step_size
         # A row by itself was found to fit when it was submitted.
         return excess + (wider if self.budget.most else 0) <= 0 or len(rows) == 1
 
+    def _beside(self, rows: list[Row]) -> int:
+        """Bytes of adapters, prefixes, and of what the batch has more room for than `rows` count with."""
+        spare = self._batch.nbytes - self.budget.caches(rows) if self.budget.most else 0
+        return self._bank.nbytes + self._prefixes.nbytes + max(0, int(spare))
+
     def _stay_within(self) -> None:
         """Kept prefixes give way to rows that grow, and then the longest that asked for no length ends."""
         rows = [*self._batch.rows, *self._prefiller.active]
-        excess = self.budget.excess(rows, self._bank.nbytes + self._prefixes.nbytes)
+        excess = self.budget.excess(rows, self._beside(rows))
         if excess > 0 and excess - self._prefixes.release(excess) > 0 and (row := open_ended(self._batch.rows)):
             row.max_tokens = min(row.max_tokens, len(row.generated) + 1)
 

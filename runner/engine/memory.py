@@ -48,12 +48,16 @@ class MemoryBudget:
 
     def held(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes of `rows` in one batch, up to their ends, beside `kept` bytes of other things."""
+        return int(self.weights + kept + self.working + self.caches(rows))
+
+    def caches(self, rows: Sequence[Row]) -> float:
+        """Bytes of a batch of rows, up to their ends."""
         # As many as there is room for, not as there are: a batch grows by a third, and its rows by steps.
         longest = max((_tokens(row) for row in rows), default=0)
         each = -(-longest // _PROBE) * _PROBE * self.token_bytes
         if self.row_bytes:
             each = min(each, self.row_bytes)
-        return int(self.weights + kept + self.working + (len(rows) + len(rows) // 3) * each)
+        return (len(rows) + len(rows) // 3) * each
 
     def excess(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes by which that exceeds what may be used now; 0 or less fits."""
