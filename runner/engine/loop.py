@@ -20,9 +20,10 @@ from runner.engine.decoding import Decoding
 from runner.engine.grammar.service import Grammars
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
-from runner.engine.memory import MemoryBudget, cache_bytes_per_token, open_ended
+from runner.engine.memory import MemoryBudget, cache_bytes_per_token
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
+from runner.engine.room import Room
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
 from runner.engine.speculative.policy import lengths
@@ -54,9 +55,9 @@ class Engine:
     """Serves one loaded model. Every method is called by the thread that loaded it.
 
     `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
-    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while it is
-    `closed`, those that wait are not taken up, unless nothing else is worked on. How prompts share model calls is what
-    suits the device, unless `sharing` says otherwise.
+    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while its
+    `room` is closed, those that wait are not taken up, unless nothing else is worked on. How prompts share model calls
+    is what suits the device, unless `sharing` says otherwise.
     """
 
     def __init__(
@@ -76,8 +77,6 @@ class Engine:
         self._bank = AdapterBank(loaded.model, loaded.dtype)
         self._prefixes = PrefixCache(limits.prefix_cache_bytes)
         self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary, loaded.conventions)
-        sharing = usual() if sharing is None else sharing
-        self._prefiller = Prefiller(loaded.model, self._bank, self._prefixes, loaded.layout, self._has_room, sharing)
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, wake)
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
@@ -87,7 +86,11 @@ class Engine:
         if speculation is not None:
             weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
         self.budget = MemoryBudget(memory_limit, weights, token_bytes)
-        self.closed = False
+        self.room = Room(self.budget, self._batch, self._bank, self._prefixes, lambda: self._prefiller.active)
+        takes = lambda row, tokens: self.room.takes(row, tokens, self.limits.prefill_step_size)  # noqa: E731
+        self._prefiller = Prefiller(
+            loaded.model, self._bank, self._prefixes, loaded.layout, takes, usual() if sharing is None else sharing
+        )
 
     # ------------------------------------------------------------- the step
 
@@ -115,7 +118,7 @@ class Engine:
             self._abandon(f"the engine failed: {error}")
         self._decoding.counters.steps += 1
         if self._decoding.counters.steps % _WITHIN_EVERY == 0:
-            self._stay_within()
+            self.room.stay_within()
         if self._decoding.counters.steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
 
@@ -151,35 +154,6 @@ class Engine:
                 self._decoding.join(rows, caches)
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
-
-    def _has_room(self, row: Row, tokens: int) -> bool:
-        """Whether memory has room for one more row, in a model call of so many tokens with those before it.
-
-        Kept prefixes are given up for a row if need be, but not for a call that is wider than that of a long prompt.
-        """
-        rows = [*self._batch.rows, *self._prefiller.active, row]
-        if self.closed and len(rows) > 1:
-            return False
-        # A row that joins others is there twice for a moment: in its own caches, and in theirs.
-        twice = self.budget.caches([row]) if self._batch.rows else 0
-        excess = self.budget.excess(rows, self._beside(rows) + int(twice))
-        if excess > 0:
-            excess -= self._prefixes.release(excess)
-        wider = self.budget.working * max(0, tokens - self.limits.prefill_step_size) // self.limits.prefill_step_size
-        # A row by itself was found to fit when it was submitted.
-        return excess + (wider if self.budget.most else 0) <= 0 or len(rows) == 1
-
-    def _beside(self, rows: list[Row]) -> int:
-        """Bytes of adapters, prefixes, and of what the batch has more room for than `rows` count with."""
-        spare = self._batch.nbytes - self.budget.caches(rows) if self.budget.most else 0
-        return self._bank.nbytes + self._prefixes.nbytes + max(0, int(spare))
-
-    def _stay_within(self) -> None:
-        """Kept prefixes give way to rows that grow, and then the longest that asked for no length ends."""
-        rows = [*self._batch.rows, *self._prefiller.active]
-        excess = self.budget.excess(rows, self._beside(rows))
-        if excess > 0 and excess - self._prefixes.release(excess) > 0 and (row := open_ended(self._batch.rows)):
-            row.max_tokens = min(row.max_tokens, len(row.generated) + 1)
 
     def release(self, nbytes: int) -> int:
         """Give up kept prefixes for at least so many bytes, or all of them; returns how many that were."""
@@ -344,7 +318,7 @@ class Engine:
         self._prefixes.resize(self.limits.prefix_cache_bytes)
         if change.memory_limit_bytes is not None:
             self.budget.granted = change.memory_limit_bytes
-            self._stay_within()
+            self.room.stay_within()
 
     def stats(self) -> Stats:
         """The counters now."""

@@ -212,7 +212,7 @@ class EngineProcess:
         self._watched_at = now
         assert self._watchdog is not None, "made with the engine"
         goes_on = self._watchdog.look(busy=engine.busy)
-        engine.closed = self._watchdog.closed
+        engine.room.closed = self._watchdog.closed
         if not goes_on:
             used, most = self._watchdog.over, engine.budget.most
             reason = f"it used {used:,} bytes, and its limit is {most:,}"

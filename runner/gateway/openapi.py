@@ -5,6 +5,7 @@ python -m runner.gateway.openapi        the document with every API, as schemas/
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -124,11 +125,21 @@ def document(apis: Iterable[str], *, locked: bool = False) -> dict[str, Any]:
             "description": "Local MLX models, behind the APIs that their clients know.",
         },
         "paths": paths,
-        "components": {"schemas": {**components, "Error": _ERROR}},
+        "components": {"schemas": {**_undented(components), "Error": _ERROR}},
     }
     if locked:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return made
+
+
+def _undented(schema: Any) -> Any:
+    """Descriptions, which are docstrings, as msgspec has them from 0.23 on: without their indentation."""
+    if isinstance(schema, dict):
+        return {
+            name: inspect.cleandoc(value) if name == "description" and isinstance(value, str) else _undented(value)
+            for name, value in schema.items()
+        }
+    return [_undented(part) for part in schema] if isinstance(schema, list) else schema
 
 
 _ERROR: Final = {

@@ -67,7 +67,7 @@ def test_far_above_it_does_not_wait() -> None:
 
 def test_a_closed_engine_takes_up_one_at_a_time(llama: LoadedModel) -> None:
     driver = Driver(llama)
-    driver.engine.closed = True
+    driver.engine.room.closed = True
     for i in range(3):
         driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=5))
     most = 0

@@ -1,0 +1,61 @@
+"""Whether there is memory for one more row, and what gives way where rows grow beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runner.engine.adapters.bank import AdapterBank
+from runner.engine.batch import DecodeBatch
+from runner.engine.memory import MemoryBudget, open_ended
+from runner.engine.prefix_cache import PrefixCache
+from runner.engine.row import Row
+
+
+class Room:
+    """The budget, seen with what takes of it. While it is `closed`, no row is taken up beside others."""
+
+    def __init__(
+        self,
+        budget: MemoryBudget,
+        batch: DecodeBatch,
+        bank: AdapterBank,
+        prefixes: PrefixCache,
+        active: Callable[[], list[Row]],
+    ) -> None:
+        """`active` are the rows that are being prefilled."""
+        self.closed = False
+        self._budget = budget
+        self._batch = batch
+        self._bank = bank
+        self._prefixes = prefixes
+        self._active = active
+
+    def takes(self, row: Row, tokens: int, chunk: int) -> bool:
+        """Whether there is memory for one more row, in a model call of so many tokens with those before it.
+
+        Kept prefixes are given up for a row if need be, but not for a call that is wider than that of a long prompt,
+        which has `chunk` tokens.
+        """
+        rows = [*self._batch.rows, *self._active(), row]
+        if self.closed and len(rows) > 1:
+            return False
+        # A row that joins others is there twice for a moment: in its own caches, and in theirs.
+        twice = self._budget.caches([row]) if self._batch.rows else 0
+        excess = self._budget.excess(rows, self._beside(rows) + int(twice))
+        if excess > 0:
+            excess -= self._prefixes.release(excess)
+        wider = self._budget.working * max(0, tokens - chunk) // chunk
+        # A row by itself was found to fit when it was submitted.
+        return excess + (wider if self._budget.most else 0) <= 0 or len(rows) == 1
+
+    def stay_within(self) -> None:
+        """Kept prefixes give way to rows that grow, and then the longest that asked for no length ends."""
+        rows = [*self._batch.rows, *self._active()]
+        excess = self._budget.excess(rows, self._beside(rows))
+        if excess > 0 and excess - self._prefixes.release(excess) > 0 and (row := open_ended(self._batch.rows)):
+            row.max_tokens = min(row.max_tokens, len(row.generated) + 1)
+
+    def _beside(self, rows: list[Row]) -> int:
+        """Bytes of adapters, prefixes, and of what the batch has more room for than `rows` count with."""
+        spare = self._batch.nbytes - self._budget.caches(rows) if self._budget.most else 0
+        return self._bank.nbytes + self._prefixes.nbytes + max(0, int(spare))
