@@ -129,7 +129,9 @@ def test_on_the_host(on_host: OnHost, vocabulary: int, dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("shares", [1, 3])
-@pytest.mark.parametrize("vocabulary", [272, 999, 4096])
+@pytest.mark.parametrize(
+    "vocabulary", [pytest.param(272, marks=pytest.mark.nightly), 999, pytest.param(4096, marks=pytest.mark.nightly)]
+)
 def test_on_the_host_with_two_warps(on_host: OnHost, vocabulary: int, shares: int) -> None:
     check(on_host.launch(shares, threads=64), vocabulary, mx.bfloat16)
 
@@ -147,6 +149,7 @@ def test_shares_are_exact_to_a_hundred_thousandth(on_host: OnHost) -> None:
         assert mx.all(found == 5, axis=0).flatten().tolist() == [alone] * 4
 
 
+@pytest.mark.nightly
 def test_a_smaller_device_has_fewer_blocks_share_a_row(on_host: OnHost) -> None:
     rows = len(WAYS) * 2
     for processors, shared in ((1, 0), (rows * 2, 2), (rows * 5, 3)):

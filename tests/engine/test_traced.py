@@ -335,7 +335,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("keeping")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    ["seeded", "penalised", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("filtered", "unseeded"))],
+)
 def test_a_graph_of_proposals_knows_no_other_settings_than_those_it_is_given(
     model_folder: ModelFolder,
     monkeypatch: pytest.MonkeyPatch,

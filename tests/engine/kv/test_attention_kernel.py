@@ -88,7 +88,7 @@ def two_warps(scratch: Path) -> OnHost:
     return OnHost(scratch, threads=64)
 
 
-@pytest.mark.parametrize("splits", [2, 8])
+@pytest.mark.parametrize("splits", [pytest.param(2, marks=pytest.mark.nightly), 8])
 def test_several_blocks_share_keys_on_the_host(scratch: Path, splits: int) -> None:
     """Also where a row has fewer keys than there are blocks."""
     check(OnHost(scratch / str(splits), splits=splits), (4, 2, 64), mx.float32)
@@ -96,7 +96,11 @@ def test_several_blocks_share_keys_on_the_host(scratch: Path, splits: int) -> No
 
 @pytest.mark.parametrize(
     ("geometry", "dtype"),
-    [(GEOMETRIES[0], mx.float32), (GEOMETRIES[1], mx.bfloat16), (GEOMETRIES[2], mx.float32)],
+    [
+        (GEOMETRIES[0], mx.float32),
+        pytest.param(GEOMETRIES[1], mx.bfloat16, marks=pytest.mark.nightly),
+        pytest.param(GEOMETRIES[2], mx.float32, marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_on_the_host(one_thread: OnHost, geometry: Geometry, dtype: mx.Dtype) -> None:

@@ -97,14 +97,28 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packed")
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(8, mx.bfloat16), (4, mx.bfloat16), (8, mx.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        (8, mx.bfloat16),
+        pytest.param(4, mx.bfloat16, marks=pytest.mark.nightly),
+        pytest.param(8, mx.float32, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_on_the_host(scratch: Path, bits: int, dtype: mx.Dtype) -> None:
     check(PackedOnHost(scratch / f"{bits} {dtype}"), (4, 2, 64), Quantisation(bits, 64), dtype)
 
 
 @pytest.mark.parametrize(
     ("geometry", "bits", "size"),
-    [((3, 3, 32), 4, 32), ((14, 2, 96), 8, 32), ((4, 1, 128), 4, 64), ((40, 2, 128), 8, 128), ((2, 1, 256), 8, 32)],
+    [
+        ((3, 3, 32), 4, 32),
+        ((14, 2, 96), 8, 32),
+        pytest.param((4, 1, 128), 4, 64, marks=pytest.mark.nightly),
+        pytest.param((40, 2, 128), 8, 128, marks=pytest.mark.nightly),
+        pytest.param((2, 1, 256), 8, 32, marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_shapes_of_the_product(scratch: Path, geometry: Geometry, bits: int, size: int) -> None:
@@ -113,7 +127,10 @@ def test_shapes_of_the_product(scratch: Path, geometry: Geometry, bits: int, siz
     check(launch, geometry, Quantisation(bits, size), mx.bfloat16, rows=2)
 
 
-@pytest.mark.parametrize(("warps", "splits"), [(2, 1), (1, 8), (4, 4)])
+@pytest.mark.parametrize(
+    ("warps", "splits"),
+    [pytest.param(2, 1, marks=pytest.mark.nightly), pytest.param(1, 8, marks=pytest.mark.nightly), (4, 4)],
+)
 def test_warps_and_blocks_share_keys(scratch: Path, warps: int, splits: int) -> None:
     """Also where a row has fewer tiles than there are of them, and more than are on their way at once."""
     launch = PackedOnHost(scratch / f"{warps} {splits}", warps, splits)
