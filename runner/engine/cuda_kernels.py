@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property, partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
 
-from runner.engine import kernel_cache
-from runner.engine.cuda_compiler import CompileError
-from runner.engine.cuda_text import Argument, Definition, Template, Text
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from runner.engine.cuda_text import Definition, Template, Text
+
+# What only a CUDA device needs is imported where a kernel is made: elsewhere it would be 12 ms of a start.
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,14 @@ Types = Mapping[str, mx.Dtype]
 def usable(switch: str) -> bool:
     """On a CUDA device that MLX computes on, unless the environment variable `switch` is 0."""
     return os.environ.get(switch) != "0" and bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
+
+
+def settle() -> None:
+    """Have compiled code kept on disk, where there is CUDA; comes before any kernel."""
+    if mx.cuda.is_available():
+        from runner.engine import kernel_cache  # noqa: PLC0415
+
+        kernel_cache.settle()
 
 
 def terse(source: str) -> str:
@@ -60,6 +70,9 @@ class Kernel:
         shared_memory: int = 0,
     ) -> None:
         """As MLX has it, with the arrays' types beside their names, and the template that calls would have."""
+        from runner.engine import kernel_cache  # noqa: PLC0415
+        from runner.engine.cuda_text import Argument, Definition  # noqa: PLC0415
+
         # By it the name of the compiled code, which is the text's, tells devices apart.
         marked = f"// {kernel_cache.architecture()}\n{header}"
         self._definition = Definition(name, [*inputs], [*outputs], source, marked)
@@ -131,6 +144,9 @@ def _stand_ins_are_found() -> bool:
 
 
 def _provide(text: Text, architecture: str) -> bool:
+    from runner.engine import kernel_cache  # noqa: PLC0415
+    from runner.engine.cuda_compiler import CompileError  # noqa: PLC0415
+
     try:
         return kernel_cache.provide(text, architecture)
     except (CompileError, OSError) as reason:
@@ -144,4 +160,6 @@ def _left_to_mlx(kernel: str, reason: Exception) -> None:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
     return ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "compile")

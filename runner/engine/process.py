@@ -104,7 +104,7 @@ class EngineProcess:
 
     def _load(self) -> Engine:
         # Imported here: the socket is there, and the runner connected, while this takes its time.
-        from runner.engine import kernel_cache  # noqa: PLC0415
+        from runner.engine import cuda_kernels  # noqa: PLC0415
         from runner.engine.kv.quantised import Quantisation  # noqa: PLC0415
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
@@ -116,7 +116,7 @@ class EngineProcess:
 
         spec = self._spec
         self._stage("weights")
-        kernel_cache.settle()
+        cuda_kernels.settle()
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
         slack = slack_for(spec.num_draft_tokens) if spec.draft else 0

@@ -365,6 +365,7 @@ def test_an_engine_settles_it_before_it_loads_anything(monkeypatch: pytest.Monke
         raise EngineLoadError("settled first")
 
     monkeypatch.setattr(kernel_cache, "settle", settle)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loader, "load_weights", None)
     transport = Told()
     spec = EngineSpec(model="m", digest="d", path="/nowhere", orphan_grace=0.01)
