@@ -206,15 +206,16 @@ def test_a_block_has_room_on_the_device() -> None:
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("window", [0, 512])
 def test_compiles_for_the_device(dtype: mx.Dtype, width: int, window: int) -> None:
-    kind = {mx.bfloat16: "__nv_bfloat16", mx.float16: "__half"}[dtype]
-    types = {"starts": "int32_t", "counters": "int32_t", "frequencies": "float"}
-    arrays = {name: types.get(name, kind) for name in prompt_kernel.ATTEND_INPUTS}
+    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    arrays = {name: types.get(name, dtype) for name in prompt_kernel.ATTEND_INPUTS}
     header = prompt_kernel.attend_header(dtype, width, window, width**-0.5)
-    needs = compile_kernel(header, cuda_kernels.terse(prompt_kernel.ATTEND), arrays, {"out": kind, "partial": "float"})
+    needs = compile_kernel(
+        header, cuda_kernels.terse(prompt_kernel.ATTEND), arrays, {"out": dtype, "partial": mx.float32}
+    )
     assert needs.local == 0, "nothing has to be put aside"
     assert needs.registers <= (128 if width == 64 else 168)
-    arrays = {name: types.get(name, kind) for name in prompt_kernel.WRITE_INPUTS}
+    arrays = {name: types.get(name, dtype) for name in prompt_kernel.WRITE_INPUTS}
     header = prompt_kernel.write_header(dtype, width, width, 0, prompt_kernel.lines(width))
-    needs = compile_kernel(header, cuda_kernels.terse(prompt_kernel.WRITE), arrays, {"rotated": kind})
+    needs = compile_kernel(header, cuda_kernels.terse(prompt_kernel.WRITE), arrays, {"rotated": dtype})
     assert needs.local == 0
     assert needs.registers <= 64
