@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Any, TypeVar
 
 import mlx.core as mx
+
+T = TypeVar("T")
 
 
 def start(*trees: Any) -> None:
@@ -35,3 +38,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays (and lists and tuples of them) whose graph is built by its first call for each shape."""
     made: Callable[..., Any] = mx.compile(function)
     return made
+
+
+def given(owner: Any, names: Sequence[str]) -> list[mx.array]:
+    """Of these attributes, each an array or None, those that are arrays."""
+    return [array for name in names if (array := getattr(owner, name)) is not None]
+
+
+def replaced(owner: T, names: Sequence[str], arrays: Iterator[mx.array]) -> T:
+    """A copy that has the next of `arrays` in the place of each of those."""
+    other = copy(owner)
+    for name in names:
+        if getattr(owner, name) is not None:
+            setattr(other, name, next(arrays))
+    return other

@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 _MOST_THREADS: Final = 16
 _TRIAL: Final = "trial"
 
+KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
+"""What CUDA calls a type, and what its tensor cores do."""
+
+PROCESSORS: Final = 132
+"""Multiprocessors of an H100, or H200."""
+
 Size = tuple[int, int, int]
 
 Types = Mapping[str, mx.Dtype]
@@ -49,7 +55,7 @@ def settle() -> None:
 
 
 def terse(source: str) -> str:
-    """A kernel's text without what only readers need: MLX copies and hashes it in each call."""
+    """A kernel's text without what only readers need: where MLX has it itself, it copies and hashes it in each call."""
     lines = (line.strip() for line in source.splitlines())
     return "\n".join(line for line in lines if line and not line.startswith("//"))
 

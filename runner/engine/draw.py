@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 
 from runner.engine import draw_kernel
+from runner.engine.arrays import given, replaced
 from runner.engine.candidates import candidates
 from runner.engine.filters import Filters, Kept
 
@@ -65,21 +66,18 @@ class Draw:
     @property
     def form(self) -> Hashable:
         """What decides, beside `arrays`, what is drawn."""
-        given = tuple(getattr(self, name) is None for name in _ARRAYS)
-        return self._vocabulary, given, self.filters.form, self.bound
+        missing = tuple(getattr(self, name) is None for name in _ARRAYS)
+        return self._vocabulary, missing, self.filters.form, self.bound
 
     @property
     def arrays(self) -> list[mx.array]:
         """What its draws depend on."""
-        own = [array for name in _ARRAYS if (array := getattr(self, name)) is not None]
-        return own + self.filters.arrays
+        return given(self, _ARRAYS) + self.filters.arrays
 
     def having(self, arrays: Sequence[mx.array]) -> Draw:
         """One of the same form with such `arrays`."""
-        other, rest = copy(self), iter(arrays)
-        for name in _ARRAYS:
-            if getattr(self, name) is not None:
-                setattr(other, name, next(rest))
+        rest = iter(arrays)
+        other = replaced(self, _ARRAYS, rest)
         other.filters = self.filters.having(list(rest))
         return other
 

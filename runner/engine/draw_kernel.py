@@ -18,7 +18,7 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_kernels import PROCESSORS, Kernel
 from runner.engine.draw_source import DEVICE, HEADER, SOURCE
 
 SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
@@ -26,9 +26,6 @@ SWITCH: Final = "MLX_RUN_DRAW_KERNEL"
 
 THREADS: Final = 1024
 """Of a block, which has a multiprocessor to itself."""
-
-_BLOCKS: Final = 132
-"""As many as run at once, on an H100 or H200; the kernel knows better where that is less."""
 
 _MOST_SPLITS: Final = 8
 _AT_ONCE: Final = 8
@@ -66,7 +63,7 @@ def draw_tokens(logits: mx.array, settings: mx.array, keys: mx.array, positions:
 
 def splits(rows: int) -> int:
     """How many blocks share a row's noise at most."""
-    return max(1, min(_MOST_SPLITS, _BLOCKS // rows))
+    return max(1, min(_MOST_SPLITS, PROCESSORS // rows))
 
 
 def counters(shares: int) -> mx.array:
@@ -77,7 +74,7 @@ def counters(shares: int) -> mx.array:
 @cache
 def _counters() -> dict[int, Iterator[mx.array]]:
     # Draws that run at once do not have the same ones.
-    shapes = {shares: (shares, _BLOCKS // shares) for shares in range(1, _MOST_SPLITS + 1)}
+    shapes = {shares: (shares, PROCESSORS // shares) for shares in range(1, _MOST_SPLITS + 1)}
     arrays = {shares: [mx.zeros(shape, mx.int32) for _ in range(_AT_ONCE)] for shares, shape in shapes.items()}
     mx.eval(arrays)
     return {shares: cycle(some) for shares, some in arrays.items()}

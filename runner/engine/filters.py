@@ -7,12 +7,12 @@ sort serves top_p and top_k; where neither is asked for there is none.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
 
+from runner.engine.arrays import given, replaced
 from runner.protocol import Sampling
 
 NONE = -float("inf")
@@ -58,21 +58,17 @@ class Filters:
     @property
     def form(self) -> Hashable:
         """What decides, beside `arrays`, what they keep."""
-        given = tuple(getattr(self, name) is None for name in _ARRAYS)
-        return self._vocabulary, given, self._some_keep_all, self.some_unfiltered
+        missing = tuple(getattr(self, name) is None for name in _ARRAYS)
+        return self._vocabulary, missing, self._some_keep_all, self.some_unfiltered
 
     @property
     def arrays(self) -> list[mx.array]:
         """The rows' settings."""
-        return [array for name in _ARRAYS if (array := getattr(self, name)) is not None]
+        return given(self, _ARRAYS)
 
     def having(self, arrays: Sequence[mx.array]) -> Filters:
         """Filters of the same form with such `arrays`."""
-        other, rest = copy(self), iter(arrays)
-        for name in _ARRAYS:
-            if getattr(self, name) is not None:
-                setattr(other, name, next(rest))
-        return other
+        return replaced(self, _ARRAYS, iter(arrays))
 
     @property
     def none(self) -> bool:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel, Size
+from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
@@ -40,11 +40,6 @@ GATE_THREADS: Final = 256
 _TILE: Final = 16
 _CHUNK: Final = 64
 _WARP: Final = 32
-_PROCESSORS: Final = 132
-"""An H100's, or H200's."""
-
-_KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
-"""What CUDA calls a type, and what its tensor cores do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +63,17 @@ def way(outputs: int, inputs: int, tiles: int, epilogue: str) -> Way:
     blocks = outputs // _TILE
     if epilogue == "swiglu":
         return Way(8, 1 if tiles == 4 else 2, 2)
-    if blocks <= _PROCESSORS and inputs >= 16 * _CHUNK:
+    if blocks <= PROCESSORS and inputs >= 16 * _CHUNK:
         # Fewer blocks than there are processors, so each has to have much on its way.
         return Way(16, 2, 1)
-    if blocks <= 3 * _PROCESSORS or outputs % (2 * _TILE):
+    if blocks <= 3 * PROCESSORS or outputs % (2 * _TILE):
         return Way(8, 2, 1)
     return Way(8, 1 if tiles == 4 else 2, 2)
 
 
 def fits(outputs: int, inputs: int, dtype: mx.Dtype) -> bool:
     """Whether there is a kernel for a weight [outputs, inputs]: 16-bit, in whole tiles."""
-    return dtype in _KINDS and outputs % _TILE == 0 and inputs % _CHUNK == 0
+    return dtype in KINDS and outputs % _TILE == 0 and inputs % _CHUNK == 0
 
 
 Choose = Callable[[int, int, int, str], Way]
@@ -190,7 +185,7 @@ def source(epilogue: str, *, changes: bool = False) -> str:
 
 def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     """What the source does not say."""
-    kind, operand = _KINDS[dtype]
+    kind, operand = KINDS[dtype]
     parts = 2 if epilogue == "swiglu" else 1
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
@@ -227,7 +222,7 @@ def _prepare(
 def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
     sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
     return Kernel(
-        name=f"{'changed' if changes else 'product'}_{epilogue}_{_KINDS[dtype][1]}_{sizes}",
+        name=f"{'changed' if changes else 'product'}_{epilogue}_{KINDS[dtype][1]}_{sizes}",
         inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue, changes=changes)},
         outputs={"out": dtype},
         source=source(epilogue, changes=changes),
@@ -238,13 +233,13 @@ def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool)
 
 def gate_header(dtype: mx.Dtype) -> str:
     """What comes before GATE."""
-    return f"using T = {_KINDS[dtype][0]};\nconstexpr int THREADS = {GATE_THREADS};\n"
+    return f"using T = {KINDS[dtype][0]};\nconstexpr int THREADS = {GATE_THREADS};\n"
 
 
 @cache
 def _gate_kernel(dtype: mx.Dtype) -> Kernel:
     return Kernel(
-        name=f"gate_{_KINDS[dtype][1]}",
+        name=f"gate_{KINDS[dtype][1]}",
         inputs={"y": dtype},
         outputs={"out": dtype},
         source=cuda_kernels.terse(GATE),

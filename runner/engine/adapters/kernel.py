@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import Kernel
+from runner.engine.cuda_kernels import KINDS, Kernel
 from runner.engine.product_source import SWIGLU, UNPACK
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
@@ -30,8 +30,6 @@ _MOST_RANK: Final = 512
 _THREADS: Final = 512
 _VECTOR: Final = 8
 _TILE: Final = 2048
-
-_KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
 
 _SOURCE: Final = (
     """
@@ -149,7 +147,7 @@ def fits(x: mx.array, stack: Stack) -> bool:
         and x.ndim == 3
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == down.dtype
-        and down.dtype in _KINDS
+        and down.dtype in KINDS
         and down.shape[1] <= _MOST_RANK
         and all(end % _VECTOR == 0 for end, _, _ in stack.spans[0])
         and down.shape[2] % _VECTOR == 0
@@ -198,7 +196,7 @@ def source(epilogue: str) -> str:
 def constants(dtype: mx.Dtype, epilogue: str, threads: int = _THREADS, tile: int = _TILE) -> str:
     """What the source does not say. A block computes up to `tile` outputs, at most eight a thread."""
     return (
-        f"using T = {_KINDS[dtype][0]};\nconstexpr int THREADS = {threads}, TILE = {tile};\n"
+        f"using T = {KINDS[dtype][0]};\nconstexpr int THREADS = {threads}, TILE = {tile};\n"
         f"constexpr int MOST_RANK = {_MOST_RANK}, PARTS = {parts(epilogue)};\n"
     )
 
@@ -223,7 +221,7 @@ def _nothing(dtype: mx.Dtype) -> mx.array:
 @cache
 def _kernel(dtype: mx.Dtype, epilogue: str) -> Kernel:
     return Kernel(
-        name=f"changes_{epilogue}_{_KINDS[dtype][1]}",
+        name=f"changes_{epilogue}_{KINDS[dtype][1]}",
         inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue)},
         outputs={"out": dtype},
         source=source(epilogue),

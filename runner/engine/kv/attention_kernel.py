@@ -147,8 +147,12 @@ def shape(width: int, itemsize: int, shared: int) -> Shape | None:
 
 def splits(blocks: int, places: int) -> int:
     """How many blocks share the keys of a row that has room for so many, where there are `blocks` without that."""
-    wanted = min(-(-_BLOCKS // blocks), places // _SHARE, _MOST_SPLITS)
-    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+    return power(min(-(-_BLOCKS // blocks), places // _SHARE, _MOST_SPLITS))
+
+
+def power(most: int) -> int:
+    """The highest power of two up to that, 1 at least: numbers of splits are few, and so are their counters."""
+    return 1 << max(0, most.bit_length() - 1) if most > 0 else 1
 
 
 @cache

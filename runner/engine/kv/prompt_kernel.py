@@ -21,8 +21,8 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
-from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, rotating
+from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
+from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, power, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
 from runner.engine.product_source import DEVICE as PRODUCTS
@@ -38,12 +38,6 @@ _TILE: Final = 16
 _WARP: Final = 32
 _THREADS: Final = 256
 """Of a block that writes, at most."""
-
-_KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "f16")}
-"""What CUDA calls a type, and what its tensor cores do."""
-
-_PROCESSORS: Final = 132
-"""An H100's, or H200's. Where rows, heads and tokens make fewer blocks, several share a row's keys."""
 
 _SHARE: Final = 512
 """Places that are worth a block."""
@@ -64,7 +58,7 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     return (
         tokens > FEW
         and queries.dtype == keys.dtype == values.dtype
-        and queries.dtype in _KINDS
+        and queries.dtype in KINDS
         and keys.shape == values.shape
         and keys.shape[3] == width
         and heads % keys.shape[1] == 0
@@ -116,8 +110,7 @@ def write_and_attend(call: Call) -> tuple[mx.array, Planes]:
 def splits(blocks: int, places: int, tokens: int, window: int | None) -> int:
     """How many blocks share the keys of a row that has room for so many, where there are `blocks` without that."""
     keys = places if window is None else min(places, tokens + window)
-    wanted = min(_PROCESSORS // blocks, keys // _SHARE, _MOST_SPLITS)
-    return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
+    return power(min(PROCESSORS // blocks, keys // _SHARE, _MOST_SPLITS))
 
 
 def lines(width: int) -> int:
@@ -133,14 +126,14 @@ def shared_memory(width: int, warps: int = WARPS) -> int:
 def write_header(dtype: mx.Dtype, width: int, rotated: int, traditional: int, at_once: int) -> str:
     """What comes before WRITE, a block of which writes so many lines `at_once`."""
     return (
-        f"using T = {_KINDS[dtype][0]};\nconstexpr int D = {width}, LINES = {at_once};\n"
+        f"using T = {KINDS[dtype][0]};\nconstexpr int D = {width}, LINES = {at_once};\n"
         f"constexpr int ROTATED = {rotated}, TRADITIONAL = {traditional};\n"
     )
 
 
 def attend_constants(dtype: mx.Dtype, width: int, window: int, scale: float, warps: int = WARPS) -> str:
     """What ATTEND does not say: scores are powers of two."""
-    kind, operand = _KINDS[dtype]
+    kind, operand = KINDS[dtype]
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int D = {width}, WARPS = {warps}, KEYS = {KEYS}, WINDOW = {window};\n"
@@ -156,7 +149,7 @@ def attend_header(dtype: mx.Dtype, width: int, window: int, scale: float) -> str
 @cache
 def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Kernel:
     return Kernel(
-        name=f"write_prompt_{_KINDS[dtype][1]}_{width}_{rotated}_{traditional}",
+        name=f"write_prompt_{KINDS[dtype][1]}_{width}_{rotated}_{traditional}",
         inputs={name: _TYPES.get(name, dtype) for name in WRITE_INPUTS},
         outputs={"rotated": dtype},
         source=cuda_kernels.terse(WRITE),
@@ -169,7 +162,7 @@ def _write(dtype: mx.Dtype, width: int, rotated: int, traditional: int) -> Kerne
 @cache
 def _attend(dtype: mx.Dtype, width: int, window: int, scale: float) -> Kernel:
     return Kernel(
-        name=f"attend_prompt_{_KINDS[dtype][1]}_{width}_{window}_{struct.pack('>f', scale).hex()}",
+        name=f"attend_prompt_{KINDS[dtype][1]}_{width}_{window}_{struct.pack('>f', scale).hex()}",
         inputs={name: _TYPES.get(name, dtype) for name in ATTEND_INPUTS},
         outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(ATTEND),
