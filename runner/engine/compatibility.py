@@ -13,7 +13,7 @@ from typing import Any, Final
 import mlx.core as mx
 
 from runner.engine.arrays import to_list
-from runner.engine.kv.caches import Layout
+from runner.engine.kv.layout import Layout
 
 logger = logging.getLogger(__name__)
 

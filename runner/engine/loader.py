@@ -13,22 +13,12 @@ import jinja2
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from runner.engine import draw_kernel
+from runner.engine import draw_kernel, layouts
 from runner.engine.answer.conventions import Conventions, conventions
 from runner.engine.chat import ChatTemplate, Render, jinja_render
-from runner.engine.compatibility import (
-    batches,
-    fuses,
-    fuses_prompts,
-    understood,
-    why_not_packed,
-    why_not_quantised,
-)
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
-from runner.engine.kv.attention_kernel import Launch
-from runner.engine.kv.caches import Layout
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.narrow import NotNarrow, narrow_tokenizer
 from runner.engine.products import install as install_products
@@ -100,9 +90,9 @@ def load(
         install(model)
         draw_kernel.prepare(_activation_dtype(model))
         install_products(model)
-        layout, vocabulary, together = _try(model, slack, attention_kernel.launch(), prompt_kernel.launch())
+        layout, vocabulary, together = layouts.choose(model, slack)
         if quantisation is not None:
-            layout = _quantised(model, slack, quantisation, layout, vocabulary)
+            layout = layouts.quantised(model, quantisation, layout, vocabulary)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -219,66 +209,6 @@ def _max_context(config: Mapping[str, Any]) -> int:
             if isinstance(value := source.get(key), int) and value > 0:
                 return value
     return 0
-
-
-def _try(
-    model: Any, slack: int, launch: Launch | None = None, prompt_launch: Launch | None = None
-) -> tuple[Layout, int, bool]:
-    """How the model caches, the width of its logits, and whether rows can share a call.
-
-    `launch` writes and attends at once where the model lets it, and `prompt_launch` in wider calls.
-    """
-    layout = Layout(model, slack)
-    vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
-    if launch is not None and not layout.unknown:
-        layout = _launching(model, slack, launch, prompt_launch, layout, vocabulary)
-    if batches(model, layout, vocabulary):
-        return layout, vocabulary, True
-    return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
-
-
-def _launching(
-    model: Any, slack: int, launch: Launch, prompt_launch: Launch | None, plain: Layout, vocabulary: int
-) -> Layout:
-    """The layout that leaves most to launches: the rotation of queries and keys as well, if the model lets it."""
-    rotary.install(model)
-    for rotates in (True, False):
-        fused = Layout(model, slack, launch=launch, rotates=rotates)
-        if not fuses(model, fused, plain, vocabulary):
-            continue
-        wide = Layout(model, slack, launch=launch, prompt_launch=prompt_launch, rotates=rotates)
-        return wide if prompt_launch is not None and fuses_prompts(model, wide, plain, vocabulary) else fused
-    return plain
-
-
-def _quantised(model: Any, slack: int, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
-    """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
-    apart, precise = (
-        Layout(model, slack, how, launch=plain.launch, prompt_launch=plain.prompt_launch, rotates=plain.rotates)
-        for how in (quantisation, Quantisation(8, quantisation.group_size))
-    )
-    if plain.unknown:
-        reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
-    elif not plain.straight:
-        reason = "none of its layers caches all tokens"
-    else:
-        reason = why_not_quantised(model, apart, precise, vocabulary)
-    if reason is not None:
-        hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
-        raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
-    if (launch := quantised_kernel.launch()) is None:
-        return apart
-    launched = Layout(
-        *(model, slack, quantisation),
-        launch=plain.launch,
-        packed_launch=launch,
-        prompt_launch=plain.prompt_launch,
-        rotates=plain.rotates,
-    )
-    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
-        return launched
-    logger.warning(f"packed keys take separate operations: {reason}")
-    return apart
 
 
 def _activation_dtype(model: Any) -> mx.Dtype:

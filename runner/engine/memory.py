@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 
-from runner.engine.kv.caches import Layout
+from runner.engine.kv.layout import Layout
 from runner.engine.row import Row
 
 _PROBE: Final = 256

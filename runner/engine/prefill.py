@@ -18,8 +18,9 @@ import mlx.core as mx
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import start
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
+from runner.engine.kv.layout import Layout
 from runner.engine.pacing import Pacing
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row

@@ -22,7 +22,8 @@ import psutil
 
 from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import load_weights
 from runner.inspect.config import Packing

@@ -9,13 +9,11 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from runner.engine import kernel_cache
+from runner.engine import kernel_cache, layouts
 from runner.engine.chat import ChatTemplate, jinja_render
-from runner.engine.compatibility import fuses, fuses_prompts, why_not_packed
 from runner.engine.joined import join_siblings
-from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention import install
-from runner.engine.kv.caches import Layout
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel
 from runner.engine.narrow import narrow_tokenizer
@@ -42,29 +40,10 @@ def tokenizer(scratch: Path, geometry: str) -> Tokenizer:
     return replace(made, eos_ids=ENDLESS)
 
 
-def layout_of(model: Any, vocabulary: int, quantisation: Quantisation | None = None) -> Layout:
-    """How the engine's loader would have it cached: writing and attending at once, where there is a kernel for that."""
-    launch, packed = attention_kernel.launch(), quantised_kernel.launch()
-    if launch is None:
-        return Layout(model, quantisation=quantisation)
-    rotary.install(model)
-    rotates = fuses(model, Layout(model, launch=launch, rotates=True), Layout(model), vocabulary)
-    if not rotates and not fuses(model, Layout(model, launch=launch), Layout(model), vocabulary):
-        launch = None
-    prompts = prompt_kernel.launch()
-    wide = Layout(model, launch=launch, prompt_launch=prompts, rotates=rotates)
-    if launch is None or not fuses_prompts(model, wide, Layout(model), vocabulary):
-        prompts = None
-    apart = Layout(model, quantisation=quantisation, launch=launch, prompt_launch=prompts, rotates=rotates)
-    if quantisation is None or packed is None:
-        return apart
-    launched = Layout(
-        *(model, 0, quantisation), launch=launch, packed_launch=packed, prompt_launch=prompts, rotates=rotates
-    )
-    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
-        return launched
-    print(f"packed keys take separate operations: {reason}", flush=True)
-    return apart
+def layout_of(model: Any, quantisation: Quantisation | None = None) -> Layout:
+    """How the engine's loader would have it cached."""
+    layout, vocabulary, _ = layouts.choose(model)
+    return layout if quantisation is None else layouts.quantised(model, quantisation, layout, vocabulary)
 
 
 def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisation | None = None) -> LoadedModel:
@@ -83,5 +62,5 @@ def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisati
         max_context=settings["max_position_embeddings"],
         dtype=getattr(mx, settings["dtype"]),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
-        layout=layout_of(model, settings["vocab_size"], quantisation),
+        layout=layout_of(model, quantisation),
     )

@@ -30,7 +30,8 @@ import mlx.core as mx
 from runner.engine.arrays import start
 from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.traced import TracedCalls
 from tests.bench.geometry import GEOMETRIES, draw_model, usual
@@ -137,7 +138,7 @@ class Formats:
 def cached_in(model: Any, bits: int, arguments: argparse.Namespace) -> Layout:
     """As the engine would; 16 bits are what the model computes in."""
     quantisation = None if bits >= 16 else Quantisation(bits, arguments.group_size)
-    return layout_of(model, GEOMETRIES[arguments.geometry]["vocab_size"], quantisation)
+    return layout_of(model, quantisation)
 
 
 def prefill(model: Any, layout: Layout, context: int, budget: Budget) -> tuple[int, float]:

@@ -110,7 +110,7 @@ def main() -> None:
     if budget.over:
         record.left_out("8 bits")
         return
-    packed = replace(plain, layout=layout_of(plain.model, plain.vocabulary, Quantisation(8, 32)))
+    packed = replace(plain, layout=layout_of(plain.model, Quantisation(8, 32)))
     write(record, "8 bits", measure(packed, "8 bits", arguments, budget))
     record.finish()
 

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from runner.engine import layouts
 from runner.engine.kv.attention import install
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.loader import _quantised, _try
 from runner.errors import EngineLoadError
 from runner.inspect.architectures import cache_layout
 from runner.inspect.config import Config
@@ -41,7 +41,7 @@ def _check(model_type: str) -> None:
     mx.eval(model.parameters())
     install(model)
     facts = Config(stated)
-    layout, vocabulary, together = _try(model, 0)
+    layout, vocabulary, together = layouts.choose(model)
     assert is_known_to_mlx_lm(facts)
     assert together is not is_served_alone(facts)
     geometry = cache_layout(facts)
@@ -50,7 +50,7 @@ def _check(model_type: str) -> None:
         assert layout.trimmable == geometry.trimmable
         assert layout.windows == sorted(geometry.windows)
     try:
-        _quantised(model, 0, Quantisation(8, 64), layout, vocabulary)
+        layouts.quantised(model, Quantisation(8, 64), layout, vocabulary)
     except EngineLoadError:
         assert not (takes_quantised_cache(facts) and geometry.head_dims)
     else:

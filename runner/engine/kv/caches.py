@@ -12,18 +12,14 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList
 
 from runner.engine.arrays import start
-from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
-from runner.engine.kv.layers import Layer, Straight, Window
+from runner.engine.kv.layers import Layer
 from runner.engine.kv.moves import Beginnings, Moves
-from runner.engine.kv.planes import Form, Slots
+from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
-from runner.engine.kv.quantised import Quantisation, Quantised
-from runner.engine.kv.quantised_kernel import PackedLaunch
-from runner.engine.kv.recurrent import Recurrent
 
 Held = list[list[mx.array]]
 """What each layer holds."""
@@ -41,101 +37,13 @@ class NotTraceableError(Exception):
     """A layer's call depends on more than arrays."""
 
 
-class Layout:
-    """How a model caches what it has seen, read off the empty caches that upstream makes for it."""
-
-    def __init__(
-        self,
-        model: Any,
-        slack: int = 0,
-        quantisation: Quantisation | None = None,
-        understood: bool = True,
-        launch: Launch | None = None,
-        packed_launch: PackedLaunch | None = None,
-        prompt_launch: Launch | None = None,
-        *,
-        rotates: bool = False,
-    ) -> None:
-        """`slack` is how many tokens can be cut off a row's end where the model has sliding windows.
-
-        With a `quantisation`, layers that cache all tokens cache them so. A model that is not `understood` uses its
-        caches in ways of its own. `launch` writes and attends for layers whose keys are as the model makes them,
-        `packed_launch` for those that are quantised, `prompt_launch` for the former in wider calls. With `rotates`,
-        they also rotate queries and keys, for models that let them (`rotary.install`).
-        """
-        self.quantisation = quantisation
-        self.launch = launch
-        self.packed_launch = packed_launch
-        self.prompt_launch = prompt_launch
-        self.rotates = rotates
-        self._model = model
-        self._slack = slack
-        self._templates = self.upstream()
-        self._forms: dict[int, Form] = {}
-        leaves = _leaves(self._templates)
-        self.unknown = sorted({type(leaf).__name__ for leaf in leaves if not (understood and _known(leaf))})
-        """Classes of upstream that are not understood here; rows are then served one at a time in them."""
-        self.recurrent = any(type(leaf) is ArraysCache for leaf in leaves)
-        """Whether a layer keeps a state from which no token can be taken back."""
-        self.straight = sum(type(leaf) is KVCache for leaf in leaves)
-        """Layers that cache all tokens."""
-        self.leaves = len(leaves)
-        """Layers that cache something."""
-        self.windows = sorted({leaf.max_size for leaf in leaves if type(leaf) is RotatingKVCache})
-        """Sliding windows, in tokens."""
-
-    @property
-    def trimmable(self) -> bool:
-        """Whether tokens can be cut off rows' ends (`slack` of them, where there are windows)."""
-        return not self.unknown and not self.recurrent and (not self.windows or self._slack > 0)
-
-    @property
-    def cuttable(self) -> bool:
-        """Whether a row may begin anywhere within what another one had."""
-        return not self.unknown and not self.recurrent and not self.windows
-
-    def upstream(self) -> list[Any]:
-        """Upstream's own caches, empty, for one row."""
-        caches: list[Any] = make_prompt_cache(self._model)
-        return caches
-
-    def new(self, rows: int = 1) -> Caches:
-        """Caches of rows that have no tokens yet."""
-        if self.unknown:
-            return Foreign(self.upstream())
-        positions = Positions(rows)
-        layers = [self._layer(template, positions) for template in self._templates]
-        return Caches(positions, layers)
-
-    def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0) -> Caches:
-        """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens."""
-        caches = self.new(len(beginnings))
-        caches.restore(beginnings, reserve)
-        return caches
-
-    def _layer(self, template: Any, positions: Positions) -> Any:
-        if type(template) is CacheList:
-            return CacheList(*(self._layer(part, positions) for part in template.caches))
-        if type(template) is RotatingKVCache:
-            launches = (self.launch, self.prompt_launch, self._form(template))
-            return Window(positions, template.max_size, self._slack, *launches, rotates=self.rotates)
-        if type(template) is ArraysCache:
-            return Recurrent(positions, len(template.cache))
-        if self.quantisation is None:
-            return Straight(positions, self.launch, self.prompt_launch, self._form(template), rotates=self.rotates)
-        return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
-
-    def _form(self, template: Any) -> Form:
-        return self._forms.setdefault(id(template), [])
-
-
 class Caches:
     """Rows 0 to `rows` - 1, and what each layer has cached of them. `layers` is what upstream's models take."""
 
     def __init__(self, positions: Positions, layers: list[Any]) -> None:
         self.layers = layers
         self._positions = positions
-        self._leaves: list[Layer] = _leaves(layers)
+        self._leaves: list[Layer] = leaves_of(layers)
 
     @property
     def rows(self) -> int:
@@ -388,14 +296,9 @@ def _what_is_kept(begun: Beginning | None) -> tuple[int, ...]:
     return () if begun is None else (begun.length, id(begun.state), *map(id, begun.pieces))
 
 
-def _known(leaf: Any) -> bool:
-    if type(leaf) is RotatingKVCache:
-        return not leaf.keep
-    return type(leaf) in (KVCache, ArraysCache)
-
-
-def _leaves(caches: Sequence[Any]) -> list[Any]:
-    return [leaf for c in caches for leaf in (_leaves(c.caches) if isinstance(c, CacheList) else [c])]
+def leaves_of(caches: Sequence[Any]) -> list[Any]:
+    """The caches of layers, those that have several apart."""
+    return [leaf for c in caches for leaf in (leaves_of(c.caches) if isinstance(c, CacheList) else [c])]
 
 
 def _flat(tree: Any) -> list[mx.array]:

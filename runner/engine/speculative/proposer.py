@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.filters import NONE
-from runner.engine.kv.caches import Caches, Held, Layout, Traced
+from runner.engine.kv.caches import Caches, Held, Traced
+from runner.engine.kv.layout import Layout
 from runner.engine.row import Row
 from runner.engine.sampling import Sampler, State
 from runner.engine.speculative.verify import Proposal, sequence

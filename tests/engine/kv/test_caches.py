@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 
 from runner.engine.arrays import to_list
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.planes import Planes
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder

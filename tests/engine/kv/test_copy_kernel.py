@@ -13,8 +13,9 @@ import pytest
 from runner.engine import cuda_kernels
 from runner.engine.kv import copy_kernel, planes
 from runner.engine.kv.attention_kernel import SWITCH
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel, load
 from runner.engine.prefix_cache import PrefixCache

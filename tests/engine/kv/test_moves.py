@@ -11,8 +11,9 @@ import mlx.core as mx
 import pytest
 
 from runner.engine.kv import attention_kernel, copy_kernel, moves, planes, quantised_kernel
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.moves import Moves
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel, load

@@ -14,8 +14,8 @@ from runner.engine.batch import DecodeBatch
 from runner.engine.kv import attention_kernel, masks, planes, prompt_kernel
 from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
-from runner.engine.kv.caches import Layout
 from runner.engine.kv.layers import Straight, Window
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
 from runner.engine.loader import LoadedModel, load

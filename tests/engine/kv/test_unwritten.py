@@ -14,9 +14,10 @@ from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, masks, planes
 from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
-from runner.engine.kv.caches import Caches, Layout
+from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layers import Straight, Window
+from runner.engine.kv.layout import Layout
 from runner.engine.kv.positions import Positions
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from runner.engine import batch as batches
-from runner.engine.kv.caches import Layout
+from runner.engine.kv.layout import Layout
 from runner.engine.loader import load
 from runner.engine.speculative.costs import Costs, Curve
 from runner.engine.speculative.proposer import Proposer

@@ -1,0 +1,75 @@
+"""The layout that a model is served with: what is found to be right is left to launches, and to few bits."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+
+from runner.engine.compatibility import (
+    batches,
+    fuses,
+    fuses_prompts,
+    understood,
+    why_not_packed,
+    why_not_quantised,
+)
+from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
+from runner.engine.kv.attention_kernel import Launch
+from runner.engine.kv.layout import Layout
+from runner.engine.kv.quantised import Quantisation
+from runner.errors import EngineLoadError
+
+logger = logging.getLogger(__name__)
+
+
+def choose(model: Any, slack: int = 0) -> tuple[Layout, int, bool]:
+    """How the model caches, the width of its logits, and whether rows can share a call.
+
+    Launches write and attend at once where there is a device for them and the model lets them. `slack` is how many
+    tokens its caches can take back where it has sliding windows.
+    """
+    layout = Layout(model, slack)
+    vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
+    launch = attention_kernel.launch()
+    if launch is not None and not layout.unknown:
+        layout = _launching(model, slack, launch, layout, vocabulary)
+    if batches(model, layout, vocabulary):
+        return layout, vocabulary, True
+    return layout if understood(model, layout, vocabulary) else Layout(model, understood=False), vocabulary, False
+
+
+def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary: int) -> Layout:
+    """The layout that leaves most to launches: the rotation of queries and keys as well, if the model lets it."""
+    rotary.install(model)
+    prompt_launch = prompt_kernel.launch()
+    for rotates in (True, False):
+        fused = Layout(model, slack, launch=launch, rotates=rotates)
+        if not fuses(model, fused, plain, vocabulary):
+            continue
+        wide = Layout(model, slack, launch=launch, prompt_launch=prompt_launch, rotates=rotates)
+        return wide if prompt_launch is not None and fuses_prompts(model, wide, plain, vocabulary) else fused
+    return plain
+
+
+def quantised(model: Any, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
+    """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
+    apart = plain.quantised(quantisation)
+    if plain.unknown:
+        reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
+    elif not plain.straight:
+        reason = "none of its layers caches all tokens"
+    else:
+        precise = plain.quantised(Quantisation(8, quantisation.group_size))
+        reason = why_not_quantised(model, apart, precise, vocabulary)
+    if reason is not None:
+        hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
+        raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
+    if (launch := quantised_kernel.launch()) is None:
+        return apart
+    launched = plain.quantised(quantisation, launch)
+    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
+        return launched
+    logger.warning(f"packed keys take separate operations: {reason}")
+    return apart
