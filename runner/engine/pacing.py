@@ -69,6 +69,10 @@ class Pacing:
         if self._call is not None:
             self._call.started = True
 
+    def dropped(self) -> None:
+        """The call under way is given up: what it took tells nothing."""
+        self._call = None
+
     def stepped(self, seconds: float, decoding: int, *, changed: bool) -> None:
         """A step of so many rows took so long; `changed` says that rows had come or gone in it."""
         self._age += 1

@@ -80,7 +80,7 @@ class Prefiller:
         if not any(row.done for row in self.rows):
             return []
         if self._running is not None and all(row.done for row in self._running.rows):
-            self._running = None
+            self._drop()
         kept = [] if self._running is None else self._running.rows
         ended = [row for row in self.rows if row.done and row not in kept]
         self.waiting = deque(row for row in self.waiting if not row.done)
@@ -92,8 +92,13 @@ class Prefiller:
 
     def abandon(self) -> list[Row]:
         """Give up what is being prefilled, after a failure; returns its rows."""
-        rows, self.active, self._running, self._long = self.active, [], None, None
+        rows, self.active, self._long = self.active, [], None
+        self._drop()
         return rows
+
+    def _drop(self) -> None:
+        self._running = None
+        self.pacing.dropped()
 
     def due(self, free_rows: int, chunk: int, decoding: int) -> bool:
         """Whether to `step` now: prompts may wait for others to share their call, while so many rows are `decoding`.

@@ -210,6 +210,7 @@ def test_all_cancelled_between_layers(llama: LoadedModel) -> None:
     driver.engine.cancel_all()
     driver.engine.step()
     assert driver.engine._prefiller._running is None
+    assert driver.engine._prefiller.pacing._call is None, "steps to come are not its"
     assert not driver.engine.busy
     assert driver.one(prompt=PROMPT, max_tokens=30).text == Driver(llama).one(prompt=PROMPT, max_tokens=30).text
 
