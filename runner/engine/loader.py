@@ -87,22 +87,13 @@ def load(
         if chat_template:
             render = _other_template(Path(chat_template), tokenizer)
         spoken = _conventions(tokenizer, render, tool_parser)
-        install(model)
-        draw_kernel.prepare(_activation_dtype(model))
-        install_products(model)
-        layout, vocabulary, together = layouts.choose(model, slack)
-        if quantisation is not None:
-            layout = layouts.quantised(model, quantisation, layout, vocabulary)
+        layout, vocabulary, together = _install(model, slack, quantisation)
     except EngineLoadError:
         raise
     except Exception as error:
         # Upstream raises whatever its model code trips over; all of it means that this folder cannot be served.
         raise EngineLoadError(f"{folder.name} cannot be loaded: {error}") from error
-    if quantisation is not None and layout.straight < layout.leaves:
-        kept = layout.leaves - layout.straight
-        notes.append(f"kv_cache.bits: {kept} of {layout.leaves} layers stay as they are: their size is bounded")
-    if not together:
-        notes.append("mlx_lm does not batch this architecture correctly: requests are served one at a time")
+    notes += _notes(layout, together=together)
     parameters = [array for _, array in tree_flatten(model.parameters())]
     architectures = config.get("architectures") or [config.get("model_type", "")]
     return LoadedModel(
@@ -119,6 +110,27 @@ def load(
         notes=tuple(notes),
         conventions=spoken,
     )
+
+
+def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple[Layout, int, bool]:
+    """Have the model attend and multiply by what there is for that; returns its layout, the width of its logits, and
+    whether rows can share a call."""
+    install(model)
+    draw_kernel.prepare(_activation_dtype(model))
+    install_products(model)
+    layout, vocabulary, together = layouts.choose(model, slack)
+    if quantisation is not None:
+        layout = layouts.quantised(model, quantisation, layout, vocabulary)
+    return layout, vocabulary, together
+
+
+def _notes(layout: Layout, *, together: bool) -> list[str]:
+    notes = []
+    if layout.quantisation is not None and (kept := layout.leaves - layout.straight):
+        notes.append(f"kv_cache.bits: {kept} of {layout.leaves} layers stay as they are: their size is bounded")
+    if not together:
+        notes.append("mlx_lm does not batch this architecture correctly: requests are served one at a time")
+    return notes
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

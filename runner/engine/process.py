@@ -145,11 +145,7 @@ class EngineProcess:
         engine.budget.granted, engine.budget.working = spec.budget_bytes, spec.working_bytes
         engine.budget.row_bytes = spec.row_bytes
         self._stage("adapters")
-        for adapter in spec.adapters:
-            try:
-                engine.load_adapter(adapter)
-            except EngineLoadError as refusal:
-                raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
+        self._load_first_adapters(engine)
         self._stage("warmup")
         device, active_bytes = warm_up(engine)
         base = resident() - active_bytes  # Python and the libraries, all of which have been used by now
@@ -166,6 +162,13 @@ class EngineProcess:
         self._transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
         return engine
+
+    def _load_first_adapters(self, engine: Engine) -> None:
+        for adapter in self._spec.adapters:
+            try:
+                engine.load_adapter(adapter)
+            except EngineLoadError as refusal:
+                raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
 
     def _context_note(self, own: int) -> list[str]:
         if own and self._spec.max_context > own:
