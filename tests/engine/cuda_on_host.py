@@ -8,7 +8,9 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 _PRELUDE = """
@@ -147,6 +149,21 @@ struct bfloat16 {
 """
 
 Run = Callable[..., None]
+
+Array = np.ndarray[Any, Any]
+
+
+def described(arrays: Mapping[str, Array], kinds: Mapping[str, str]) -> tuple[dict[str, str], list[Array]]:
+    """A kernel's parameters for arrays of such C types, and what is passed: each with its shape, and its strides in
+    elements."""
+    arguments: dict[str, str] = {}
+    passed: list[Array] = []
+    for name, array in arrays.items():
+        arguments |= {name: f"const {kinds[name]}*", f"{name}_shape": "const int*"}
+        arguments[f"{name}_strides"] = "const int64_t*"
+        strides = np.array(array.strides, dtype=np.int64) // array.itemsize
+        passed += [array, np.array(array.shape, dtype=np.int32), strides]
+    return arguments, passed
 
 
 def compiled(folder: Path, header: str, source: str, arguments: Mapping[str, str], constants: str) -> Run:

@@ -12,6 +12,27 @@ static _Float16 hexp(_Float16 x) { return _Float16(std::exp(float(x))); }
 """
 """The types' names and what there is of each; what says which one T is comes next."""
 
+MULTIPLY: Final = """
+struct Operands { uint32_t a[4], b[2]; };
+static Operands operands[1024];
+static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    operands[threadIdx.x] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const Operands* warp = operands + (threadIdx.x - lane);
+    for (int i = 0; i < 4; ++i) {
+        const int line = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
+            const Operands& right = warp[column * 4 + k % 8 / 2];
+            sum[i] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
+        }
+    }
+    __syncwarp();
+}
+"""
+"""mma.m16n8k16 of a warp; `value` is one of the two in a word."""
+
 DEVICE: Final = """
 static uint4 ring[14 * 1024];
 static uint4 load(const void* from, bool there) {
@@ -25,28 +46,15 @@ static void prefetch(const void*) {}
 static void close_group() {}
 template <int> static void wait_for_groups() {}
 
-struct Operands { uint32_t a[4], b[2]; };
-static Operands operands[1024];
 static float value(uint32_t word, int which) {
     const uint16_t bits = uint16_t(word >> (16 * which));
     T x;
     std::memcpy(&x, &bits, 2);
     return float(x);
 }
+MULTIPLY
 static void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    operands[threadIdx.x] = {{a0, a1, a2, a3}, {b0, b1}};
-    __syncthreads();
-    const int lane = threadIdx.x % 32;
-    const Operands* warp = operands + (threadIdx.x - lane);
-    for (int c = 0; c < 4; ++c) {
-        const int line = lane / 4 + c / 2 * 8, column = lane % 4 * 2 + c % 2;
-        for (int k = 0; k < 16; ++k) {
-            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
-            const Operands& right = warp[column * 4 + k % 8 / 2];
-            sum[c] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
-        }
-    }
-    __syncthreads();
+    multiply(sum, {a0, a1, a2, a3}, b0, b1);
 }
 
 static const T* pointed[1024];
@@ -71,5 +79,5 @@ static uint32_t pair(float first, float second) {
     return word;
 }
 static float power_of_two(float x) { return std::exp2(x); }
-"""
+""".replace("MULTIPLY\n", MULTIPLY.lstrip())
 """What `product_source` and `prompt_source` name."""

@@ -16,12 +16,14 @@ from runner.engine.kv.attention_kernel import rotating
 from runner.engine.kv.quantised_device import HEADER
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.kv.quantised_source import SOURCE
-from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.cuda_on_host import Run, compiled, described
+from tests.engine.tensor_cores_on_host import MULTIPLY
 
 Array = np.ndarray[Any, Any]
 
 # MLX looks for a group's range from elsewhere on the CPU.
-DEVICE: Final = """
+DEVICE: Final = (
+    """
 constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;
 static uint4 memory[8 * 1024];
 // A copy is made when its thread waits for it, and not before.
@@ -54,25 +56,10 @@ static uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
     return halves_of(low_of(x) * low_of(y) + low_of(z), high_of(x) * high_of(y) + high_of(z));
 }
 
-struct Operands { uint32_t a[4], b[2]; };
-static Operands operands[1024];
 static float value(uint32_t word, int which) { return which ? high_of(word) : low_of(word); }
-static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    operands[threadIdx.x] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    const Operands* warp = operands + (threadIdx.x - lane);
-    for (int i = 0; i < 4; ++i) {
-        const int line = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) {
-            const Operands& left = warp[line % 8 * 4 + k % 8 / 2];
-            const Operands& right = warp[column * 4 + k % 8 / 2];
-            sum[i] += value(left.a[line / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
-        }
-    }
-    __syncwarp();
-}
 """
+    + MULTIPLY
+)
 """What only a GPU can do."""
 
 _CODES: Final = ("held_keys", "held_values")
@@ -138,13 +125,7 @@ class PackedOnHost:
         blocks: int,
     ) -> None:
         kinds = {name: _TYPES[str(kind).split(".")[-1]] for name, kind in quantised_kernel.types(dtype).items()}
-        arguments: dict[str, str] = {}
-        passed: list[Array] = []
-        for name, array in arrays.items():
-            arguments |= {name: f"const {kinds[name]}*", f"{name}_shape": "const int*"}
-            arguments[f"{name}_strides"] = "const int64_t*"
-            strides = np.array(array.strides, dtype=np.int64) // array.itemsize
-            passed += [array, np.array(array.shape, dtype=np.int32), strides]
+        arguments, passed = described(arrays, kinds)
         arguments |= {"out": f"{kinds['queries']}*", "partial": "float*", "WINDOW": "int", "SCALE": "float"}
         key = (str(dtype), *sizes.items())
         if key not in self._built:

@@ -12,7 +12,7 @@ import numpy as np
 
 from runner.engine.kv import prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Planes, rotating
-from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.cuda_on_host import Run, compiled, described
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
 
 Array = np.ndarray[Any, Any]
@@ -72,13 +72,7 @@ class PromptsOnHost:
         blocks: int,
         threads: int,
     ) -> None:
-        arguments: dict[str, str] = {}
-        passed: list[Array] = []
-        for name, array in inputs.items():
-            arguments |= {name: f"const {_TYPES.get(name, 'T')}*", f"{name}_shape": "const int*"}
-            arguments[f"{name}_strides"] = "const int64_t*"
-            strides = np.array(array.strides, dtype=np.int64) // array.itemsize
-            passed += [array, np.array(array.shape, dtype=np.int32), strides]
+        arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
         arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
         passed += outputs.values()
         key = (header, *outputs)
