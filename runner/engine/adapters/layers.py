@@ -42,15 +42,23 @@ class RowSlots:
 
     slots: mx.array
     only: int | None
-    boards: tuple[mx.array, ...] = ()
+    _numbers: tuple[int, ...] = ()
+    _boards: list[tuple[mx.array, ...]] = field(default_factory=list)
     _turns: list[Iterator[mx.array]] = field(default_factory=list)
 
     @classmethod
     def of(cls, numbers: list[int]) -> RowSlots:
         """The rows' slots by their numbers."""
         only = numbers[0] if len(set(numbers)) == 1 else None
-        boards = boards_of(numbers) if cuda_kernels.usable(kernel.SWITCH) else ()
-        return cls(mx.array(numbers, dtype=mx.int32), only, boards)
+        return cls(mx.array(numbers, dtype=mx.int32), only, tuple(numbers))
+
+    @property
+    def boards(self) -> tuple[mx.array, ...]:
+        """Made when they are first wanted: of rows that pad a graph, or of those without, only one kind is."""
+        if not self._boards:
+            wanted = self._numbers and cuda_kernels.usable(kernel.SWITCH)
+            self._boards.append(boards_of([*self._numbers]) if wanted else ())
+        return self._boards[0]
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -60,7 +68,7 @@ class RowSlots:
     @classmethod
     def of_arrays(cls, arrays: list[mx.array], only: int | None) -> RowSlots:
         """The same, or what stands for it in a graph."""
-        return cls(arrays[0], only, tuple(arrays[1:]))
+        return cls(arrays[0], only, _boards=[tuple(arrays[1:])])
 
     def board(self) -> mx.array:
         """One for a launch."""
