@@ -32,12 +32,14 @@ class Decoding:
         self._masks = GrammarMasks(loaded.vocabulary)
         self._send = send
         self._in_flight: StepResult | None = None
+        self._begins = False
 
     # ------------------------------------------------------------- rows
 
     def join(self, rows: Sequence[Row], caches: Caches) -> None:
         """Add rows whose caches hold their prompts but for the last token."""
         self._settle()
+        self._begins = self._begins or not self._batch.rows
         self._batch.join(rows, caches)
         if self._speculation is not None:
             self._speculation.joined(rows, under_way=self._in_flight is not None)
@@ -87,13 +89,25 @@ class Decoding:
         self._forward(proposals, under_way=before is not None)
         if not self._batch.constrained:
             self._in_flight = self._batch.sample(None)
-            self._tell(self._read(before, proposals))
+            self._tell(self._read(before, proposals) + self._first())
             return
         deltas = self._read(before, proposals)
         try:
             self._in_flight = self._batch.sample(self._mask(deltas))
         finally:
             self._tell(deltas)
+
+    def _first(self) -> list[Delta]:
+        """The first tokens of rows that found an empty batch, as soon as they are there: nobody else's steps wait for
+        that, and the next one would be built before they are looked at."""
+        if not self._begins:
+            return []
+        self._begins = False
+        first, self._in_flight = self._in_flight, None
+        deltas = self._read(first, None)
+        for row in self._batch.rows:
+            row.unread = False
+        return deltas
 
     def _proposals(self, most: int) -> int:
         """How many tokens the draft proposes in the next step; it has caught up with the rows then."""

@@ -332,6 +332,27 @@ def test_one_step_frame_a_step(llama: LoadedModel) -> None:
     assert sum(len(frame.deltas) for frame in driver.frames if isinstance(frame, Step)) == 20
 
 
+def test_first_tokens_come_with_the_first_step_of_a_batch_and_later_ones_while_the_next_is_computed(
+    llama: LoadedModel,
+) -> None:
+    driver = Driver(llama)
+    for i in range(2):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=20))
+    said = []
+    for _ in range(3):
+        driver.engine.step()
+        said.append([driver.answers[i].tokens for i in range(2)])
+    assert said == [[1, 1], [1, 1], [2, 2]], "one step of those that follow is always under way"
+    driver.engine.submit(generate(2, prompt=PROMPT, max_tokens=20))
+    said = []
+    while 2 not in driver.answers:
+        driver.engine.step()
+        said.append(driver.answers[0].tokens)
+    assert said == [*range(3, 3 + len(said))], "who joins others does not hold them up"
+    driver.drain()
+    assert [driver.one(prompt=PROMPT, max_tokens=1).tokens for _ in range(2)] == [1, 1]
+
+
 def test_a_trial_leaves_no_trace(llama: LoadedModel) -> None:
     driver = Driver(llama, prefix_cache_bytes=1 << 20)
     assert driver.engine.trial(generate(-1, prompt=[0, 0], max_tokens=1)) is None

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import CacheList
 from runner.engine.arrays import start
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layers import Layer
-from runner.engine.kv.moves import Beginnings, Moves
+from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
@@ -223,8 +223,20 @@ class Caches:
         lengths = [0 if begun is None else begun.length for begun in beginnings]
         self._positions.restart(lengths, [0 if begun is None else begun.written for begun in beginnings])
         self._positions.reserve(max(reserve, *self._positions.written))
-        if done := [array for row, rows, begun in _runs(beginnings) for array in self._put(row, rows, begun)]:
+        runs = [*_runs(beginnings)]
+        if len(runs) == 1 and self._begin(*runs[0]):
+            return
+        if done := [array for run in runs for array in self._put(*run)]:
             start(done)
+
+    def _begin(self, row: int, rows: int, begun: Beginning) -> bool:
+        """Have layers begin with planes that hold it; False where launches do not make those."""
+        whole = Whole(begun, range(row, row + rows), self._positions.slots, self._positions.capacity)
+        if not (all(leaf.begins_whole for leaf in self._leaves) and whole.applies):
+            return False
+        for leaf, places in zip(self._leaves, whole.layers, strict=True):
+            leaf.begin_whole(whole, places or ())
+        return True
 
     def _put(self, row: int, rows: int, begun: Beginning) -> list[mx.array]:
         """Write it, or return what is to be started for that."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from runner.engine.kv import copy_kernel
+from runner.engine.kv import begin_kernel, copy_kernel
 
 Arrays = Sequence[mx.array]
 
@@ -78,11 +78,14 @@ class Cut:
     def piece(self, layers: Iterable[Sequence[Place] | None]) -> Piece:
         """It, not computed yet, of `layers` that are where they were told."""
         start, stop = self.span.start, self.span.stop
-        arrays = [
-            part if isinstance(part, mx.array) else copy_kernel.copy(part, [self.row], start, stop)
-            for part in self._parts
-        ]
+        arrays = [part if isinstance(part, mx.array) else self._copied(part) for part in self._parts]
         return Piece(start, stop, arrays, tuple(layers))
+
+    def _copied(self, planes: list[mx.array]) -> mx.array:
+        if copy_kernel.applies(planes):
+            # It will be needed, and nobody waits for it now.
+            begin_kernel.prepare(len(planes), planes[0].dtype)
+        return copy_kernel.copy(planes, [self.row], self.span.start, self.span.stop)
 
     def _place(self, plane: mx.array) -> Place:
         alike = plane.shape, plane.dtype

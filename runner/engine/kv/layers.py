@@ -16,7 +16,7 @@ from runner.engine.kv import attention_kernel, masks, prompt_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.moves import Beginnings, Moves
+from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
@@ -85,6 +85,15 @@ class Layer(Protocol):
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
         """Have what `state` returned, in a row that nothing was written to yet."""
+        ...
+
+    @property
+    def begins_whole(self) -> bool:
+        """Whether it can begin with planes that launches have made: nothing was there yet, and it has launches."""
+        ...
+
+    def begin_whole(self, whole: Whole, places: Sequence[Place]) -> None:
+        """Begin with what `piece` had copied to these places, and the room that there is to be."""
         ...
 
 
@@ -272,6 +281,13 @@ class Straight:
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
         raise AssertionError("its pieces say all")
+
+    @property
+    def begins_whole(self) -> bool:
+        return self._in_place and self._ring is None and self._planes.empty
+
+    def begin_whole(self, whole: Whole, places: Sequence[Place]) -> None:
+        self._planes.begin(whole.planes(places))
 
 
 class Window(Straight):

@@ -1,7 +1,8 @@
 """Rows' keys and values that go into slots of layers' planes: those of all layers at once, by launches.
 
 Layers whose planes are written in place by launches anyway say what is to be moved, and the others move their own. A
-launch clears what lies behind the rows, too, as `Planes.clear` does.
+launch clears what lies behind the rows, too, as `Planes.clear` does. Where nothing is there yet, and all rows that
+begin with something begin with the same, the planes themselves are what a launch makes (`Whole`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Hashable, Sequence
 import mlx.core as mx
 
 from runner.engine.arrays import start
-from runner.engine.kv import copy_kernel
-from runner.engine.kv.kept import Piece, Place
+from runner.engine.kv import begin_kernel, copy_kernel
+from runner.engine.kv.kept import Beginning, Piece, Place
 
 Planes = Sequence[mx.array]
 
@@ -100,6 +101,46 @@ class Beginnings:
                 end = first + self.tokens
                 done.append(copy_kernel.put([*into.values()], stack, slots, first, self.tokens, end))
         return done
+
+
+class Whole:
+    """All that rows begin with, in planes that are made with it in them."""
+
+    def __init__(self, begun: Beginning, rows: range, slots: int, room: int) -> None:
+        """For planes [slots, heads, room, width], of which `rows` begin so."""
+        self.layers = begun.pieces[0].layers
+        """Of each layer, where in the pieces its planes are."""
+        self._begun = begun
+        self._rows = rows
+        self._slots = slots
+        self._room = room
+        self._made: dict[int, list[mx.array]] = {}
+
+    @property
+    def applies(self) -> bool:
+        """Whether launches can make them: the pieces say all, and have the same planes side by side."""
+        pieces = self._begun.pieces
+        alike = all(piece.layers == self.layers for piece in pieces)
+        return (
+            self._begun.state is None
+            and alike
+            and pieces[0].complete
+            and all(begin_kernel.applies(stacks, self._slots, self._room) for stacks in self._stacks())
+        )
+
+    def planes(self, places: Sequence[Place]) -> list[mx.array]:
+        """A layer's, not computed yet."""
+        return [self._launched(which)[plane] for which, plane in places]
+
+    def _stacks(self) -> list[tuple[mx.array, ...]]:
+        return [*zip(*(piece.arrays for piece in self._begun.pieces), strict=True)]
+
+    def _launched(self, which: int) -> list[mx.array]:
+        if which not in self._made:
+            ends = [piece.stop for piece in self._begun.pieces]
+            stacks, length = self._stacks()[which], self._begun.length
+            self._made[which] = begin_kernel.begin(stacks, ends, length, self._rows, self._slots, self._room)
+        return self._made[which]
 
 
 def _fit(lines: mx.array, plane: mx.array) -> bool:

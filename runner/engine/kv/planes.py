@@ -93,7 +93,7 @@ class Planes:
         """Have at least that much room, for arrays [rows, heads, tokens, width] `like` these, or of the known form."""
         if not self._arrays:
             if like:
-                self._form[:] = [(array.shape[1], array.shape[3], array.dtype) for array in like]
+                self._form[:] = _form(like)
             self._arrays = [
                 mx.zeros((slots, heads, capacity, width), dtype=dtype) for heads, width, dtype in self._form
             ]
@@ -102,6 +102,12 @@ class Planes:
         if have < slots or places < capacity:
             room = [(0, max(0, slots - have)), (0, 0), (0, max(0, capacity - places)), (0, 0)]
             self.arrays = [mx.pad(array, room) for array in self.arrays]
+
+    def begin(self, arrays: list[mx.array]) -> None:
+        """Be these, which say what form there is; nothing was there before."""
+        assert self.empty
+        self._form[:] = _form(arrays)
+        self._arrays = arrays
 
     def shrink(self, slots: int, capacity: int) -> None:
         """Let go of room beyond that much."""
@@ -176,6 +182,10 @@ class Planes:
         if tokens < self.capacity:
             for array in self.arrays:
                 array[first : first + rows, :, tokens:] = 0
+
+
+def _form(arrays: Sequence[mx.array]) -> Form:
+    return [(array.shape[1], array.shape[3], array.dtype) for array in arrays]
 
 
 def _scattered(array: mx.array, new: mx.array, places: mx.array) -> mx.array:

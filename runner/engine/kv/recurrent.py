@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
 from runner.engine.kv.kept import Cut, Place
-from runner.engine.kv.moves import Beginnings, Moves
+from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
 
@@ -66,6 +66,11 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
 
     def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
         raise AssertionError("it has no pieces")
+
+    begins_whole = False
+
+    def begin_whole(self, whole: Whole, places: Sequence[Place]) -> None:
+        raise AssertionError("it has no planes")
 
     def put_state(self, row: int, arrays: Sequence[mx.array]) -> None:
         self.cache = [

@@ -1,9 +1,9 @@
-"""`copy_kernel`'s sources compiled for the host, in the place of its kernels: at once, and in place."""
+"""The sources of `copy_kernel` and `begin_kernel` compiled for the host, in the place of the kernels: at once."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from runner.engine.kv import copy_kernel
+from runner.engine.kv import begin_kernel, copy_kernel
 from tests.engine.cuda_on_host import Run, compiled
 
 Array = np.ndarray[Any, Any]
@@ -36,6 +36,7 @@ class CopiesOnHost:
         patch.setattr(copy_kernel, "_EACH", each)
         for name in ("copy", "put"):
             patch.setattr(copy_kernel, f"_{name}", lambda planes, dtype, name=name: _Made(self.run, name, dtype))
+        patch.setattr(begin_kernel, "_begin", lambda planes, dtype: _Begun(self, planes, dtype))
 
     @property
     def copied(self) -> list[int]:
@@ -46,6 +47,41 @@ class CopiesOnHost:
     def put(self) -> list[int]:
         """Planes of each launch that has written to them."""
         return [planes for name, planes in self.launches if name == "put"]
+
+    @property
+    def begun(self) -> list[int]:
+        """Planes that each launch has made."""
+        return [planes for name, planes in self.launches if name == "begin"]
+
+    def begin(
+        self, planes: int, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]
+    ) -> Array:
+        """What such a launch returns, one after the other."""
+        mx.eval(*inputs)
+        mx.synchronize()
+        self.launches.append(("begin", planes))
+        arrays = [np.asarray(array) for array in inputs]
+        out = np.full((planes, *shape), 7, dtype=arrays[0].dtype)
+        # Vectors are written where they may be.
+        assert not self.aligned or out.ctypes.data % 16 == 0
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, *out)]
+        self._begins(planes, dtype)(ctypes.c_int(blocks), ctypes.c_int(copy_kernel.THREADS), *pointers)
+        return out
+
+    def _begins(self, planes: int, dtype: mx.Dtype) -> Run:
+        key = "begin", planes, dtype.size
+        if key not in self._built:
+            names = begin_kernel.inputs(dtype)
+            arguments = {each: "const int*" if each == "span" else "const T*" for each in names}
+            arguments |= dict.fromkeys(begin_kernel.outputs(planes, dtype), "T*")
+            self._built[key] = self._compiled(key, dtype, begin_kernel.source(planes), arguments)
+        return self._built[key]
+
+    def _compiled(self, key: tuple[str, int, int], dtype: mx.Dtype, source: str, arguments: Mapping[str, str]) -> Run:
+        folder = self._folder / "-".join(map(str, key))
+        folder.mkdir(parents=True)
+        given = "".join(f"constexpr int {each} = {value};" for each, value in copy_kernel.constants().items())
+        return compiled(folder, f"using T = {_TYPES[dtype.size]};\n{given}\n", source, arguments, "")
 
     def run(self, name: str, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]) -> Array:
         """What the launch returns. What it is to write to is written to."""
@@ -76,11 +112,7 @@ class CopiesOnHost:
             arguments |= {f"{each}_shape": "const int*" for each in ("plane0", *[*names][planes:])}
             arguments |= {f"plane{i}_strides": "const int64_t*" for i in range(planes)}
             arguments |= {"out": "T*"} if name == "copy" else {"done": "int*"}
-            folder = self._folder / "-".join(map(str, key))
-            folder.mkdir(parents=True)
-            given = "".join(f"constexpr int {each} = {value};" for each, value in copy_kernel.constants().items())
-            header = f"using T = {_TYPES[dtype.size]};\n{given}\n"
-            self._built[key] = compiled(folder, header, copy_kernel.source(of, planes), arguments, "")
+            self._built[key] = self._compiled(key, dtype, copy_kernel.source(of, planes), arguments)
         return self._built[key]
 
 
@@ -105,3 +137,25 @@ class _Made:
         result = mx.array(out)
         assert [result.dtype] == output_dtypes
         return [result]
+
+
+class _Begun:
+    """The same of `begin_kernel`."""
+
+    def __init__(self, on_host: CopiesOnHost, planes: int, dtype: mx.Dtype) -> None:
+        self._on_host = on_host
+        self._planes = planes
+        self._dtype = dtype
+
+    def launch(
+        self,
+        inputs: Sequence[mx.array],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        assert {array.dtype for array in inputs[:-1]} == {self._dtype} == {*output_dtypes}
+        assert output_shapes == output_shapes[:1] * self._planes
+        blocks = grid[0] // threadgroup[0]
+        return [*map(mx.array, self._on_host.begin(self._planes, self._dtype, inputs, blocks, output_shapes[0]))]

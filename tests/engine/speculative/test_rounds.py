@@ -186,7 +186,8 @@ def test_the_next_round_starts_before_the_last_is_read(
     driver = with_draft(targets("llama"), drafts("llama", "perturbed"), always(3))
     driver.run([generate(i, prompt=prompt, max_tokens=40) for i, prompt in enumerate(PROMPTS[:2])])
     text = " ".join(happened)
-    assert text.startswith("start start read start read start read start read")
+    # The first tokens of a batch do not wait for the next round to be built.
+    assert text.startswith("start read start start read start read start read start read")
 
 
 def test_logprobs_come_for_every_token(targets: Callable[[str], LoadedModel], drafts: Drafts) -> None:
