@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -166,6 +167,7 @@ def load_weights(
         return narrow_model(folder, config), config
     except NotNarrow as reason:
         notes.append(f"weights loaded by mlx_lm: {reason}")
+    gc.enable()  # upstream may make whole weights garbage, repacking them
     # Imported here: 1.2 s and 77 MB that most models need not pay.
     from runner.engine.full import full_model  # noqa: PLC0415
 

@@ -7,6 +7,7 @@ nothing to compute) and steps the engine.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -159,6 +160,8 @@ class EngineProcess:
             architecture=model.architecture,
             notes=[*environment.notes(os.environ), *model.notes, *notes, *self._context_note(model.max_context)],
         )
+        gc.freeze()  # what is here now stays: no collection looks through it
+        gc.enable()
         self._transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
         return engine
