@@ -6,12 +6,12 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 import mlx.core as mx
+import msgspec
 from mlx.utils import tree_flatten
 
 from runner.engine import draw_kernel, layouts
@@ -33,8 +33,7 @@ _CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true besid
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(msgspec.Struct, frozen=True):
     """A model in memory.
 
     `dtype` is what activations are computed in, `vocabulary` the width of its logits, `max_context` is in tokens (0
@@ -53,7 +52,7 @@ class LoadedModel:
     layout: Layout
     batches: bool = True
     notes: tuple[str, ...] = ()
-    conventions: Conventions = field(default_factory=Conventions)
+    conventions: Conventions = msgspec.field(default_factory=Conventions)
 
 
 def load(
