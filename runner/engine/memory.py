@@ -9,13 +9,15 @@ upper bound for the batch, whose rows are padded to the longest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
 import msgspec
 
 from runner.engine.kv.layout import Layout
-from runner.engine.row import Row
+
+if TYPE_CHECKING:
+    from runner.engine.row import Row
 
 _PROBE: Final = 256
 """Tokens. Upstream's caches grow by as many at a time."""
