@@ -22,6 +22,7 @@ from runner.control.bounds import Bounds
 from runner.control.connection import EngineConnection
 from runner.control.postmortem import lack_of_memory, oom_kills
 from runner.control.state_folder import StateFolder
+from runner.environment import prepared
 from runner.errors import EngineDied, EngineLoadError
 from runner.processes import python_module
 from runner.protocol import (
@@ -156,7 +157,9 @@ class EngineProcess:
         group = self.bounds.enclose(self.id, self.spec)
         self.spec = msgspec.structs.replace(self.spec, control_group=group)
         write_atomically(spec_path, msgspec.json.encode(self.spec))
-        command = shlex.split(self._command) if self._command else python_module("runner.engine")
+        command, environ = python_module("runner.engine"), prepared(os.environ, time.monotonic())
+        if self._command:  # which may not be our Python, and finds out for itself
+            command, environ = shlex.split(self._command), dict(os.environ)
         with self._folder.engine_log(self.spec.model).open("ab") as log:
             self._written_before, self._kills_before = log.tell(), oom_kills()
             self._process = await asyncio.create_subprocess_exec(
@@ -165,6 +168,7 @@ class EngineProcess:
                 str(spec_path),
                 "--socket",
                 str(self._folder.engine_socket(self.id)),
+                env=environ,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

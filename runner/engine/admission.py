@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
+import msgspec
 from msgspec import structs
 
 from runner.engine.answer.conventions import Conventions
@@ -32,14 +32,13 @@ _LONG_TEXT: Final = 1 << 20
 """Characters of a text that is read whole in any case: half a second's work."""
 
 
-@dataclass(frozen=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True, dict=True):
     """Makes rows of requests for one model. `vocabulary` is the width of its logits."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate
     vocabulary: int
-    conventions: Conventions = field(default_factory=Conventions)
+    conventions: Conventions = msgspec.field(default_factory=Conventions)
 
     @cached_property
     def _markers(self) -> dict[int, str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
@@ -21,8 +21,7 @@ from runner.engine.speculative.verify import Proposal, verify
 from runner.engine.traced import TracedCalls
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True):
     """Tokens of one dispatched step, maybe not computed yet: `tokens` [rows, 1], `rows` as they were then.
 
     A round in which `proposed` tokens a row were verified has `tokens` [rows, proposed + 1], of which row i says the

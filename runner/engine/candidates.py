@@ -8,10 +8,10 @@ nothing on the CPU, where the host waits for the computation anyway; where it do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.filters import Filters, Kept
 
@@ -22,8 +22,7 @@ _GROUPS: Final = 64
 _WIDTHS: Final = (64, 32, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(msgspec.Struct, frozen=True):
     """Everything that any row may draw: `logits` [B, T, C], and what the filters `kept` of them.
 
     `groups` [B, T, G] are those that they come from, in ascending order, each `width` tokens wide.

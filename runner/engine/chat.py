@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
+import msgspec
 
 from runner.engine.characters import whole_characters
 from runner.errors import InvalidRequest
@@ -26,8 +26,7 @@ from runner.errors import InvalidRequest
 Messages = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Render:
+class Render(msgspec.Struct, frozen=True):
     """A template: messages and variables to text. `source` is empty where it is code, not jinja."""
 
     call: Callable[[Messages, dict[str, Any]], str]

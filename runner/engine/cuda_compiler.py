@@ -12,10 +12,11 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from runner.engine.cuda_text import UTILITIES, Text
 
@@ -48,8 +49,7 @@ class CompileError(Exception):
     """There is no compiler, no headers, or the compiler refuses: says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class Binary:
+class Binary(msgspec.Struct, frozen=True):
     """A device's code, and what its function is called there."""
 
     code: bytes

@@ -12,11 +12,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Final, NamedTuple
 
 import mlx.core as mx
+import msgspec
 
 UTILITIES: Final = "mlx/backend/cuda/device/utils.cuh"
 """The header that MLX's text begins with. It is in MLX's library only."""
@@ -56,8 +56,7 @@ class Text(NamedTuple):
     code: str
 
 
-@dataclass(frozen=True, slots=True)
-class Definition:
+class Definition(msgspec.Struct, frozen=True):
     """What a kernel is made of, as `mx.fast.cuda_kernel` takes it."""
 
     name: str

@@ -1,76 +1,16 @@
-"""What the process environment must hold before MLX is imported on Linux.
-
-The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slower than OpenBLAS's, and `mx.compile`
-on the CPU calls a C++ compiler (14 s for the first sampled token). MLX's CUDA backend keeps a few hundred CUDA graphs
-and attention plans, and by default ends with an exception once it has missed them twice as often as it has room, which
-a server of many shapes does some day. Nothing of this can be changed once MLX is imported, so the engine decides here,
-from the files of the installation alone, and starts itself again with what it found. What the user has set stays.
-"""
+"""The environment of this process: what it lacks of what MLX needs (`runner.environment`), and what it must hold."""
 
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
-from runner.machine import cpu_backend as cpu_backend
-
-PREPARED: Final = "MLX_RUN_ENGINE_PREPARED"
-"""Set in the environment of an engine that has started itself again, so that it does so only once."""
-
-CUDA: Final = {
-    "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
-    "MLX_CUDA_GRAPH_CACHE_SIZE": "2048",
-    "MLX_CUDA_SDPA_CACHE_SIZE": "1024",
-    # cuDNN's attention plans an execution for each new shape, which takes much longer than a prompt's attention does.
-    "MLX_CUDA_USE_CUDNN_SDPA": "0",
-}
-"""How the CUDA backend is set up, where the user has not said otherwise."""
+from runner.environment import PREPARED, engine_environment, prepared
+from runner.machine import cpu_backend
 
 _DEBIAN: Final = "sudo apt-get install libopenblas0-pthread"
-
-
-def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add to `environ` before MLX is imported; empty where nothing is needed.
-
-    Costs a directory listing or two and imports nothing of MLX.
-    """
-    if PREPARED in environ:
-        return {}
-    if cpu_backend():
-        return cpu_environment(environ)
-    cuda = CUDA if sys.platform == "linux" else {}
-    return {name: value for name, value in cuda.items() if name not in environ}
-
-
-def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The same for Linux without a GPU; empty elsewhere."""
-    if PREPARED in environ or not cpu_backend():
-        return {}
-    added: dict[str, str] = {}
-    if "MLX_DISABLE_COMPILE" not in environ:
-        added["MLX_DISABLE_COMPILE"] = "1"
-    if "OPENBLAS_NUM_THREADS" not in environ:
-        # The products of a decode step are small: more threads mostly wait for each other, and take the runner's core.
-        added["OPENBLAS_NUM_THREADS"] = str(min(8, max(1, (os.cpu_count() or 1) // 2)))
-    if "blas" not in environ.get("LD_PRELOAD", "") and (library := find_openblas()):
-        preloaded = environ.get("LD_PRELOAD")
-        added["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else library
-    return added
-
-
-def find_openblas() -> str | None:
-    """Path of a system OpenBLAS, the threaded build first, or None."""
-    triplet = f"{platform.machine()}-linux-gnu"
-    for folder in (f"/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/usr/local/lib"):
-        for name in ("openblas-pthread/libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so"):
-            path = Path(folder, name)
-            if path.exists():
-                return str(path)
-    return None
 
 
 def notes(environ: Mapping[str, str]) -> list[str]:
@@ -95,8 +35,6 @@ def restart_if_needed(now: float) -> float:
     Returns when nothing is missing, with the `time.monotonic` at which the process first began; `now` is that of this
     run of it.
     """
-    added = engine_environment(os.environ)
-    if added:
-        environ = {**os.environ, **added, PREPARED: str(now)}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)  # noqa: S606 - itself again
+    if engine_environment(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], prepared(os.environ, now))  # noqa: S606 - itself
     return float(os.environ.get(PREPARED, now))

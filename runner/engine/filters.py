@@ -7,10 +7,10 @@ sort serves top_p and top_k; where neither is asked for there is none.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.arrays import given, replaced
 from runner.protocol import Sampling
@@ -21,8 +21,7 @@ _ARRAYS: Final = ("top_p", "min_p", "top_k")
 """Attributes of Filters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True):
     """Which tokens may be drawn: those whose logit is `least` [..., 1] or more, without `surplus` [..., V].
 
     None for either says that it leaves nothing out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runner.engine.tokenizer import Tokenizer
 def full_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, dict[str, Any]]:
     """The model with its weights, not yet evaluated, and its configuration. `trust_remote_code`: the Python file that
     config.json names is run. Raises what upstream raises."""
+    gc.enable()  # upstream may leave whole weights as garbage, where it repacks them
     model, config = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     return model, config
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
 
 from runner.protocol import Configure, EngineSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """What can be changed in place; see protocol.EngineSpec."""
 
     max_rows: int = 32
@@ -34,11 +33,10 @@ class Limits:
         """These, with what `change` names replaced; memory is not among them."""
         given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not None}
         given.pop("memory_limit_bytes", None)
-        return replace(self, **given)
+        return msgspec.structs.replace(self, **given)
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct):
     """Totals since the engine started; see protocol.Stats."""
 
     prompt_tokens: int = 0

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import jinja2
 import mlx.core as mx
+import msgspec
 from mlx.utils import tree_flatten
 
 from runner.engine import draw_kernel, layouts
-from runner.engine.answer.conventions import Conventions, conventions
-from runner.engine.chat import ChatTemplate, Render, jinja_render
+from runner.engine.answer.conventions import Conventions
+from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.narrow import NotNarrow, narrow_tokenizer
+from runner.engine.narrow import NotNarrow
 from runner.engine.products import install as install_products
-from runner.engine.tokenizer import Tokenizer
 from runner.engine.weights import narrow_model
 from runner.errors import EngineLoadError
+
+if TYPE_CHECKING:
+    from runner.engine.chat import ChatTemplate
+    from runner.engine.language import Language
+    from runner.engine.tokenizer import Tokenizer
 
 _CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true beside the source in the manifest."
 
@@ -32,8 +35,7 @@ _CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true besid
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(msgspec.Struct, frozen=True):
     """A model in memory.
 
     `dtype` is what activations are computed in, `vocabulary` the width of its logits, `max_context` is in tokens (0
@@ -52,7 +54,7 @@ class LoadedModel:
     layout: Layout
     batches: bool = True
     notes: tuple[str, ...] = ()
-    conventions: Conventions = field(default_factory=Conventions)
+    conventions: Conventions = msgspec.field(default_factory=Conventions)
 
 
 def load(
@@ -64,14 +66,16 @@ def load(
     dtype: str = "",
     *,
     trust_remote_code: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
     """Load a model folder. `tool_parser` names the convention of its tool calls, "" for what its template tells;
     `chat_template` is a file in place of its own, "" for that.
 
     `slack` is how many tokens its caches can take back where it has sliding windows. `dtype` is what the model
     computes in, "" for its own: but on the CPU that is float32 then, which is several times faster there.
-    `trust_remote_code`: Python code that the folder brings, as its architecture or its tokenizer, is run. Raises
-    EngineLoadError: the folder is not a model, or one that cannot be served.
+    `trust_remote_code`: Python code that the folder brings, as its architecture or its tokenizer, is run. `meanwhile`
+    is called in another thread while weights are computed. Raises EngineLoadError: the folder is not a model, or one
+    that cannot be served.
     """
     config = _read_config(folder)
     notes: list[str] = []
@@ -82,12 +86,15 @@ def load(
         if dtype:
             model.set_dtype(getattr(mx, dtype))
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+        # Weights and the trial calls are computed without Python's lock, and what is read here has most need of it.
+        reading = Beside(lambda: _read_language(folder, config, tool_parser, chat_template, meanwhile))
         mx.eval(model.parameters())
-        tokenizer, render = _load_tokenizer(folder, config, notes, trust_remote_code=trust_remote_code)
-        if chat_template:
-            render = _other_template(Path(chat_template), tokenizer)
-        spoken = _conventions(tokenizer, render, tool_parser)
         layout, vocabulary, together = _install(model, slack, quantisation)
+        try:
+            language = reading.result()
+        except NotNarrow as reason:
+            notes.append(f"tokenizer loaded by transformers: {reason}")
+            language = _full_language(folder, config, tool_parser, chat_template, trust_remote_code=trust_remote_code)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -98,8 +105,8 @@ def load(
     architectures = config.get("architectures") or [config.get("model_type", "")]
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        chat=ChatTemplate(render),
+        tokenizer=language.tokenizer,
+        chat=language.chat,
         architecture=str(architectures[0]),
         layout=layout,
         batches=together,
@@ -108,7 +115,7 @@ def load(
         dtype=_activation_dtype(model),
         weights_bytes=sum(array.nbytes for array in parameters),
         notes=tuple(notes),
-        conventions=spoken,
+        conventions=language.conventions,
     )
 
 
@@ -172,46 +179,30 @@ def load_weights(
     return full_model(folder, trust_remote_code=trust_remote_code)
 
 
-def _load_tokenizer(
-    folder: Path, config: Mapping[str, Any], notes: list[str], *, trust_remote_code: bool
-) -> tuple[Tokenizer, Render | None]:
+def _read_language(
+    folder: Path, config: Mapping[str, Any], tool_parser: str, chat_template: str, then: Callable[[], object]
+) -> Language:
+    # Imported here: jinja and tokenizers are a tenth of a start, and the weights need neither.
+    from runner.engine.language import narrow_language  # noqa: PLC0415
+
+    language = narrow_language(folder, config, tool_parser, chat_template)
+    then()
+    return language
+
+
+def _full_language(
+    folder: Path, config: Mapping[str, Any], tool_parser: str, chat_template: str, *, trust_remote_code: bool
+) -> Language:
+    from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
+    from runner.engine.language import eos_ids, spoken  # noqa: PLC0415
+
     try:
-        tokenizer, template = narrow_tokenizer(folder, config, eos_ids(config))
-    except NotNarrow as reason:
-        notes.append(f"tokenizer loaded by transformers: {reason}")
-        from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
-
-        try:
-            return full_tokenizer(folder, eos_ids(config), trust_remote_code=trust_remote_code)
-        except ValueError as error:
-            if trust_remote_code or "trust_remote_code" not in str(error):
-                raise
-            raise EngineLoadError(f"{folder.name} brings its tokenizer as Python code", hint=_CONSENT) from None
-    return tokenizer, None if template is None else jinja_render(template, tokenizer.special_tokens)
-
-
-def _other_template(file: Path, tokenizer: Tokenizer) -> Render:
-    """The manifest's own. Raises EngineLoadError."""
-    try:
-        return jinja_render(file.read_text(encoding="utf-8"), tokenizer.special_tokens)
-    except (OSError, ValueError) as error:
-        raise EngineLoadError(f"the chat template {file} cannot be read: {error}") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise EngineLoadError(f"{file}:{error.lineno}: the chat template cannot be parsed: {error.message}") from None
-
-
-def _conventions(tokenizer: Tokenizer, render: Render | None, tool_parser: str) -> Conventions:
-    vocabulary = {} if tokenizer.backend is None else tokenizer.backend.get_added_tokens_decoder()
-    names = {token.content for token in vocabulary.values()}
-    return conventions("" if render is None else render.source, names, tool_parser)
-
-
-def eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
-    """The ids that end a text, as the configuration names them: one, or a list."""
-    named = config.get("eos_token_id")
-    if named is None:
-        return frozenset()
-    return frozenset(named if isinstance(named, list) else [named])
+        tokenizer, render = full_tokenizer(folder, eos_ids(config), trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise EngineLoadError(f"{folder.name} brings its tokenizer as Python code", hint=_CONSENT) from None
+    return spoken(tokenizer, render, tool_parser, chat_template)
 
 
 def _max_context(config: Mapping[str, Any]) -> int:

@@ -9,13 +9,15 @@ upper bound for the batch, whose rows are padded to the longest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.kv.layout import Layout
-from runner.engine.row import Row
+
+if TYPE_CHECKING:
+    from runner.engine.row import Row
 
 _PROBE: Final = 256
 """Tokens. Upstream's caches grow by as many at a time."""
@@ -24,8 +26,7 @@ _AHEAD: Final = 256
 """Tokens that a row which asked for no length is counted with beyond those it has: its end is not known."""
 
 
-@dataclass(slots=True)
-class MemoryBudget:
+class MemoryBudget(msgspec.Struct):
     """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row.
 
     `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the

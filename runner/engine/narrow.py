@@ -12,9 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
-
 from runner.engine.tokenizer import Tokenizer
 
 NAMED_TOKENS: Final = (
@@ -62,6 +59,8 @@ def narrow_tokenizer(folder: Path, config: Mapping[str, Any], eos_ids: frozenset
     `eos_ids` are those that the model's configuration names. Raises NotNarrow.
     """
     settings = _settings(folder, config)
+    from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - `weights.py` has no use for it, and comes first
+
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.no_truncation()
     backend.no_padding()
@@ -115,6 +114,8 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_same_tokens(backend: Any, settings: Mapping[str, Any], special: Mapping[str, str]) -> None:
     """Nothing in the settings may add a token to what tokenizer.json has, or change one."""
+    from tokenizers import AddedToken  # noqa: PLC0415 - see above
+
     added: dict[int, Any] = backend.get_added_tokens_decoder()
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         if repr(added.get(int(index))) != repr(AddedToken(**token)):

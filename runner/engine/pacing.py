@@ -8,8 +8,9 @@ neither tokens nor operations say it: with few tokens the host is what takes lon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 _WEIGHT: Final = 0.3
 """Of the last observation, in what is known of steps and layers."""
@@ -121,8 +122,7 @@ class Pacing:
         return max(1e-9, self._costs[nearest] * 2.0 ** max(0, key - nearest))
 
 
-@dataclass(frozen=True, slots=True)
-class _Plain:
+class _Plain(msgspec.Struct, frozen=True):
     """A step without prompts: how long it takes with so many rows."""
 
     seconds: float

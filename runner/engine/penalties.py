@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import msgspec
 
 if TYPE_CHECKING:
     from runner.engine.sampling import SamplingRow
 
 
-@dataclass(frozen=True, slots=True)
-class History:
+class History(msgspec.Struct, frozen=True):
     """What rows have said before the tokens that are fed next; None for what no row needs.
 
     `recent` [B, W] are the last tokens, right-justified, -1 where there is none. `counts` [B, V] is how often each
@@ -37,8 +36,7 @@ class History:
     own: mx.array | None
 
 
-@dataclass(frozen=True, slots=True)
-class Histories:
+class Histories(msgspec.Struct, frozen=True):
     """The histories after each of T fed tokens: `joined` [B, W + T] and `counts` [B, T, V], as in History."""
 
     joined: mx.array | None

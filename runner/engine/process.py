@@ -7,10 +7,12 @@ nothing to compute) and steps the engine.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
 import time
+from importlib import import_module
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Final
@@ -108,18 +110,18 @@ class EngineProcess:
         from runner.engine.kv.quantised import Quantisation  # noqa: PLC0415
         from runner.engine.limits import Limits  # noqa: PLC0415
         from runner.engine.loader import load  # noqa: PLC0415
-        from runner.engine.loop import Engine  # noqa: PLC0415
         from runner.engine.memory import ask_for  # noqa: PLC0415
-        from runner.engine.speculative.loading import slack_for, speculate  # noqa: PLC0415
-        from runner.engine.startup import warm_up  # noqa: PLC0415
-        from runner.engine.watchdog import Watchdog, in_use_beside, resident  # noqa: PLC0415
 
         spec = self._spec
         self._stage("weights")
         cuda_kernels.settle()
         ask_for(spec.memory_limit_bytes)
         quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
-        slack = slack_for(spec.num_draft_tokens) if spec.draft else 0
+        slack = 0
+        if spec.draft:
+            from runner.engine.speculative.loading import slack_for, speculate  # noqa: PLC0415
+
+            slack = slack_for(spec.num_draft_tokens)
         model = load(
             Path(spec.path),
             spec.tool_parser,
@@ -128,7 +130,12 @@ class EngineProcess:
             spec.chat_template,
             spec.dtype,
             trust_remote_code=spec.trust_remote_code,
+            meanwhile=lambda: import_module("runner.engine.loop"),
         )
+        from runner.engine.loop import Engine  # noqa: PLC0415
+        from runner.engine.startup import warm_up  # noqa: PLC0415
+        from runner.engine.watchdog import Watchdog, in_use_beside, resident  # noqa: PLC0415
+
         speculation, notes = (
             speculate(Path(spec.draft), model, slack, trust_remote_code=spec.trust_draft_code)
             if spec.draft
@@ -159,6 +166,8 @@ class EngineProcess:
             architecture=model.architecture,
             notes=[*environment.notes(os.environ), *model.notes, *notes, *self._context_note(model.max_context)],
         )
+        gc.freeze()  # what is here now stays: no collection looks through it
+        gc.enable()
         self._transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
         return engine

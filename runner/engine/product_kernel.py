@@ -10,11 +10,11 @@ bits in any batch of up to MOST_ROWS.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import ROOM, RowSlots
@@ -42,8 +42,7 @@ _CHUNK: Final = 64
 _WARP: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
+class Way(msgspec.Struct, frozen=True):
     """How a product is shared out: `warps` a block, `stages` chunks of weights on their way to a warp, `mtiles` × 16
     lines of weights a block. `warps` is the only one that the order of a sum depends on."""
 

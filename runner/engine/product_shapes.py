@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.models.activations import swiglu
 
 from runner.engine import cuda_kernels, product_kernel
@@ -39,8 +39,7 @@ Gate = Callable[[mx.array], mx.array]
 """From a product of an MLP's gate and input, one behind the other, what is between those and its output."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
+class Kernels(msgspec.Struct, frozen=True):
     """What there is. MLX's operations stand for those that are None."""
 
     multiply: Make

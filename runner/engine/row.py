@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 from msgspec import structs
 
 from runner.engine.adapters.bank import Resident
@@ -18,8 +18,7 @@ from runner.engine.stops import StopStrings
 from runner.protocol import Delta, FinishReason, Grammar, Sampling, TokenLogprob, ToolCall, Usage
 
 
-@dataclass(slots=True, eq=False)
-class Row:
+class Row(msgspec.Struct, eq=False):
     """A request's tokens and how it ends.
 
     `max_tokens` already fits the context; `open_ended` rows asked for no length. `generated` are the tokens that have
@@ -46,17 +45,17 @@ class Row:
     asked: Grammar | None = None
     adapter: Resident | None = None
     grammar: RowGrammar | None = None
-    generated: list[int] = field(default_factory=list)
+    generated: list[int] = msgspec.field(default_factory=list)
     cached: int = 0
     unread: bool = False
     done: bool = False
     completed: bool = False
     called: bool = False
     reasoning_tokens: int = 0
-    beyond: list[int] = field(default_factory=list)
+    beyond: list[int] = msgspec.field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    acceptance: Acceptance = msgspec.field(default_factory=Acceptance)
 
     @property
     def adapter_key(self) -> str:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.draw import Draw
 from runner.engine.grammar.masks import Mask
@@ -26,8 +26,7 @@ from runner.engine.penalties import Histories, History, Penalties
 from runner.protocol import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRow:
+class SamplingRow(msgspec.Struct, frozen=True):
     """What the sampler needs to know of a row.
 
     `generated` are the tokens of the model that the host knows. If one more is `unread`, still on the device, the row
@@ -59,8 +58,7 @@ class SamplingRow:
         return list(self.generated) if self.unread else list(self.generated[:-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Logprobs:
+class Logprobs(msgspec.Struct, frozen=True):
     """Natural-log probabilities of the rows `rows`, as asked: [R, T] of the chosen, [R, T, K] of the most likely."""
 
     rows: list[int]
@@ -73,16 +71,14 @@ class Logprobs:
         return [array for array in (self.chosen, self.top_tokens, self.top) if array is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True):
     """What changes from step to step: `position` [B, 1] of the token chosen next, and what rows have said."""
 
     position: mx.array | None
     history: History | None
 
 
-@dataclass(slots=True)
-class Choice:
+class Choice(msgspec.Struct):
     """A sampler's view of T positions of each row.
 
     `tokens` [B, T] are chosen; `logits` [B, T, V] are masked, biased and penalised.

@@ -10,10 +10,10 @@ for each other; what joined together often leaves together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.kv.masks import FEW
 
@@ -21,8 +21,7 @@ _LEAST: Final = 256
 """Tokens that caches have room for at least."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sharing:
+class Sharing(msgspec.Struct, frozen=True):
     """How prompts share model calls.
 
     A call of several short ones may have `times` the tokens of a chunk of a long prompt, up to `most`. While rows

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from runner.engine.detokenizer import (
     ByteDetokenizer,
@@ -16,13 +17,12 @@ from runner.engine.detokenizer import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenizer:
+class Tokenizer(msgspec.Struct, frozen=True):
     """Text to ids and back.
 
     `encode_ids(text, add_special_tokens)` and `decode_ids(ids)`, which leaves special tokens out, are the library's.
     `special_tokens` are the named ones (`bos_token`, …) as chat templates see them. `backend` is the
-    `tokenizers.Tokenizer` beneath, or None.
+    `tokenizers.Tokenizer` beneath, or None; `bytes_of` is found from it.
     """
 
     encode_ids: Callable[[str, bool], list[int]]
@@ -31,10 +31,11 @@ class Tokenizer:
     eos_ids: frozenset[int]
     special_tokens: Mapping[str, str]
     backend: Any = None
-    bytes_of: TokenBytes | None = field(init=False)
+    bytes_of: TokenBytes | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bytes_of", None if self.backend is None else token_bytes(self.backend))
+        own = None if self.backend is None else token_bytes(self.backend)
+        msgspec.structs.force_setattr(self, "bytes_of", own)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a raw prompt: with the tokenizer's special tokens, unless the text brings its own."""

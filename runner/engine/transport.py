@@ -18,7 +18,6 @@ import selectors
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -35,22 +34,19 @@ MAX_UNSENT: Final = 64 * 1024 * 1024
 _CHUNK: Final = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(msgspec.Struct, frozen=True):
     """A runner has connected, and has been greeted. Whatever follows in the inbox is its."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(msgspec.Struct, frozen=True):
     """The runner of `connection` is gone, or was replaced."""
 
     connection: int
 
 
-@dataclass(frozen=True, slots=True)
-class Woken:
+class Woken(msgspec.Struct, frozen=True):
     """There is something to look at that came from none of the runners: work for the engine, or a signal."""
 
 

@@ -2,12 +2,14 @@
 
     python tests/bench/engine_start.py [FOLDER] [--repeat 15]
 
-Without a folder, demo-chat. The first start is not counted: it reads the files from the disk.
+Without a folder, demo-chat. The first start is not counted: it reads the files from the disk, and keeps their bytecode,
+as an installation has it, whatever PYTHONDONTWRITEBYTECODE says; with --compile every start compiles what has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -35,12 +37,24 @@ def first_token(scratch: Path, model: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "examples" / "models" / "demo-chat")
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="keep no bytecode")
     add_options(parser)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as bytecode:
+        if arguments.compile:
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        else:
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Start it again and again, and print."""
     budget = Budget(arguments.budget)
     found: list[tuple[float, float]] = []
     for number in range(arguments.repeat + 1):

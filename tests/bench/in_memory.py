@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from msgspec.structs import replace
 
 from runner.engine import kernel_cache, layouts
 from runner.engine.chat import ChatTemplate, jinja_render

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from runner.bench.job import Target
-from runner.engine.environment import cpu_environment
+from runner.environment import cpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300.0

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from runner.environment import prepared
 from runner.protocol import EngineSpec, FromEngine, Loaded, Step, ToEngine, decoder_from_engine, encode_frame
 from tests.engine.drive import Answer
 
@@ -125,7 +126,7 @@ class EngineChild:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "runner.engine", *command],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+                env=prepared({**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}, time.monotonic()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from runner.engine.loader import eos_ids, load
+from runner.engine.language import eos_ids
+from runner.engine.loader import load
 from runner.errors import EngineLoadError
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate

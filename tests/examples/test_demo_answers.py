@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from runner.engine.environment import engine_environment
+from runner.environment import engine_environment
 from tests.stories.harness import MODELS, REPOSITORY
 
 pytestmark = pytest.mark.mlx

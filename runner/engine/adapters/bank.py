@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 from mlx.utils import tree_unflatten
 
 from runner.engine.adapters import mlx_format, peft_format
@@ -26,8 +26,7 @@ from runner.engine.adapters.stack import Change, Stack
 from runner.protocol import AdapterLoaded, AdapterSource
 
 
-@dataclass(slots=True, eq=False)
-class Resident:
+class Resident(msgspec.Struct, eq=False):
     """One adapter in memory. `rows` run with it; once `dropped`, it is freed when the last of them ends.
 
     `rank` is the largest of a layer, `ranks` are those of the sites, `nbytes` what its own tensors take.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+import msgspec
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from runner.engine.adapters.formats import Adapter, AdapterRefusal, LowRank
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptableModules:
+class AdaptableModules(msgspec.Struct, frozen=True):
     """A model's layers by path: those that take an adapter, and why the others do not.
 
     `blocks` are the mixture blocks around its layers of experts, `depth` is how many blocks the model has.

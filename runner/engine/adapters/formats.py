@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.arrays import read_safetensors
 from runner.errors import EngineLoadError
@@ -15,8 +15,7 @@ class AdapterRefusal(EngineLoadError):  # noqa: N818 - a condition, read as `exc
     """The adapter cannot be used with this model; the message names the file or tensor at fault."""
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(msgspec.Struct, frozen=True):
     """The change to one linear layer: x · a · b is added to its output.
 
     `a` is [in, r] and `b` [r, out], float32, the adapter's scale already in `b`. For DoRA `magnitude` [out] replaces
@@ -34,8 +33,7 @@ class LowRank:
         return int(self.a.shape[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(msgspec.Struct, frozen=True):
     """An adapter's changes by module path (`model.layers.0.self_attn.q_proj`).
 
     `keys` are the modules that its configuration says it has, by their names inside a block, in the last `last_layers`

@@ -9,12 +9,12 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters import kernel
@@ -30,8 +30,7 @@ ROOM: Final = 32 * 512
 """Inner products that the blocks of a launch may leave for others."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowSlots:
+class RowSlots(msgspec.Struct, frozen=True):
     """Which adapter each row of a model call has: `slots` [rows] int32, 0 for none. `only` is the slot that all rows
     share, or None.
 
@@ -43,8 +42,8 @@ class RowSlots:
     slots: mx.array
     only: int | None
     _numbers: tuple[int, ...] = ()
-    _boards: list[tuple[mx.array, ...]] = field(default_factory=list)
-    _turns: list[Iterator[mx.array]] = field(default_factory=list)
+    _boards: list[tuple[mx.array, ...]] = msgspec.field(default_factory=list)
+    _turns: list[Iterator[mx.array]] = msgspec.field(default_factory=list)
 
     @classmethod
     def of(cls, numbers: list[int]) -> RowSlots:

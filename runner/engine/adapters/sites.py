@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
 from runner.engine.adapters.formats import LowRank
 from runner.engine.adapters.stack import Change, Span
 from runner.engine.joined import JoinedLayers, joined_of
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Site:
+class Site(msgspec.Struct, frozen=True, eq=False):
     """`paths` are the layers that are computed here, in the order of their outputs; one, unless `joined`."""
 
     paths: tuple[str, ...]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 Span = tuple[int, int, int]
 """Where a part of the outputs ends, and the ranks [low, high) that reach it."""
@@ -14,8 +14,7 @@ LINE: Final = 64
 """Values of 16 bits, 32 integers: a line of the cache."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """One adapter's change to a layer, or to several that are computed as one.
 
     `a` is [in, r] and `b` [r, out] (both with an axis of experts in front for a layer of experts), `factor` [out] is
@@ -33,8 +32,7 @@ class Change:
         return int(self.a.shape[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(msgspec.Struct, frozen=True):
     """`down` is [slots, r, in] and `b` [slots, r, out], with an axis of experts after the slots for a layer of experts.
 
     `magnitude` [slots, out] is the DoRA factor of each output, ones for other adapters, None while no resident adapter
@@ -50,7 +48,7 @@ class Stack:
     magnitude: mx.array | None
     spans: tuple[tuple[Span, ...], ...]
     packed: mx.array | None = None
-    _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = field(default_factory=dict)
+    _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = msgspec.field(default_factory=dict)
 
     @classmethod
     def of(cls, down: mx.array, b: mx.array, magnitude: mx.array | None, spans: tuple[tuple[Span, ...], ...]) -> Stack:

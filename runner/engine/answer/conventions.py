@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from runner.engine.answer import own_parsers
 from runner.errors import EngineLoadError
@@ -19,8 +20,7 @@ Parse = Callable[[str, Any], Any]
 """Text between the markers, and the request's tools, to a call or a list of calls: {"name", "arguments"}."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolConvention:
+class ToolConvention(msgspec.Struct, frozen=True):
     """`start` and `end` are around one call or several; an empty `end` is the end of the answer.
 
     With `bare`, an answer that begins with `{` or `[` may be a call without markers.
@@ -33,8 +33,7 @@ class ToolConvention:
     bare: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Conventions:
+class Conventions(msgspec.Struct, frozen=True):
     """What is known of a model's way to write. `think` is the pair of markers around its reasoning.
 
     `harmony` models write everything in channels, each of which says what it is for.

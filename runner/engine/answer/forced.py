@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from runner.engine.answer.conventions import Conventions
 from runner.engine.answer.own_parsers import DEEPSEEK_END, DEEPSEEK_START
@@ -21,8 +22,7 @@ _AS_TAUGHT: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_
 """JSON as Python writes it, which is how templates show past calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(msgspec.Struct, frozen=True):
     """A tool as grammars need it: its name, and the schema that its arguments are held to."""
 
     name: str
@@ -43,8 +43,7 @@ class Tool:
         return f"%json {json.dumps({**self.schema, 'x-guidance': options})}"
 
 
-@dataclass(frozen=True, slots=True)
-class Writer:
+class Writer(msgspec.Struct, frozen=True):
     """Writes grammars for one model. `special` are the ids of markers that are special tokens."""
 
     conventions: Conventions

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+import msgspec
 
 from runner.engine.answer.conventions import ToolConvention
 from runner.engine.answer.repair import repaired
@@ -14,8 +15,7 @@ from runner.engine.characters import whole_characters
 Kind = Literal["content", "reasoning", "call"]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One tool call. `arguments` is JSON text; `id` is the model's own, "" where it gives none."""
 
     name: str
@@ -23,8 +23,7 @@ class Call:
     id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """Some text of a kind, or a call."""
 
     kind: Kind

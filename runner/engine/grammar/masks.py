@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from math import inf
 from typing import TYPE_CHECKING, Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.arrays import from_bytes
 from runner.engine.grammar.matcher import RowGrammar
@@ -41,8 +41,7 @@ _WATCHED: Final = 64
 """Steps that they are looked at for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mask:
+class Mask(msgspec.Struct, frozen=True):
     """`packed` [R, T, bytes]: a bit for each token allowed at T positions of the rows `rows`, None for every row."""
 
     packed: mx.array
@@ -76,8 +75,7 @@ def _unpacking() -> mx.array:
     return mx.array([[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(msgspec.Struct, frozen=True):
     """One call of llguidance: masks from index `at` on, before each of the `drafted` tokens and after the last."""
 
     grammar: RowGrammar

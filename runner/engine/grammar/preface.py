@@ -8,8 +8,9 @@ tokens that open something else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
 
 from runner.engine.answer.conventions import Conventions
 from runner.engine.tokenizer import Tokenizer
@@ -18,8 +19,7 @@ Stage = Literal["before", "start", "within", "elsewhere"]
 """Where a row is: before its answer, where the answer begins, within it, or somewhere that no grammar is for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Preface:
+class Preface(msgspec.Struct, frozen=True):
     """A model's conventions as token ids, and how far a row has come in them.
 
     `close` ends what comes before an answer, once it is `armed`: `channel` disarms it, and `final` arms it again.
@@ -57,21 +57,21 @@ class Preface:
 
     def _after_reasoning(self, token: int) -> Preface:
         if token == self.close and self.armed:
-            return replace(self, stage="start", opens=None, closed=True)
+            return msgspec.structs.replace(self, stage="start", opens=None, closed=True)
         if token == self.channel:
-            return replace(self, armed=False)
+            return msgspec.structs.replace(self, armed=False)
         if token == self.final:
-            return replace(self, armed=True)
+            return msgspec.structs.replace(self, armed=True)
         return self
 
     def _after_start(self, token: int) -> Preface:
         if token == self.opens:
-            return replace(self, stage="before")
+            return msgspec.structs.replace(self, stage="before")
         if token == self.calls:
-            return replace(self, stage="elsewhere")
+            return msgspec.structs.replace(self, stage="elsewhere")
         if self.closed and token in self.layout:
-            return replace(self, layout=frozenset())
-        return replace(self, stage="within")
+            return msgspec.structs.replace(self, layout=frozenset())
+        return msgspec.structs.replace(self, stage="within")
 
 
 def preface_of(conventions: Conventions, tokenizer: Tokenizer, prompt: str, *, tools: bool) -> Preface | None:
@@ -95,8 +95,8 @@ def preface_of(conventions: Conventions, tokenizer: Tokenizer, prompt: str, *, t
     preface = Preface("start", ends, close, single(think[0]), calls, layout)
     said = prompt.rstrip()
     if said.endswith(think[0]):
-        return replace(preface, stage="before", opens=None)
-    return replace(preface, opens=None) if said.endswith(think[1]) else preface
+        return msgspec.structs.replace(preface, stage="before", opens=None)
+    return msgspec.structs.replace(preface, opens=None) if said.endswith(think[1]) else preface
 
 
 def _single(tokenizer: Tokenizer) -> Callable[[str], int | None]:

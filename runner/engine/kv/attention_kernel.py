@@ -34,12 +34,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import Kernel
@@ -80,8 +80,7 @@ Planes = tuple[mx.array, mx.array]
 """Keys and values of a layer, [slots, groups, places, width] each."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class Call(msgspec.Struct, frozen=True, eq=False):
     """A layer's attention in a model call, and what is to be written before it.
 
     `queries` [rows, heads, tokens, width]; `keys` and `values` [rows, groups, tokens, width] are those of the same
@@ -123,8 +122,7 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(msgspec.Struct, frozen=True):
     """How a block's threads share the work: `lanes` a key, `heads` queries a block."""
 
     lanes: int

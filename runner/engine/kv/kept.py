@@ -7,10 +7,10 @@ A recurrent layer's state, and the ring of a window that has wrapped, are what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.kv import begin_kernel, copy_kernel
 
@@ -21,8 +21,7 @@ Place = tuple[int, int]
 """Which of a piece's arrays, and which plane of it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, eq=False):
     """Positions `start` to `stop` - 1: `arrays` [planes, heads, stop - start, …], and which planes each layer's are.
 
     A layer of which there are none is None.
@@ -100,8 +99,7 @@ class Cut:
         return which, len(together) - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class State:
+class State(msgspec.Struct, frozen=True, eq=False):
     """What cannot be cut, after one length: of each layer its arrays, None where pieces say all.
 
     The row had as many tokens as `written` before some were cut off. `foreign` are upstream's own caches, of a model
@@ -123,8 +121,7 @@ class State:
         return sum(array.nbytes for array in self.arrays)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Beginning:
+class Beginning(msgspec.Struct, frozen=True, eq=False):
     """A row's first `length` tokens: pieces that follow on each other from 0 (the last may go on beyond), and the state
     where pieces alone do not do."""
 

@@ -10,10 +10,10 @@ in which chunks a prompt is computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.kv import masks, quantised_kernel, unpacked, widened
 from runner.engine.kv.layers import Straight
@@ -29,8 +29,7 @@ Packed = tuple[mx.array, mx.array, mx.array]
 _ON_CUDA: Final = bool(mx.cuda.is_available()) and mx.default_device() == mx.Device(mx.gpu)
 
 
-@dataclass(frozen=True, slots=True)
-class Quantisation:
+class Quantisation(msgspec.Struct, frozen=True):
     """`bits` a value, and a scale and a bias for each `group_size` of them."""
 
     bits: int

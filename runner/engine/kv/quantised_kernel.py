@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import Kernel
@@ -46,8 +46,7 @@ INPUTS: Final = ("queries", "keys", "values", *HELD, "starts", "after", "counter
 """What the source calls a call's arrays."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedCall:
+class PackedCall(msgspec.Struct, frozen=True, eq=False):
     """A layer's attention in a model call, and what is to be written before it.
 
     As `attention_kernel.Call`; `planes` are packed values, scales and biases of keys, and of values. `bits` are of a
@@ -93,8 +92,7 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, grou
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(msgspec.Struct, frozen=True):
     """How a block shares the work: query heads of a block, warps, and tiles that each has on their way."""
 
     heads: int

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 from mlx_lm.models.rope_utils import Llama3RoPE
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rotation:
+class Rotation(msgspec.Struct, frozen=True, eq=False):
     """The first `dims` values of a line are rotated, in pairs that are neighbours if `traditional`, else half of `dims`
     apart, by the position times `frequencies` [dims / 2] of float32. `rotate` does so, of lines and tokens before
     them."""
@@ -32,8 +31,7 @@ class Rotation:
     rotate: Callable[[mx.array, Any], mx.array]
 
 
-@dataclass(frozen=True, slots=True)
-class Deferred:
+class Deferred(msgspec.Struct, frozen=True):
     """Tokens before a call, one number or [rows] int32, as a model gets them that need not rotate."""
 
     offset: int | mx.array

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from runner.engine.speculative.allowance import Allowance
 from runner.engine.speculative.costs import ENOUGH, Costs, size_class
@@ -60,8 +61,7 @@ _PLAIN_STEPS: Final = 6
 """Rounds until the first look at what plain steps cost now, and, in the end, between two; how many of them it takes."""
 
 
-@dataclass(slots=True)
-class Acceptance:
+class Acceptance(msgspec.Struct):
     """How often a row's proposals were accepted, given that those before were: recent rounds count most.
 
     `kept` and `refused` are decayed counts, on top of `prior`, the rate that is assumed before there are any.
@@ -93,8 +93,7 @@ def expected_tokens(rate: float, length: int) -> float:
     return float(length + 1) if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """A step that has ended, of `rows` rows and `length` proposals, and the `seconds` since the one before it ended.
 
     It gave each row `tokens` on the average. `following` proposals are under way, None where nothing is. A `timed` one
@@ -113,8 +112,7 @@ class Taken:
     building: float = 0.0
 
 
-@dataclass(slots=True)
-class _Trial:
+class _Trial(msgspec.Struct):
     size: int
     length: int
     left: int = _TRIAL_MOST

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
+import msgspec
 
 from runner.engine.draw import Draw
 from runner.engine.sampling import Choice
@@ -18,8 +18,7 @@ _REPLACING: Final = 0x9E6C63D0
 """Streams of noise of their own; see Draw."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(msgspec.Struct, frozen=True):
     """The token before, K proposals, and none: `sequence` [B, K + 2].
 
     `weights` [B, K, V] are the logarithms, up to a constant, of what they were drawn from; None where no row rejects.

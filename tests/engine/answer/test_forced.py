@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from runner.engine.answer.conventions import Conventions, tool_convention
 from runner.engine.chat import ChatTemplate, jinja_render

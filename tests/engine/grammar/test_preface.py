@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from runner.engine.answer.conventions import Conventions, ToolConvention
 from runner.engine.chat import ChatTemplate, jinja_render

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
+from msgspec.structs import replace
 
 from runner.engine.kv import attention_source, quantised_kernel
 from runner.engine.kv.attention_kernel import rotating

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from msgspec.structs import replace
 
 from runner.engine.batch import DecodeBatch
 from runner.engine.kv import attention_kernel, masks, planes, prompt_kernel
