@@ -67,7 +67,7 @@ def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     splits = 1
     while splits < 4 and lines // _GROUP * splits * 2 <= PROCESSORS and inputs >= splits * 2 * 4 * _CHUNK:
         splits *= 2
-    return Way(1, 8 if tokens == TOKENS[0] else 6, splits)
+    return Way(1, 8, splits)
 
 
 def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> bool:
