@@ -19,7 +19,7 @@ from runner.engine.adapters.kernel import parts
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
 from runner.engine.product_source import DEVICE, SWIGLU
-from runner.engine.wide_product_source import ALONE, BODY, SHARED, STORES, device
+from runner.engine.wide_product_source import ALONE, BODY, EPILOGUES, SHARED, device
 
 SWITCH: Final = "MLX_RUN_WIDE_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -110,9 +110,9 @@ def usable() -> bool:
 def source(way: Way, epilogue: str) -> str:
     """The kernel's text."""
     text = BODY
-    for place, what in (SHARED if way.splits > 1 else ALONE).items():
+    for place, what in ((SHARED if way.splits > 1 else ALONE) | EPILOGUES[epilogue]).items():
         text = text.replace(place, what)
-    return cuda_kernels.terse(text.replace("STORE", STORES[epilogue]))
+    return cuda_kernels.terse(text)
 
 
 def constants(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:

@@ -121,34 +121,45 @@ BODY: Final = """
     }
     __syncthreads();
     MEET
-    for (int at = threadIdx.x; at < rows * (OUT / 8); at += THREADS) {
-        const int r = at / (OUT / 8), n = at % (OUT / 8) * 8;
-        float total[PARTS][8];
+    // What several vectors of outputs are made of is on its way at once.
+    constexpr int AT_ONCE = 4;
+    const int vectors = rows * (OUT / 8);
+    for (int from = threadIdx.x; from < vectors; from += THREADS * AT_ONCE) {
+        float total[AT_ONCE][PARTS][8];
+        size_t place[AT_ONCE];
+        BEFORE
         #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
+        for (int e = 0; e < AT_ONCE; ++e) {
+            const int at = min(from + e * THREADS, vectors - 1), r = at / (OUT / 8), n = at % (OUT / 8) * 8;
+            place[e] = size_t(r) * N + first + n;
+            LOOK
             #pragma unroll
-            for (int i = 0; i < 8; ++i) total[part][i] = 0.0f;
-            #pragma unroll
-            for (int s = 0; s < SPLITS; ++s) {
+            for (int i = 0; i < PARTS * 8; i += 4) {
+                const int column = i / 8 * OUT + n + i % 8;
+                float* const four = &total[e][i / 8][i % 8];
+                four[0] = four[1] = four[2] = four[3] = 0.0f;
                 #pragma unroll
-                for (int i = 0; i < 8; i += 4) {
-                    const float4 four = FOUR;
-                    total[part][i] += four.x, total[part][i + 1] += four.y;
-                    total[part][i + 2] += four.z, total[part][i + 3] += four.w;
+                for (int s = 0; s < SPLITS; ++s) {
+                    const float4 more = FOUR;
+                    four[0] += more.x, four[1] += more.y, four[2] += more.z, four[3] += more.w;
                 }
             }
         }
-        const size_t place = size_t(r) * N + first + n;
-        uint4 result;
-        T* const written = reinterpret_cast<T*>(&result);
-        STORE
-        *reinterpret_cast<uint4*>(out + place) = result;
+        #pragma unroll
+        for (int e = 0; e < AT_ONCE; ++e) {
+            if (from + e * THREADS >= vectors) break;
+            uint4 result;
+            T* const written = reinterpret_cast<T*>(&result);
+            #pragma unroll
+            for (int i = 0; i < 8; ++i) STORE
+            *reinterpret_cast<uint4*>(out + place[e]) = result;
+        }
     }
 """
 
 ALONE: Final = {
     "MEET": "",
-    "FOUR": "*reinterpret_cast<const float4*>(sums + r * PITCH + part * OUT + n + i)",
+    "FOUR": "*reinterpret_cast<const float4*>(sums + r * PITCH + column)",
 }
 """What stands at these places of BODY where a block has all of K."""
 
@@ -172,26 +183,24 @@ SHARED: Final = {
     if (!latest) return;
     __threadfence();
 """,
-    "FOUR": """__ldcg(reinterpret_cast<const float4*>(
-                        group + (size_t(s) * rows + r) * LINES + part * OUT + n + i))""",
+    "FOUR": "__ldcg(reinterpret_cast<const float4*>(group + (size_t(s) * rows + r) * LINES + column))",
 }
 """The same where several share it."""
 
-STORES: Final = {
-    "plain": """
-        if (added_ndim == 1) {
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) written[i] = T(total[0][i]);
-        } else {
-            const uint4 before = *reinterpret_cast<const uint4*>(added + place);
-            const T* const residual = reinterpret_cast<const T*>(&before);
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) written[i] = T(float(residual[i]) + float(T(total[0][i])));
-        }
-""",
-    "swiglu": """
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) written[i] = swiglu(T(total[0][i]), T(total[1][i]));
-""",
+EPILOGUES: Final = {
+    "plain": {
+        "BEFORE": "uint4 before[AT_ONCE];",
+        "LOOK": "if (added_ndim > 1) before[e] = *reinterpret_cast<const uint4*>(added + place[e]);",
+        "STORE": """{
+                const T product = T(total[e][0][i]);
+                const T residual = reinterpret_cast<const T*>(&before[e])[i];
+                written[i] = added_ndim > 1 ? T(float(residual) + float(product)) : product;
+            }""",
+    },
+    "swiglu": {
+        "BEFORE": "",
+        "LOOK": "",
+        "STORE": "written[i] = swiglu(T(total[e][0][i]), T(total[e][1][i]));",
+    },
 }
 """What becomes of the sums."""
