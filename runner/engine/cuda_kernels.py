@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property, partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
@@ -33,6 +34,8 @@ KINDS: Final = {mx.bfloat16: ("__nv_bfloat16", "bf16"), mx.float16: ("__half", "
 
 PROCESSORS: Final = 132
 """Multiprocessors of an H100, or H200."""
+
+_AT_ONCE: Final = 64
 
 Size = tuple[int, int, int]
 
@@ -127,6 +130,15 @@ class Kernel:
             ensure_row_contiguous=self._ensure_row_contiguous,
             shared_memory=self._shared_memory,
         )
+
+
+@cache
+def counters(*shape: int) -> Iterator[mx.array]:
+    """int32 zeros of a shape, without end, which every launch leaves as they were. Those that may run at once do not
+    share one."""
+    arrays = [mx.zeros(shape, dtype=mx.int32) for _ in range(_AT_ONCE)]
+    mx.eval(arrays)
+    return cycle(arrays)
 
 
 @cache

@@ -7,14 +7,14 @@ a shape is loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import mlx.core as mx
 import msgspec
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import cuda_kernels, product_kernel
+from runner.engine import cuda_kernels, product_kernel, wide_product_kernel
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -25,9 +25,12 @@ logger = logging.getLogger(__name__)
 _TOLERANCE: Final = 0.02
 """Of a product's norm. What rounding does is a tenth of it."""
 
+_ROWS: Final = tuple(8 * (eights - 1) + 1 for eights in TILES)
+_MORE_ROWS: Final = tuple(most - 7 for most in wide_product_kernel.TOKENS)
+"""Of each kernel some."""
 
 Make = Callable[[int, int, mx.Dtype, str], Multiply]
-"""How products of few tokens are made: `product_kernel.multiply`."""
+"""How products of few tokens are made: `product_kernel.multiply`, `wide_product_kernel.multiply`."""
 
 MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
 """How those with changes are: `product_kernel.changed`."""
@@ -46,15 +49,18 @@ class Kernels(msgspec.Struct, frozen=True):
     changed: MakeChanged | None = None
     add_changes: AddChanges | None = None
     gate: Gate | None = None
+    wide: Make | None = None
+    """For more tokens than `multiply` takes, up to `wide_product_kernel.MOST_ROWS`; weights that it fits."""
 
 
 def kernels() -> Kernels | None:
     """Those of the device, None where there is none for them."""
     if not product_kernel.usable():
         return None
+    wide = wide_product_kernel.multiply if wide_product_kernel.usable() else None
     if not cuda_kernels.usable(kernel.SWITCH):
-        return Kernels(product_kernel.multiply, gate=product_kernel.gate)
-    return Kernels(product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate)
+        return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
+    return Kernels(product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate, wide)
 
 
 def _add_changes(
@@ -67,11 +73,18 @@ class Shape:
     """The products of layers with weights of one shape, [outputs, inputs], or of twice as many outputs for "swiglu"."""
 
     def __init__(
-        self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, multiply: Multiply, kernels: Kernels
+        self,
+        outputs: int,
+        inputs: int,
+        dtype: mx.Dtype,
+        epilogue: str,
+        multiply: Multiply,
+        kernels: Kernels,
+        wide: Multiply | None,
     ) -> None:
         self.inputs, self.dtype, self.epilogue = inputs, dtype, epilogue
-        self.multiply = multiply
         self.kernels = kernels
+        self._multiply, self._wide = multiply, wide
         self._outputs = outputs
         self._changed: Changed | None = None
         self._prepared = False
@@ -85,13 +98,19 @@ class Shape:
         made = make(self._outputs, self.inputs, self.dtype, self.epilogue)
         self._changed = _tried_changed(made, self.epilogue, weight, stack)
 
-    def takes(self, x: mx.array) -> bool:
-        """Whether there is a kernel for these tokens."""
-        return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
+    def product(self, x: mx.array) -> Multiply | None:
+        """The kernel for these tokens, None where there is none."""
+        if self._few(x):
+            return self._multiply
+        wide = x.size <= wide_product_kernel.MOST_ROWS * self.inputs and x.size > 0 and x.dtype == self.dtype
+        return self._wide if wide else None
 
     def changed(self, x: mx.array, stack: Stack) -> Changed | None:
         """The product with changes, None where it is to be made of several."""
-        return self._changed if self._changed is not None and self.takes(x) and self._fits(stack) else None
+        return self._changed if self._changed is not None and self._few(x) and self._fits(stack) else None
+
+    def _few(self, x: mx.array) -> bool:
+        return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
 
     def _fits(self, stack: Stack) -> bool:
         outputs = self._outputs * kernel.parts(self.epilogue)
@@ -116,8 +135,11 @@ class Shapes:
     def _of(self, weight: mx.array, outputs: int, epilogue: str, expected: Multiply) -> Shape | None:
         key = (outputs, weight.shape[1], weight.dtype, epilogue)
         if key not in self._made:
-            multiply = _tried(self._kernels.multiply(*key), expected, weight)
-            self._made[key] = None if multiply is None else Shape(*key, multiply, self._kernels)
+            make = self._kernels.wide if wide_product_kernel.fits(*key) else None
+            # They are compiled side by side from here on.
+            few, many = self._kernels.multiply(*key), make and make(*key)
+            multiply, wide = _tried(few, expected, weight, _ROWS), many and _tried(many, expected, weight, _MORE_ROWS)
+            self._made[key] = None if multiply is None else Shape(*key, multiply, self._kernels, wide)
         return self._made[key]
 
 
@@ -126,9 +148,9 @@ def _gate(y: mx.array) -> mx.array:
     return result
 
 
-def _tried(multiply: Multiply, expected: Multiply, weight: mx.array) -> Multiply | None:
-    """`multiply`, if it gives what is expected for each number of rows that it has a kernel for."""
-    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight) else None
+def _tried(multiply: Multiply, expected: Multiply, weight: mx.array, rows: Sequence[int]) -> Multiply | None:
+    """`multiply`, if it gives what is expected for so many rows."""
+    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight, rows) else None
 
 
 def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Stack) -> Changed | None:
@@ -147,13 +169,18 @@ def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Sta
         y = x @ weight.T + change.swapaxes(0, 1)
         return _gate(y) if epilogue == "swiglu" else y
 
-    return changed if _right(found, expected, weight) else None
+    return changed if _right(found, expected, weight, _ROWS) else None
 
 
-def _right(found: Callable[[mx.array], mx.array], expected: Callable[[mx.array], mx.array], weight: mx.array) -> bool:
-    """Whether both give the same for tokens [1, rows, inputs], by each kernel."""
+def _right(
+    found: Callable[[mx.array], mx.array],
+    expected: Callable[[mx.array], mx.array],
+    weight: mx.array,
+    counts: Sequence[int],
+) -> bool:
+    """Whether both give the same for tokens [1, rows, inputs], for each of so many rows."""
     try:
-        for rows in (8 * (eights - 1) + 1 for eights in TILES):
+        for rows in counts:
             x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
             exact = expected(x).astype(mx.float32)
             wrong = mx.linalg.norm(found(x).astype(mx.float32) - exact)

@@ -2,13 +2,13 @@
 
 Upstream's layers stay the objects that they are, and are of a class that derives from theirs: whoever asks what they
 are, wraps them, counts their weights or walks through the model sees no difference. Products of up to MOST_ROWS tokens
-are `product_kernel`'s. MLPs and blocks that compute, to the bit, what upstream's usual ones do are made of fewer
-launches: a gate, an input and what follows are one, and a residual sum is part of the product before it. Where adapters
-change a layer for the rows of a call, their changes are part of its product as well; DoRA's are not, and that layer's
-part of the block is as before.
+are `product_kernel`'s, those of up to 128 `wide_product_kernel`'s where it can be. MLPs and blocks that compute, to the
+bit, what upstream's usual ones do are made of fewer launches: a gate, an input and what follows are one, and a residual
+sum is part of the product before it. Where adapters change a layer for the rows of a call, their changes are part of
+its product as well; DoRA's are not, and that layer's part of the block is as before.
 
-Products of more tokens are MLX's, which takes the residual sum into them; an MLP's gate is a launch, and so are
-changes, with the sum or the gate in it.
+Products of more tokens are MLX's, which takes the residual sum into them, and an MLP's gate is a launch. Changes of
+more than MOST_ROWS tokens are a launch as well, with the sum or the gate in it.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class _Product:
 
     def __call__(self, x: mx.array, weight: mx.array) -> mx.array:
         """x [..., in] times the weight."""
-        added, few = self.added, self.shape.takes(x)
+        added, multiply = self.added, self.shape.product(x)
         if added is None:
-            return self.shape.multiply(x, weight) if few else x @ weight.T
+            return x @ weight.T if multiply is None else multiply(x, weight)
         if x.dtype != self.shape.dtype:
             return x @ weight.T
         self.added = None
-        return self.shape.multiply(x, weight, added) if few else mx.addmm(added, x, weight.T)
+        return mx.addmm(added, x, weight.T) if multiply is None else multiply(x, weight, added)
 
     def gated(self, x: mx.array, weight: mx.array) -> mx.array | None:
         """What is between an MLP's input and its output, None where that is to be made of several."""
         shape = self.shape
-        if shape.takes(x):
-            return shape.multiply(x, weight)
+        if (multiply := shape.product(x)) is not None:
+            return multiply(x, weight)
         gate = shape.kernels.gate
         return None if gate is None or x.dtype != shape.dtype else gate(x @ weight.T)
 

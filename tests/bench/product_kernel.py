@@ -1,10 +1,12 @@
-"""Ways to multiply a few tokens with a weight on CUDA, to choose among in runner/engine/product_kernel.py.
+"""Ways to multiply a few tokens with a weight on CUDA, to choose among in runner/engine/product_kernel.py, and for more
+than 32 of them in runner/engine/wide_product_kernel.py.
 
     python tests/bench/product_kernel.py [--rows 1 8 16 32] [--shapes 2048x2048 …] [--ways 8,2,1 …] [--seconds 60]
 
-A way is warps, stages, mtiles. `gpu` is microseconds of the device a product, in a chain in which each product has to
-wait for the one before, over so many weights that the second cache does not hold them; a kernel that only waits keeps
-the device busy until the host has handed it the whole chain. `host` is what building and starting one took meanwhile.
+A way is warps, stages, mtiles; beyond 32 rows groups, stages, splits. `gpu` is microseconds of the device a product,
+in a chain in which each product has to wait for the one before, over so many weights that the second cache does not
+hold them; a kernel that only waits keeps the device busy until the host has handed it the whole chain. `host` is what
+building and starting one took meanwhile.
 `error` is the largest against float32, relative to the spread of the result. `swiglu` is the fused product of gate and
 input with what follows, `swiglu apart` the same in MLX's operations. Medians; the ways the engine takes have a star.
 """
@@ -29,13 +31,30 @@ if __name__ == "__main__":
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import kernel_cache, product_kernel
+from runner.engine import kernel_cache, product_kernel, wide_product_kernel
+from runner.engine.cuda_kernels import PROCESSORS
 from runner.engine.product_kernel import TILES, Way
+from runner.engine.wide_product_kernel import TOKENS
+from runner.engine.wide_product_kernel import Way as WideWay
 from tests.bench.record import Budget, progress
 
 SHAPES = ("3072x2048", "2048x2048", "16384x2048", "2048x8192", "128256x2048")
 WAYS = ("8,2,1", "8,4,1", "16,2,1", "16,3,1", "4,4,2", "8,2,2", "8,3,2", "16,2,2")
-GATED = ("4,4,2", "8,2,2", "8,3,2", "16,2,2")
+WIDE = (
+    "1,4,1",
+    "1,8,1",
+    "1,8,2",
+    "1,4,4",
+    "1,8,4",
+    "2,4,1",
+    "2,6,1",
+    "2,8,1",
+    "2,4,4",
+    "2,6,4",
+    "2,6,8",
+    "4,4,1",
+    "4,5,1",
+)
 CACHE = 200_000_000
 """Bytes of weights that no cache holds."""
 
@@ -132,28 +151,52 @@ def error(product: Product, x: mx.array, weight: mx.array, gated: bool) -> float
 
 def candidates(outputs: int, inputs: int, rows: int, names: list[str]) -> Iterator[tuple[str, int, Product, bool]]:
     """Names, outputs, products and whether they are gated."""
-    tiles = next(tiles for tiles in TILES if rows <= tiles * 8)
+    made = narrow if rows <= product_kernel.MOST_ROWS else wide
     yield "x @ w.T", outputs, lambda x, w: x @ w.T, False
-    for name in names:
-        if outputs % (16 * _way(name).mtiles) == 0:
-            star = "*" if _way(name) == product_kernel.way(outputs, inputs, tiles, "plain") else ""
-            yield name + star, outputs, fixed(outputs, inputs, "plain", name), False
+    for name, product in made(outputs, inputs, rows, "plain", names):
+        yield name, outputs, product, False
     if outputs != 16384:
         return
     half = outputs // 2
     yield "swiglu apart", half, lambda x, w: swiglu(*mx.split(x @ w.T, 2, axis=-1)), True
-    for name in GATED:
-        star = "*" if _way(name) == product_kernel.way(half, inputs, tiles, "swiglu") else ""
-        yield f"swiglu {name}{star}", half, fixed(half, inputs, "swiglu", name), True
+    for name, product in made(half, inputs, rows, "swiglu", names):
+        yield f"swiglu {name}", half, product, True
 
 
-def fixed(outputs: int, inputs: int, epilogue: str, name: str) -> Product:
-    return product_kernel.multiply(outputs, inputs, mx.bfloat16, epilogue, lambda *_: _way(name))
+def narrow(outputs: int, inputs: int, rows: int, epilogue: str, names: list[str]) -> Iterator[tuple[str, Product]]:
+    """Those of up to 32 rows, that fit."""
+    tiles, parts = next(tiles for tiles in TILES if rows <= tiles * 8), 2 if epilogue == "swiglu" else 1
+    usual = product_kernel.way(outputs, inputs, tiles, epilogue)
+    for way in (Way(*numbers(name)) for name in names or WAYS):
+        if outputs * parts % (16 * way.mtiles) == 0 and way.mtiles % parts == 0:
+            product = product_kernel.multiply(outputs, inputs, mx.bfloat16, epilogue, fixed(way))
+            yield f"{way.warps},{way.stages},{way.mtiles}{'*' * (way == usual)}", product
 
 
-def _way(name: str) -> Way:
-    warps, stages, mtiles = map(int, name.split(","))
-    return Way(warps, stages, mtiles)
+def wide(outputs: int, inputs: int, rows: int, epilogue: str, names: list[str]) -> Iterator[tuple[str, Product]]:
+    """Those of more, that fit."""
+    most, parts = next(most for most in TOKENS if rows <= most), 2 if epilogue == "swiglu" else 1
+    usual = wide_product_kernel.way(outputs, inputs, most, epilogue)
+    for way in (WideWay(*numbers(name)) for name in names or WIDE):
+        room = most * (way.groups * 64 + 4) * 4 <= way.shared_memory(most) - 1024 <= 225 * 1024
+        blocks, left = divmod(outputs * parts, way.groups * 64)
+        if room and left == 0 and (way.splits == 1 or blocks * way.splits <= 2 * PROCESSORS):
+            product = wide_product_kernel.multiply(outputs, inputs, mx.bfloat16, epilogue, only(way, most))
+            yield f"{way.groups},{way.stages},{way.splits}{'*' * (way == usual)}", product
+
+
+def fixed(way: Way) -> product_kernel.Choose:
+    return lambda *_: way
+
+
+def only(way: WideWay, most: int) -> wide_product_kernel.Choose:
+    """This way for so many tokens, the usual one for others."""
+    usual = wide_product_kernel.way
+    return lambda outputs, inputs, tokens, kind: way if tokens == most else usual(outputs, inputs, tokens, kind)
+
+
+def numbers(name: str) -> list[int]:
+    return [*map(int, name.split(","))]
 
 
 def main() -> None:
@@ -161,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=[])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=None)
     arguments = parser.parse_args()
@@ -182,13 +225,14 @@ def main() -> None:
         for rows in arguments.rows:
             x = mx.random.normal((rows, inputs)).astype(mx.bfloat16)
             found: dict[str, Figures] = {}
-            for name, wide, product, gated in candidates(outputs, inputs, rows, arguments.ways):
+            # All are compiled side by side.
+            for name, width, product, gated in [*candidates(outputs, inputs, rows, arguments.ways)]:
                 if budget.over:
                     progress("out of time")
                     break
                 try:
                     wrong = error(product, x, weights[0], gated)
-                    figures = found[name] = measure(product, x, weights, wide, arguments.repeat)
+                    figures = found[name] = measure(product, x, weights, width, arguments.repeat)
                 except RuntimeError as failure:  # does not compile, or is not to be had on this device
                     print(f"{shape:>12} {rows:>4} {name:<16} {failure}", flush=True)
                     continue

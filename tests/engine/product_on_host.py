@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,20 @@ class OnHost:
         return self._built[key]
 
 
-def arguments_of(names: list[str], kind: str) -> dict[str, str]:
-    """A kernel's parameters and their types, for arrays of `kind`; a board is of integers."""
-    arguments = {name: f"const {'int' if name == 'board' else kind}*" for name in names}
-    arguments["out"] = f"{kind}*"
+def arguments_of(names: list[str], kind: str, outputs: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A kernel's parameters and their types, for arrays of `kind`; a board and counters are of integers. `outputs` are
+    those beside the first."""
+    arguments = {name: f"const {'int' if name in ('board', 'counters') else kind}*" for name in names}
+    arguments |= {"out": f"{kind}*"} | dict(outputs or {})
     return arguments | {f"{name}_shape": "const int*" for name in names} | {f"{name}_ndim": "int" for name in names}
 
 
-def launch(run: Run, blocks: int, threads: int, views: list[Array], result: Array) -> None:
+def launch(run: Run, blocks: int, threads: int, views: list[Array], *results: Array) -> None:
     """Of such a kernel."""
     shapes = [np.array(view.shape, dtype=np.int32) for view in views]
     run(
         *(ctypes.c_int(blocks), ctypes.c_int(threads)),
-        *(ctypes.c_void_p(array.ctypes.data) for array in (*views, result, *shapes)),
+        *(ctypes.c_void_p(array.ctypes.data) for array in (*views, *results, *shapes)),
         *(ctypes.c_int(view.ndim) for view in views),
     )
 

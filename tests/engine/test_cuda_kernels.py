@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel
+from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel, wide_product_kernel
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
@@ -27,6 +27,7 @@ from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.kv.rotary import Rotation
 from runner.engine.product_kernel import TILES
+from runner.engine.wide_product_kernel import Way as WideWay
 from tests.engine.test_product_changes import changes
 
 Compile = Callable[[Text, str], Binary]
@@ -248,7 +249,7 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    made = {"_kernel": [product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
+    made = {"_kernel": [product_kernel, wide_product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
     made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
     made |= {"_copy": [copy_kernel], "_put": [copy_kernel]}
     for name, modules in made.items():
@@ -273,6 +274,23 @@ def test_products_are_compiled_as_they_are_called(launches: Launches, compiled: 
         changed(mx.zeros((8 * tiles, 1, inputs), dtype), weight, None, stack, RowSlots.of([1] * 8 * tiles))
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == 2 * len(TILES)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(("epilogue", "splits"), [("plain", 1), ("plain", 2), ("swiglu", 2)])
+def test_wide_products_are_compiled_as_they_are_called(
+    launches: Launches, compiled: list[str], epilogue: str, splits: int
+) -> None:
+    outputs, inputs, dtype = 64, 128, mx.bfloat16
+    weight = mx.zeros((outputs * (2 if epilogue == "swiglu" else 1), inputs), dtype)
+    multiply = wide_product_kernel.multiply(outputs, inputs, dtype, epilogue, lambda *_: WideWay(1, 6, splits))
+    for rows in (33, *wide_product_kernel.TOKENS):
+        x = mx.zeros((rows, 1, inputs), dtype)
+        assert multiply(x, weight).shape == (rows, 1, outputs)
+        if epilogue == "plain":
+            multiply(x, weight, mx.zeros((rows, 1, outputs), dtype))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == len(wide_product_kernel.TOKENS)
 
 
 @pytest.mark.usefixtures("fresh")

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import products
+from runner.engine import products, wide_product_kernel
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -150,6 +150,44 @@ def test_the_gate_of_more_tokens_is_a_launch(model_folder: ModelFolder) -> None:
     spelled.calls.clear()
     assert close(model(MANY), expected)
     assert spelled.calls == Counter({"then gate": 3})
+
+
+@pytest.mark.parametrize("rows", [MOST_ROWS + 1, wide_product_kernel.MOST_ROWS])
+def test_up_to_128_tokens_have_kernels_of_their_own(model_folder: ModelFolder, rows: int) -> None:
+    model, few, many = joined(model_folder("llama")), Spelled(), Spelled()
+    tokens = mx.arange(rows).reshape(-1, 1) % 64
+    expected = model(tokens)
+    products.install(model, Kernels(few, gate=few.gate, wide=many))
+    few.calls.clear()
+    many.calls.clear()
+    assert mx.array_equal(model(tokens), expected)
+    assert many.calls == Counter({"plain": 3, "swiglu": 3, "sum": 6})
+    many.calls.clear()
+    model(PROMPT)
+    model(mx.ones((1, wide_product_kernel.MOST_ROWS + 1), dtype=mx.int32))
+    assert many.calls.total() == 0
+    assert few.calls == Counter({"plain": 3, "swiglu": 3, "sum": 6, "then gate": 3})
+
+
+def test_weights_that_no_wide_kernel_fits_have_one_for_few_tokens() -> None:
+    single, few, many = nn.Sequential(nn.Linear(64, 48, bias=False)), Spelled(), Spelled()
+    single.set_dtype(mx.bfloat16)
+    assert products.install(single, Kernels(few, wide=many)) == 1
+    assert many.calls.total() == 0
+
+
+def test_a_wide_kernel_that_fails_its_trial_leaves_the_other(model_folder: ModelFolder) -> None:
+    model, few = joined(model_folder("llama")), Spelled()
+    expected = model(MANY)
+
+    def make(*_: Any) -> Multiply:
+        return lambda x, weight: (x @ weight.T) * 1.05
+
+    assert products.install(model, Kernels(few, wide=make)) == 12
+    few.calls.clear()
+    model(PROMPT)
+    assert few.calls.total() == 12
+    assert close(model(MANY), expected)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:

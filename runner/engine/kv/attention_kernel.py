@@ -33,9 +33,8 @@ planes are inputs, and the kernel casts `const` away. MLX takes arrays for value
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
-from itertools import cycle
 from typing import Final
 
 import mlx.core as mx
@@ -71,8 +70,6 @@ _SHARE: Final = 128
 """Places that are worth a block."""
 
 _MOST_SPLITS: Final = 32
-_AT_ONCE: Final = 64
-
 INPUTS: Final = ("queries", "keys", "values", "held_keys", "held_values", "starts", "after", "counters", "frequencies")
 """What the source calls a call's arrays."""
 
@@ -154,14 +151,6 @@ def power(most: int) -> int:
 
 
 @cache
-def _counters(shares: int, blocks: int) -> Iterator[mx.array]:
-    """Arrays of zeros, which every launch leaves as they were. Those that may run at once do not share one."""
-    arrays = [mx.zeros((shares, blocks), dtype=mx.int32) for _ in range(_AT_ONCE)]
-    mx.eval(arrays)
-    return cycle(arrays)
-
-
-@cache
 def _no_frequencies() -> mx.array:
     none = mx.zeros((1,))
     mx.eval(none)
@@ -184,7 +173,7 @@ def counters(shares: int, blocks: int) -> mx.array:
 
     It is by the shape that the kernel knows: a constant would make a kernel of its own, to be compiled on the way.
     """
-    return next(_counters(shares, 1 << (blocks - 1).bit_length() if shares > 1 else 1))
+    return next(cuda_kernels.counters(shares, 1 << (blocks - 1).bit_length() if shares > 1 else 1))
 
 
 def launch() -> Launch | None:

@@ -1,0 +1,173 @@
+"""The product of 33 to 128 tokens with a layer's weight, in one launch on Hopper GPUs.
+
+The device takes as long for it as with cuBLAS, but the host does not: cuBLAS takes 16 µs more a call, which is 1 to 1.4
+ms of a step (`product_kernel`, which is for fewer tokens). Its epilogues are the same, and a row's result is the same
+bits in any batch of so many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Final
+
+import mlx.core as mx
+import msgspec
+
+from runner.engine import cuda_kernels, kernel_cache, product_kernel
+from runner.engine.adapters.kernel import parts
+from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
+from runner.engine.product_kernel import Multiply
+from runner.engine.product_source import DEVICE, SWIGLU
+from runner.engine.wide_product_source import ALONE, BODY, EPILOGUES, SHARED, device
+
+SWITCH: Final = "MLX_RUN_WIDE_PRODUCT_KERNEL"
+"""Environment variable that turns the kernel off, with 0."""
+
+TOKENS: Final = (64, 128)
+"""How many there is a kernel for."""
+
+MOST_ROWS: Final = TOKENS[-1]
+
+_ARCHITECTURE: Final = "sm_90a"
+"""Whose tensor cores read shared memory."""
+
+_GROUP: Final = 64
+"""Lines of a weight that four warps take."""
+
+_CHUNK: Final = 64
+_GROUP_THREADS: Final = 128
+_ALIGNED: Final = 1024
+_ROOM: Final = 227 * 1024
+
+
+class Way(msgspec.Struct, frozen=True):
+    """How a product is shared out: `groups` × 64 lines of weights a block, `stages` chunks of 64 inputs in shared
+    memory, `splits` blocks that share K. `splits` is the only one that the order of a sum depends on."""
+
+    groups: int
+    stages: int
+    splits: int
+
+    def shared_memory(self, tokens: int) -> int:
+        """Bytes of it that a block has."""
+        return self.stages * (self.groups * _GROUP + tokens) * _CHUNK * 2 + _ALIGNED
+
+
+def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
+    """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"); `splits` does not depend on
+    `tokens`."""
+    lines = outputs * parts(epilogue)
+    if lines >= PROCESSORS * 2 * _GROUP * 4 and lines % (4 * _GROUP) == 0:
+        # Tokens are read again by each block, so a block has many lines where that leaves enough of them.
+        return Way(4, 5 if tokens == TOKENS[0] else 4, 1)
+    if lines >= (PROCESSORS - 8) * 2 * _GROUP and lines % (2 * _GROUP) == 0:
+        return Way(2, 8 if tokens == TOKENS[0] else 6, 1)
+    splits = 1
+    while splits < 4 and lines // _GROUP * splits * 2 <= PROCESSORS and inputs >= splits * 2 * 4 * _CHUNK:
+        splits *= 2
+    return Way(1, 8, splits)
+
+
+def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> bool:
+    """Whether there is a kernel for a weight [outputs, inputs], as `way` has it."""
+    return dtype in KINDS and outputs * parts(epilogue) % _GROUP == 0 and inputs % _CHUNK == 0
+
+
+Choose = Callable[[int, int, int, str], Way]
+
+
+def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Multiply:
+    """The product with one weight, prepared, for up to MOST_ROWS tokens."""
+    prepared = [_prepare(outputs, choose(outputs, inputs, most, epilogue), most, dtype, epilogue) for most in TOKENS]
+    by_rows = [prepared[sum(rows > most for most in TOKENS[:-1])] for rows in range(MOST_ROWS + 1)]
+    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
+    mx.eval(rest)
+
+    def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+        rows = x.size // inputs
+        kernel, grid, threads, shared, counters = by_rows[rows]
+        arrays = [x, weight, *(rest if added is None else (added,))]
+        shape = (*x.shape[:-1], outputs)
+        result: mx.array = kernel.launch(
+            inputs=[*arrays, next(counters)] if shared else arrays,
+            grid=grid,
+            threadgroup=threads,
+            output_shapes=[shape, (shared * rows,)] if shared else [shape],
+            output_dtypes=[dtype, mx.float32] if shared else [dtype],
+        )[0]
+        return result
+
+    return call
+
+
+def usable() -> bool:
+    """Whether there is a device for it, and the switch is not off."""
+    return cuda_kernels.usable(SWITCH) and kernel_cache.architecture() == _ARCHITECTURE
+
+
+def source(way: Way, epilogue: str) -> str:
+    """The kernel's text."""
+    text = BODY
+    for place, what in ((SHARED if way.splits > 1 else ALONE) | EPILOGUES[epilogue]).items():
+        text = text.replace(place, what)
+    return cuda_kernels.terse(text)
+
+
+def constants(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
+    """What the source does not say."""
+    kind, operand = KINDS[dtype]
+    return (
+        f'using T = {kind};\n#define KIND "{operand}"\n'
+        f"constexpr int GROUPS = {way.groups}, STAGES = {way.stages}, SPLITS = {way.splits};\n"
+        f"constexpr int TOKENS = {tokens}, PARTS = {parts(epilogue)};\n"
+    )
+
+
+def header(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
+    """What comes before it."""
+    texts = [constants(way, tokens, dtype, epilogue), DEVICE, device(tokens, KINDS[dtype][1])]
+    return "".join([*texts, SWIGLU] if epilogue == "swiglu" else texts)
+
+
+def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+    """What the source calls a call's arrays, and their types."""
+    arrays = dict.fromkeys(product_kernel.inputs_of(epilogue), dtype)
+    return arrays | {"counters": mx.int32} if way.splits > 1 else arrays
+
+
+def outputs_of(way: Way, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+    """The same of what it writes."""
+    return {"out": dtype, "partial": mx.float32} if way.splits > 1 else {"out": dtype}
+
+
+def blocks(outputs: int, way: Way, epilogue: str) -> int:
+    """That have outputs of their own, each of which `way.splits` share. A weight's lines have to be whole blocks."""
+    lines = outputs * parts(epilogue)
+    assert lines % (way.groups * _GROUP) == 0
+    return lines // (way.groups * _GROUP)
+
+
+_Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array]]
+
+
+def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
+    """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches."""
+    assert way.shared_memory(tokens) <= _ROOM
+    threads, count = way.groups * _GROUP_THREADS, blocks(outputs, way, epilogue)
+    shared = count * way.splits * way.groups * _GROUP if way.splits > 1 else 0
+    grid = (count * way.splits * threads, 1, 1)
+    counters = cuda_kernels.counters(count) if shared else iter(())
+    return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, counters
+
+
+@cache
+def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
+    return Kernel(
+        name=f"wide_{epilogue}_{KINDS[dtype][1]}_{way.groups}_{way.stages}_{way.splits}_{tokens}",
+        inputs=inputs_of(way, epilogue, dtype),
+        outputs=outputs_of(way, dtype),
+        source=source(way, epilogue),
+        header=header(way, tokens, dtype, epilogue),
+        shared_memory=way.shared_memory(tokens),
+    )

@@ -1,0 +1,108 @@
+"""`wide_product_kernel`'s source on the host, where copies and products happen as late as a GPU may make them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from runner.engine import wide_product_kernel
+from runner.engine.product_kernel import Multiply
+from runner.engine.product_source import SWIGLU
+from runner.engine.wide_product_kernel import TOKENS, Choose, Way
+from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.product_on_host import arguments_of, launch, on_host
+from tests.engine.tensor_cores_on_host import TYPES
+
+DEVICE = """
+struct alignas(16) float4 { float x, y, z, w; };
+alignas(1024) static uint4 ring[15 * 1024];
+static uint4* aligned() { return ring; }
+
+// What a thread has begun: groups of it, each as long as it may be left.
+struct Begun {
+    std::deque<std::vector<std::function<void()>>> groups;
+    std::vector<std::function<void()>> open;
+    void close() { groups.push_back(std::move(open)); open.clear(); }
+    void wait(size_t latest) {
+        for (; groups.size() > latest; groups.pop_front()) {
+            for (auto& one : groups.front()) one();
+        }
+    }
+};
+static Begun copies[1024], products[1024];
+
+static void copy(uint4* to, const void* from, bool there) {
+    copies[threadIdx.x].open.push_back([=] { *to = there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0}; });
+}
+static void close_group() { copies[threadIdx.x].close(); }
+template <int LATEST> void wait_for_groups() { copies[threadIdx.x].wait(LATEST); }
+static void publish() {}
+
+// As the tensor cores find it: bits 4 to 6 of an address are those of the vector, and 7 to 9 of the line.
+static float element(const uint4* tile, int line, int k) {
+    uintptr_t at = reinterpret_cast<uintptr_t>(tile) + line * 128 + k * 2;
+    at ^= at >> 3 & 0x70;
+    T x;
+    std::memcpy(&x, reinterpret_cast<const void*>(at), 2);
+    return float(x);
+}
+static void open_products() {}
+static void multiply_tile(float (&sum)[TOKENS / 2], const uint4* lines, const uint4* tokens) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    float* const to = sum;
+    products[threadIdx.x].open.push_back([=] {
+        for (int i = 0; i < TOKENS / 2; ++i) {
+            const int line = warp * 16 + lane / 4 + i / 2 % 2 * 8, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k) to[i] += element(lines, line, k) * element(tokens, token, k);
+        }
+    });
+}
+static void close_products() { products[threadIdx.x].close(); }
+template <int LATEST> void wait_for_products() { products[threadIdx.x].wait(LATEST); }
+"""
+"""What `wide_product_source` names."""
+
+
+class WideOnHost:
+    """Makes products as `wide_product_kernel.multiply` does. Each is computed at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._built: dict[tuple[Any, ...], Run] = {}
+
+    def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
+        def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+            rows = x.size // inputs
+            tokens = next(most for most in TOKENS if rows <= most)
+            way = choose(outputs, inputs, tokens, epilogue)
+            count = wide_product_kernel.blocks(outputs, way, epilogue)
+            names = [*wide_product_kernel.inputs_of(way, epilogue, dtype)]
+            given = {"x": x, "w": weight, "added": mx.zeros((1,), dtype) if added is None else added}
+            given["counters"] = mx.zeros((count,), mx.int32)
+            views = [on_host(given[name]) for name in names]
+            result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
+            results = [result]
+            if way.splits > 1:
+                results.append(np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32))
+            launch(self._run(way, tokens, dtype, epilogue), count * way.splits, way.groups * 128, views, *results)
+            assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
+            return mx.array(result).view(dtype)
+
+        return call
+
+    def _run(self, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Run:
+        key = (way, tokens, dtype, epilogue)
+        if key not in self._built:
+            folder = self._folder / str(len(self._built))
+            folder.mkdir()
+            kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
+            names = [*wide_product_kernel.inputs_of(way, epilogue, dtype)]
+            more = {"partial": "float*"} if way.splits > 1 else {}
+            arguments = arguments_of(names, kind, more)
+            header = TYPES + wide_product_kernel.constants(way, tokens, dtype, epilogue) + DEVICE
+            header += SWIGLU if epilogue == "swiglu" else ""
+            self._built[key] = compiled(folder, header, wide_product_kernel.source(way, epilogue), arguments, "")
+        return self._built[key]
