@@ -17,6 +17,16 @@ _WEIGHT: Final = 0.3
 _MOST_TIMES: Final = 3.0
 """What a call took counts as at most so many times what it was thought to: something else may have held it up."""
 
+_WORTH: Final = 16
+"""Rows that may have to wait a step's time for each prompt that waits: of tokens/s, a call spread thinner than that
+costs more than smoothness is worth where answers are short (tests/bench/sharing.py: 0.88 of them with 16 rows)."""
+
+_LEAST: Final = 0.5
+"""Of a step's time, that is given to prompts however many rows decode."""
+
+_UNNOTICED: Final = 0.02
+"""Seconds that rows may wait whatever their steps take: nobody reads that fast."""
+
 _OLD: Final = 64
 """Steps after which it is worth two without a prompt to see again how long such a step is."""
 
@@ -50,13 +60,14 @@ class Pacing:
     def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
         """How many of a call's `layers` to start in each step, where it has so many `tokens`, padding included.
 
-        While rows decode, their steps become twice as long at most, or longer by as much as more prompts are `waiting`
-        (those of the call included) than rows are `decoding`.
+        While rows decode, their steps become longer by as much as prompts that are `waiting` (those of the call
+        included) are many beside the rows that are `decoding`. Twice as long at most, unless that is not noticed, or
+        more prompts wait than rows decode.
         """
         step, cost = self.step, self._cost(tokens)
         if not decoding or step is None or cost is None:
             return layers
-        most = max(1, int(step * max(1.0, waiting / decoding) / cost))
+        most = max(1, int(_wait(step, waiting / decoding) / cost))
         return -(-layers // -(-layers // most)) if most < layers else layers
 
     def begun(self, tokens: int, layers: int) -> None:
@@ -119,6 +130,12 @@ class Pacing:
         key = tokens.bit_length()
         nearest = min(self._costs, key=lambda known: abs(known - key))
         return max(1e-9, self._costs[nearest] * 2.0 ** max(0, key - nearest))
+
+
+def _wait(step: float, waiting: float) -> float:
+    """Seconds that may be added to steps of `step` seconds, where so many prompts wait for each row that decodes."""
+    worth = _WORTH * waiting
+    return max(step * max(_LEAST, min(worth, 1.0), waiting), min(step * worth, _UNNOTICED))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,21 +24,22 @@ PROMPT = encode("the quick brown fox jumps over the lazy dog")
 class Simulated:
     """Steps of a batch, longer by the layers started in them: at once, or, as a device is waited for, the next."""
 
-    def __init__(self, layer_seconds: float, layers: int = 16, *, late: bool = False) -> None:
+    def __init__(self, layer_seconds: float, layers: int = 16, *, late: bool = False, step: float = STEP) -> None:
         self.pacing = Pacing()
         self.steps: list[float] = []
         self._layer_seconds, self._layers, self._late = layer_seconds, layers, late
+        self._step = step
         self._owed = 0.0
 
     def step(self, layers: int = 0, *, changed: bool = False) -> None:
         """One step, in which so many layers are started."""
         work = layers * self._layer_seconds
-        seconds = STEP + (self._owed if self._late else work)
+        seconds = self._step + (self._owed if self._late else work)
         self._owed = work
         self.steps.append(seconds)
         self.pacing.stepped(seconds, 32, changed=changed)
 
-    def call(self, tokens: int = 256, decoding: int = 32, waiting: int = 1) -> int:
+    def call(self, tokens: int = 256, decoding: int = 16, waiting: int = 1) -> int:
         """A prompt's call; returns in how many steps it was started."""
         self.pacing.begun(tokens, self._layers)
         steps = left = 0
@@ -70,30 +71,45 @@ def test_steps_become_twice_as_long_at_most_where_layers_allow(layer_seconds: fl
 
 def test_nobody_waits_where_nobody_runs_or_nothing_is_known() -> None:
     simulated = Simulated(0.0009)
-    assert simulated.pacing.layers(256, 16, 32, 1) == 16
+    assert simulated.pacing.layers(256, 16, 16, 1) == 16
     for _ in range(10):
         simulated.step()
     simulated.call()
-    assert simulated.pacing.layers(256, 16, 32, 1) == 2
+    assert simulated.pacing.layers(256, 16, 16, 1) == 2
     assert simulated.pacing.layers(256, 16, 0, 1) == 16
 
 
-def test_few_rows_wait_longer_for_many_prompts() -> None:
-    simulated = Simulated(0.0009)
+def learnt(layer_seconds: float, step: float = STEP) -> Pacing:
+    """What has seen such steps, and a call of 256 tokens."""
+    simulated = Simulated(layer_seconds, step=step)
     for _ in range(10):
         simulated.step()
     simulated.call()
-    assert [simulated.pacing.layers(256, 16, 8, waiting) for waiting in (1, 8, 16, 32, 120)] == [2, 2, 4, 8, 16]
+    return simulated.pacing
+
+
+def test_a_call_is_spread_the_less_the_more_of_the_batch_it_brings() -> None:
+    pacing = learnt(0.0009)
+    assert [pacing.layers(256, 16, decoding, 1) for decoding in (1, 2, 4, 8, 16, 32, 128)] == [16, 16, 8, 4, 2, 1, 1]
+    assert [pacing.layers(256, 16, 128, waiting) for waiting in (1, 8, 16, 32, 128)] == [1, 2, 4, 8, 16]
+
+
+def test_rows_that_decode_wait_half_a_step_at_least() -> None:
+    assert [learnt(0.0002).layers(256, 16, decoding, 1) for decoding in (16, 24, 32, 128)] == [8, 6, 4, 4]
+
+
+def test_long_steps_become_twice_as_long_at_most_unless_more_prompts_wait_than_rows_decode() -> None:
+    pacing = learnt(0.02, step=0.05)
+    assert [pacing.layers(256, 16, 1, waiting) for waiting in (1, 2, 4, 16)] == [2, 4, 8, 16]
+    assert [pacing.layers(256, 16, 8, waiting) for waiting in (1, 8, 16)] == [2, 2, 4]
+    assert learnt(0.004, step=0.005).layers(256, 16, 2, 1) == 4, "20 ms go unnoticed, 40 would not"
 
 
 def test_what_is_not_known_of_a_width_is_taken_from_the_nearest() -> None:
-    simulated = Simulated(0.00045)
-    for _ in range(10):
-        simulated.step()
-    simulated.call(tokens=256)
-    assert simulated.pacing.layers(256, 16, 32, 1) == 4
-    assert simulated.pacing.layers(1024, 16, 32, 1) == 1
-    assert simulated.pacing.layers(32, 16, 32, 1) == 4
+    pacing = learnt(0.00045)
+    assert pacing.layers(256, 16, 16, 1) == 4
+    assert pacing.layers(1024, 16, 16, 1) == 1
+    assert pacing.layers(32, 16, 16, 1) == 4
 
 
 def test_it_is_seen_again_how_long_steps_are() -> None:
@@ -132,15 +148,15 @@ def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
     for _ in range(10):
         simulated.step()
     simulated.call()
-    before = simulated.pacing.layers(256, 16, 32, 1)
+    before = simulated.pacing.layers(256, 16, 16, 1)
     simulated.pacing.begun(256, 16)
     simulated.pacing.started()
     for _ in range(2):
         simulated.pacing.stepped(5.0, 32, changed=False)
-    assert before // 2 <= simulated.pacing.layers(256, 16, 32, 1) < before
+    assert before // 2 <= simulated.pacing.layers(256, 16, 16, 1) < before
     for _ in range(8):
         simulated.call()
-    assert simulated.pacing.layers(256, 16, 32, 1) == before
+    assert simulated.pacing.layers(256, 16, 16, 1) == before
 
 
 class OneLayer(Pacing):
