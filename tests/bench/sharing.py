@@ -45,7 +45,7 @@ class Costs:
 
 
 H100: Final = Costs()
-CPU: Final = Costs(step=2.0, row=0.12, call=0.7, token=0.06, join=0.1, leave=0.1, keep=0.1, layers=6)
+CPU: Final = Costs(step=3.5, row=0.65, call=5.0, token=0.9, join=0.1, leave=0.1, keep=0.1, layers=6)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Loop:
         group, self._waiting = self._waiting[:count], self._waiting[count:]
         self._groups.append(count)
         if self._pacing is not None:
-            self._pacing.begun(longest * count, self._costs.layers)
+            self._pacing.begun(longest * count, self._costs.layers, count)
         return _Call(group, longest * count, self._costs.layers)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -74,18 +73,17 @@ def test_it_is_reckoned_to_pay() -> None:
 @pytest.mark.parametrize(
     ("costs", "sharing", "load", "share"),
     [
-        (CPU, AT_ONCE, Load(8, answer=32), 0.98),
-        (CPU, AT_ONCE, Load(16, answer=32), 0.94),
+        (CPU, AT_ONCE, Load(8, prompt=100, answer=32, seconds=120), 0.97),
+        (CPU, AT_ONCE, Load(16, prompt=100, answer=32, seconds=120), 0.96),
         (H100, TOGETHER, Load(8), 0.99),
         (H100, TOGETHER, Load(32), 0.985),
     ],
 )
 def test_pacing_is_reckoned_to_cost_little(costs: Costs, sharing: Sharing, load: Load, share: float) -> None:
     """Of the tokens that all of a call at once brings; and what it is for is still there."""
-    load = replace(load, seconds=10)
     before, after = Loop(load, sharing, costs=costs).run(), Loop(load, sharing, Pacing(), costs).run()
     assert after.tokens_per_second > share * before.tokens_per_second
-    assert at(after.between, 0.99) < 0.75 * at(before.between, 0.99)
+    assert at(after.between, 0.99) < 0.8 * at(before.between, 0.99)
 
 
 # ------------------------------------------------------------- in the engine
