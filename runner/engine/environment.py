@@ -62,6 +62,13 @@ def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return added
 
 
+def cores() -> int:
+    """How many this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def find_openblas() -> str | None:
     """Path of a system OpenBLAS, the threaded build first, or None."""
     triplet = f"{platform.machine()}-linux-gnu"
