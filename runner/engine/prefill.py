@@ -35,7 +35,7 @@ _Known = tuple[Row, Beginning | None]
 
 
 _LOOKING: Final = 3
-"""Steps that prompts wait at most for it to be seen how long steps are without them."""
+"""Steps that prompts wait at most for it to be seen how long steps are without them, if they are fewer than rows."""
 
 
 class Prefiller:
@@ -108,7 +108,7 @@ class Prefiller:
         if self._running is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
-        if ready and decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
+        if ready and ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
             self._held += 1
             return False
         if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
