@@ -13,6 +13,13 @@ from runner.machine import cpu_backend
 _DEBIAN: Final = "sudo apt-get install libopenblas0-pthread"
 
 
+def cores() -> int:
+    """How many this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def notes(environ: Mapping[str, str]) -> list[str]:
     """What the user should know about the libraries this process runs with."""
     if not cpu_backend():

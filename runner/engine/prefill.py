@@ -35,7 +35,7 @@ _Known = tuple[Row, Beginning | None]
 
 
 _LOOKING: Final = 3
-"""Steps that prompts wait at most for it to be seen how long steps are without them."""
+"""Steps that prompts wait at most for it to be seen how long steps are without them, if they are fewer than rows."""
 
 
 class Prefiller:
@@ -108,7 +108,7 @@ class Prefiller:
         if self._running is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
-        if ready and decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
+        if ready and ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
             self._held += 1
             return False
         if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
@@ -182,7 +182,7 @@ class Prefiller:
 
     def _begun(self, call: _Call) -> _Call:
         self._running = call
-        self.pacing.begun(call.tokens, call.layers)
+        self.pacing.begun(call.tokens, call.layers, call.prompts)
         return call
 
     def _start_layers(self, call: _Call) -> Iterator[Ready]:
@@ -233,15 +233,16 @@ class Prefiller:
         caches = self._begin(group)
         padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
         self._traced(caches, mx.array(padded), self._slots(rows), lengths)
-        return _Call(rows, caches, len(rows) * width)
+        return _Call(rows, caches, len(rows) * width, len(rows))
 
 
 class _Call:
     """A model call on prompts, of which layers are started one after the other."""
 
-    def __init__(self, rows: list[Row], caches: Caches, tokens: int) -> None:
-        """The call is built into the `caches`; it has so many `tokens`, padding included."""
+    def __init__(self, rows: list[Row], caches: Caches, tokens: int, prompts: float) -> None:
+        """The call is built into the `caches`; it has so many `tokens`, padding included, of so many `prompts`."""
         self.rows = rows
+        self.prompts = prompts
         self.caches = caches
         self.tokens = tokens
         self.layers = len(caches.by_layer)
@@ -268,6 +269,7 @@ class _LongPrompt:
         self.row = row
         self.caches = caches
         self.todo = row.prompt[row.cached : -1]
+        self._whole = len(self.todo)
 
     def call(self, call: TracedCalls, slots: RowSlots | None, chunk: int, width: Callable[[int, int], int]) -> _Call:
         """The next `chunk` tokens, of which `width` says how wide a call they are to be."""
@@ -276,4 +278,4 @@ class _LongPrompt:
         tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
         padding = width(self.caches.length(0), len(tokens)) - len(tokens)
         call(self.caches, mx.array([tokens + [0] * padding]), slots, [len(tokens)])
-        return _Call([self.row], self.caches, len(tokens) + padding)
+        return _Call([self.row], self.caches, len(tokens) + padding, len(tokens) / self._whole)

@@ -1,9 +1,10 @@
 """The engine's socket: one thread reads, one writes, and the main thread sees two queues.
 
 The writing thread waits for the interpreter's lock: a frame leaves when the next step's graph is built, 1.5 ms after it
-was there (tests/bench/transport_cost.py). Where that costs more than a token's time, the main thread writes the frame
-itself: when an answer begins or ends in it. It does not write every frame, since the runner that it wakes may take its
-core (at 1 row, on a machine of two cores, that was 13 % of the rate).
+was there, and the main thread waits for the lock in its turn, when it comes back from the device
+(tests/bench/transport_cost.py). So it writes frames itself, unless cores are few: the runner that it wakes may take its
+core then (at 1 row, on a machine of two cores, that was 13 % of the rate). There it writes those for which that costs
+more than a token's time: in which an answer begins or ends. What a full socket does not take is left to the thread.
 
 One runner is connected at a time; a newer connection replaces an older. What the main thread sends belongs to the
 connection whose `Connected` event it took last, so nothing of a replaced runner's requests reaches the new one.
@@ -24,12 +25,16 @@ from typing import Final
 
 import msgspec
 
+from runner.engine import environment
 from runner.protocol import FrameDecoder, FromEngine, Step, ToEngine, decoder_to_engine, encode_frame
 
 logger = logging.getLogger(__name__)
 
 MAX_UNSENT: Final = 64 * 1024 * 1024
 """Bytes. A runner that leaves more than this unread is disconnected."""
+
+_CORES: Final = 4
+"""That a process has at least, for its runner not to take the core of the main thread."""
 
 _CHUNK: Final = 256 * 1024
 
@@ -67,6 +72,7 @@ class Transport:
         self._connection = 0
         self._answering = 0
         self._unsent = 0
+        self._all_at_once = environment.cores() >= _CORES
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         previous = os.umask(0o177)
@@ -94,8 +100,8 @@ class Transport:
         self._answering = connection
 
     def send(self, message: FromEngine) -> None:
-        """Queue one frame for the runner that is being answered, or write it at once if somebody waits for it."""
-        self._enqueue(self._answering, encode_frame(message), at_once=_awaited(message))
+        """Write a frame for the runner that is being answered; queue it where cores are few and nobody waits for it."""
+        self._enqueue(self._answering, encode_frame(message), at_once=self._all_at_once or _awaited(message))
 
     def greet(self, *greeting: FromEngine) -> None:
         """What runners that connect from now on are sent first."""

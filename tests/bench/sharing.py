@@ -1,11 +1,13 @@
-"""What it brings that prompts share model calls and wait for each other: a closed loop, reckoned, not run.
+"""What it brings that prompts share model calls, wait for each other, and are started a few layers a step: a closed
+loop, reckoned, not run.
 
     python tests/bench/sharing.py [--clients 8 16 32 64 128 512] [--prompt 256] [--answer 128] [--spread 0.5]
-        [--chunk 512] [--max-rows 512] [--seconds 20]
+        [--chunk 512] [--max-rows 512] [--seconds 20] [--cpu]
 
 The costs are those of one H100 with the geometry of Llama-3.2-1B (milliseconds, below): `runner/engine/sharing.py` has
-its constants from here. Each client sends its next request a few milliseconds after its answer has ended. Lengths vary
-by `spread` of their mean, both ways.
+its constants from here; with `--cpu`, of the demo model on two cores, where a prompt costs what its tokens cost. Each
+client sends its next request a few milliseconds after its answer has ended. Lengths vary by `spread` of their mean,
+both ways. How many layers a step has, the engine's own `Pacing` says, from the times reckoned here.
 """
 
 from __future__ import annotations
@@ -21,21 +23,29 @@ from typing import Final
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from runner.engine.pacing import Pacing  # noqa: E402
 from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing  # noqa: E402
 
-STEP: Final = 2.5
-ROW: Final = 0.020
-"""A decode step, and each row of it."""
-CALL: Final = 5.5
-TOKEN: Final = 0.005
-"""A call of prompts, and each token of it, padding included."""
-JOIN: Final = 0.45
-LEAVE: Final = 0.45
-"""However many rows do so together."""
-KEEP: Final = 0.30
-"""What is kept of a row that ends."""
-CLIENT: Final = 3.0
-"""From an answer's end to the next request, on average."""
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds: of a decode step and each row of it; of a call of prompts and each token of it, padding included;
+    of rows that join, or leave, however many together; of keeping what a row has computed. `client` is from an answer's
+    end to the next request, on average."""
+
+    step: float = 2.5
+    row: float = 0.020
+    call: float = 5.5
+    token: float = 0.005
+    join: float = 0.45
+    leave: float = 0.45
+    keep: float = 0.30
+    client: float = 3.0
+    layers: int = 16
+
+
+H100: Final = Costs()
+CPU: Final = Costs(step=3.5, row=0.65, call=5.0, token=0.9, join=0.1, leave=0.1, keep=0.1, layers=6)
 
 
 @dataclass(frozen=True)
@@ -69,17 +79,25 @@ class _Row:
     began: bool = False
 
 
-class Loop:
-    """The engine's loop, without the engine."""
+@dataclass
+class _Call:
+    rows: list[_Row]
+    tokens: int
+    left: int
 
-    def __init__(self, load: Load, sharing: Sharing) -> None:
-        self._load, self._sharing = load, sharing
+
+class Loop:
+    """The engine's loop, without the engine. Without `pacing`, a call is started in one step."""
+
+    def __init__(self, load: Load, sharing: Sharing, pacing: Pacing | None = None, costs: Costs = H100) -> None:
+        self._load, self._sharing, self._pacing, self._costs = load, sharing, pacing, costs
         self._dice = random.Random(0)
         self._now = 0.0
         self._coming = [self._dice.random() * 2 for _ in range(load.clients)]
         heapq.heapify(self._coming)
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []
+        self._call: _Call | None = None
         self._held = 0
         self._groups: list[int] = []
 
@@ -91,11 +109,13 @@ class Loop:
         end = self._load.seconds * 1000
         tokens, first, between = 0, [], []
         while self._now < end:
-            began = self._now
             self._arrive()
+            began, before = self._now, list(self._rows)
             self._leave()
-            self._join()
-            self._now += STEP + ROW * len(self._rows)
+            self._prefill()
+            self._now += (self._costs.step + self._costs.row * len(self._rows)) if self._rows else 0.0
+            if self._pacing is not None and self._rows:
+                self._pacing.stepped((self._now - began) / 1e3, len(self._rows), changed=self._rows != before)
             counts = self._now > end / 10
             for row in self._rows:
                 row.left -= 1
@@ -103,7 +123,7 @@ class Loop:
                     first.append(self._now - row.sent)
                 row.began = True
                 if not row.left:
-                    heapq.heappush(self._coming, self._now + self._dice.uniform(0, 2 * CLIENT))
+                    heapq.heappush(self._coming, self._now + self._dice.uniform(0, 2 * self._costs.client))
             if counts:
                 tokens += len(self._rows)
                 between.append(self._now - began)
@@ -111,7 +131,7 @@ class Loop:
         return Outcome(tokens / (end * 0.9) * 1000, sorted(first), sorted(between), groups)
 
     def _arrive(self) -> None:
-        if not self._rows and not self._waiting:
+        if not self._rows and not self._waiting and self._call is None:
             self._now = max(self._now, self._coming[0])
         while self._coming and self._coming[0] <= self._now:
             sent = heapq.heappop(self._coming)
@@ -120,29 +140,51 @@ class Loop:
     def _leave(self) -> None:
         staying = [row for row in self._rows if row.left]
         if ended := len(self._rows) - len(staying):
-            self._now += KEEP * ended + (LEAVE if staying else 0)
+            self._now += self._costs.keep * ended + (self._costs.leave if staying else 0)
         self._rows = staying
 
-    def _join(self) -> None:
+    def _prefill(self) -> None:
+        if self._call is None:
+            self._call = self._begun()
+        call = self._call
+        if call is None:
+            return
+        layers = self._costs.layers
+        if self._pacing is not None:
+            waiting = len(call.rows) + len(self._waiting)
+            layers = self._pacing.layers(call.tokens, layers, len(self._rows), waiting)
+        started = min(layers, call.left)
+        call.left -= started
+        self._now += (self._costs.call + self._costs.token * call.tokens) * started / self._costs.layers
+        if call.left:
+            return
+        self._call = None
+        if self._pacing is not None:
+            self._pacing.started()
+        self._now += self._costs.join if self._rows else 0
+        self._rows = self._rows + call.rows
+
+    def _begun(self) -> _Call | None:
         """As Prefiller.due and Prefiller._take have it; no prompt is longer than a chunk."""
         decoding = len(self._rows)
         ready = min(len(self._waiting), self._load.max_rows - decoding)
         if ready <= 0:
             self._held = 0
-            return
+            return None
         most = self._sharing.tokens(self._load.chunk)
         full = max(row.prompt for row in self._waiting[:ready]) * (ready + 1) > most
         if not full and self._sharing.holds(decoding, ready, self._held):
             self._held += 1
-            return
+            return None
         self._held = 0
         longest, count = self._waiting[0].prompt, 1
         while count < ready and max(longest, self._waiting[count].prompt) * (count + 1) <= most:
             longest, count = max(longest, self._waiting[count].prompt), count + 1
         group, self._waiting = self._waiting[:count], self._waiting[count:]
         self._groups.append(count)
-        self._now += CALL + TOKEN * longest * count + (JOIN if decoding else 0)
-        self._rows += group
+        if self._pacing is not None:
+            self._pacing.begun(longest * count, self._costs.layers, count)
+        return _Call(group, longest * count, self._costs.layers)
 
 
 def at(values: list[float], part: float) -> float:
@@ -160,15 +202,20 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=Load.chunk)
     parser.add_argument("--max-rows", type=int, default=Load.max_rows)
     parser.add_argument("--seconds", type=float, default=Load.seconds)
+    parser.add_argument("--cpu", action="store_true", help="the costs of the demo model on two cores")
     given = parser.parse_args()
     wider = Sharing(TOGETHER.times, TOGETHER.most)
+    ways = [("at once", AT_ONCE, False), ("at once, paced", AT_ONCE, True)]
+    if not given.cpu:
+        ways += [("in wider calls", wider, False), ("and waiting for others", TOGETHER, False)]
+        ways += [("all of it, paced", TOGETHER, True)]
     print(
         f"{'clients':>7} {'':<22} {'tokens/s':>8} {'first p50':>9} {'p99':>7} {'step p50':>8} {'p99':>6} {'a call':>6}"
     )
     for clients in given.clients:
         load = Load(clients, given.prompt, given.answer, given.spread, given.chunk, given.max_rows, given.seconds)
-        for name, sharing in (("at once", AT_ONCE), ("in wider calls", wider), ("and waiting for others", TOGETHER)):
-            found = Loop(load, sharing).run()
+        for name, sharing, paced in ways:
+            found = Loop(load, sharing, Pacing() if paced else None, CPU if given.cpu else H100).run()
             first = f"{at(found.first, 0.5):>9.1f} {at(found.first, 0.99):>7.1f}"
             between = f"{at(found.between, 0.5):>8.1f} {at(found.between, 0.99):>6.1f}"
             print(f"{clients:>7} {name:<22} {found.tokens_per_second:>8.0f} {first} {between} {found.together:>6.1f}")

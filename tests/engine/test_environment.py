@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,15 @@ from runner.engine import environment
 from runner.machine import cpu_backend
 
 linux_cpu = pytest.mark.skipif(not cpu_backend(), reason="for MLX on the CPU of a Linux machine")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="for systems where a process can be bound to cores")
+def test_cores_are_those_that_the_process_may_run_on() -> None:
+    code = "import os; from runner.engine import environment; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "print(environment.cores())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) == 1
+    assert environment.cores() == len(os.sched_getaffinity(0))
 
 
 @linux_cpu

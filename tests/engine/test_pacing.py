@@ -18,29 +18,38 @@ from tests.engine.tiny import encode
 STEP = 0.002
 """Seconds of a simulated step."""
 
+SETTLING = 2
+"""Steps after a call, in which the device may still be at it."""
+
 PROMPT = encode("the quick brown fox jumps over the lazy dog")
 
 
 class Simulated:
     """Steps of a batch, longer by the layers started in them: at once, or, as a device is waited for, the next."""
 
-    def __init__(self, layer_seconds: float, layers: int = 16, *, late: bool = False) -> None:
+    def __init__(self, layer_seconds: float, layers: int = 16, *, late: bool = False, step: float = STEP) -> None:
         self.pacing = Pacing()
         self.steps: list[float] = []
         self._layer_seconds, self._layers, self._late = layer_seconds, layers, late
+        self._step = step
         self._owed = 0.0
 
     def step(self, layers: int = 0, *, changed: bool = False) -> None:
         """One step, in which so many layers are started."""
         work = layers * self._layer_seconds
-        seconds = STEP + (self._owed if self._late else work)
+        seconds = self._step + (self._owed if self._late else work)
         self._owed = work
         self.steps.append(seconds)
         self.pacing.stepped(seconds, 32, changed=changed)
 
-    def call(self, tokens: int = 256, decoding: int = 32, waiting: int = 1) -> int:
+    def quiet(self) -> None:
+        """Steps after which a prompt comes alone."""
+        for _ in range(40):
+            self.step()
+
+    def call(self, tokens: int = 256, decoding: int = 16, waiting: int = 1, prompts: float = 1) -> int:
         """A prompt's call; returns in how many steps it was started."""
-        self.pacing.begun(tokens, self._layers)
+        self.pacing.begun(tokens, self._layers, prompts)
         steps = left = 0
         left = self._layers
         while left > 0:
@@ -50,8 +59,8 @@ class Simulated:
             if not left:
                 self.pacing.started()
             self.step(layers, changed=not left)
-        self.step()
-        self.step()
+        for _ in range(SETTLING):
+            self.step()
         return steps
 
 
@@ -59,9 +68,9 @@ class Simulated:
 @pytest.mark.parametrize(("layer_seconds", "steps"), [(0.00001, 1), (0.0003, 3), (0.002, 16), (0.02, 16)])
 def test_steps_become_twice_as_long_at_most_where_layers_allow(layer_seconds: float, steps: int, late: bool) -> None:
     simulated = Simulated(layer_seconds, late=late)
-    for _ in range(10):
-        simulated.step()
+    simulated.quiet()
     assert simulated.call() == 1, "nothing is known of a layer yet"
+    simulated.quiet()
     del simulated.steps[:]
     assert simulated.call() == pytest.approx(steps, abs=1)
     assert max(simulated.steps) <= STEP + max(STEP * 1.01, layer_seconds)
@@ -70,30 +79,66 @@ def test_steps_become_twice_as_long_at_most_where_layers_allow(layer_seconds: fl
 
 def test_nobody_waits_where_nobody_runs_or_nothing_is_known() -> None:
     simulated = Simulated(0.0009)
-    assert simulated.pacing.layers(256, 16, 32, 1) == 16
-    for _ in range(10):
-        simulated.step()
+    assert simulated.pacing.layers(256, 16, 16, 1) == 16
+    simulated.quiet()
     simulated.call()
-    assert simulated.pacing.layers(256, 16, 32, 1) == 2
+    assert simulated.pacing.layers(256, 16, 16, 1) == 2
     assert simulated.pacing.layers(256, 16, 0, 1) == 16
 
 
-def test_few_rows_wait_longer_for_many_prompts() -> None:
-    simulated = Simulated(0.0009)
-    for _ in range(10):
-        simulated.step()
+def learnt(layer_seconds: float, step: float = STEP) -> Pacing:
+    """What has seen such steps, and a call of 256 tokens."""
+    simulated = Simulated(layer_seconds, step=step)
+    simulated.quiet()
     simulated.call()
-    assert [simulated.pacing.layers(256, 16, 8, waiting) for waiting in (1, 8, 16, 32, 120)] == [2, 2, 4, 8, 16]
+    return simulated.pacing
+
+
+def test_a_call_is_spread_the_less_the_more_of_the_batch_it_brings() -> None:
+    pacing = learnt(0.0009)
+    assert [pacing.layers(256, 16, decoding, 1) for decoding in (1, 2, 4, 8, 16, 32, 128)] == [16, 16, 8, 4, 2, 1, 1]
+    assert [pacing.layers(256, 16, 128, waiting) for waiting in (1, 8, 16, 32, 128)] == [1, 2, 4, 8, 16]
+
+
+def test_rows_that_decode_wait_half_a_step_at_least() -> None:
+    assert [learnt(0.0002).layers(256, 16, decoding, 1) for decoding in (16, 24, 32, 128)] == [8, 6, 4, 4]
+
+
+def test_long_steps_become_twice_as_long_at_most_unless_more_prompts_wait_than_rows_decode() -> None:
+    pacing = learnt(0.02, step=0.05)
+    assert [pacing.layers(256, 16, 1, waiting) for waiting in (1, 2, 4, 16)] == [2, 4, 8, 16]
+    assert [pacing.layers(256, 16, 8, waiting) for waiting in (1, 8, 16)] == [2, 2, 4]
+    assert learnt(0.004, step=0.005).layers(256, 16, 2, 1) == 4, "20 ms go unnoticed, 40 would not"
+
+
+@pytest.mark.parametrize(("between", "steps"), [(40, 16), (24, 8), (12, 6), (5, 2), (2, 2)])
+def test_a_call_takes_half_of_the_steps_between_prompts_or_two(between: int, steps: int) -> None:
+    simulated = Simulated(0.002)
+    simulated.quiet()
+    for _ in range(20):
+        taken = simulated.call()
+        for _ in range(between - taken - SETTLING):
+            simulated.step()
+    assert taken == steps
+
+
+def test_chunks_of_a_prompt_are_no_prompts_of_their_own() -> None:
+    def after(prompts: float) -> list[int]:
+        simulated = Simulated(0.002)
+        for _ in range(2):
+            simulated.quiet()
+            simulated.call()
+        return [simulated.call(prompts=prompts) for _ in range(8)]
+
+    assert after(0.25) == [4] * 8, "a quarter of the steps for each"
+    assert after(1) == [8, 8, 8, 6, 6, 4, 4, 4]
 
 
 def test_what_is_not_known_of_a_width_is_taken_from_the_nearest() -> None:
-    simulated = Simulated(0.00045)
-    for _ in range(10):
-        simulated.step()
-    simulated.call(tokens=256)
-    assert simulated.pacing.layers(256, 16, 32, 1) == 4
-    assert simulated.pacing.layers(1024, 16, 32, 1) == 1
-    assert simulated.pacing.layers(32, 16, 32, 1) == 4
+    pacing = learnt(0.00045)
+    assert pacing.layers(256, 16, 16, 1) == 4
+    assert pacing.layers(1024, 16, 16, 1) == 1
+    assert pacing.layers(32, 16, 16, 1) == 4
 
 
 def test_it_is_seen_again_how_long_steps_are() -> None:
@@ -106,7 +151,7 @@ def test_it_is_seen_again_how_long_steps_are() -> None:
         simulated.call()
     assert simulated.pacing.knows(32)
     for _ in range(64):  # never without a prompt
-        simulated.pacing.begun(256, 16)
+        simulated.pacing.begun(256, 16, 1)
         simulated.step(1)
     assert not simulated.pacing.knows(32)
     simulated.pacing.started()
@@ -116,31 +161,35 @@ def test_it_is_seen_again_how_long_steps_are() -> None:
     assert simulated.pacing.step == pytest.approx(STEP)
 
 
-def test_prompts_wait_for_that_but_not_long(llama: LoadedModel) -> None:
+@pytest.mark.parametrize(("decoding", "arriving", "least", "most"), [(2, 1, 5, 6), (1, 1, 2, 2), (2, 4, 2, 2)])
+def test_prompts_wait_for_that_but_not_long_nor_where_they_are_as_many(
+    llama: LoadedModel, decoding: int, arriving: int, least: int, most: int
+) -> None:
     driver = Driver(llama)
-    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=40))
+    for i in range(decoding):
+        driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=40))
     driver.engine.step()
-    driver.engine.submit(generate(1, prompt=PROMPT, max_tokens=3))
+    for i in range(arriving):
+        driver.engine.submit(generate(10 + i, prompt=PROMPT, max_tokens=3))
     began = driver.engine.stats().steps_total
-    while 1 not in driver.answers:
+    while 10 not in driver.answers:
         driver.engine.step()
-    assert 3 <= driver.engine.stats().steps_total - began <= 6
+    assert least <= driver.engine.stats().steps_total - began <= most
 
 
 def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
     simulated = Simulated(0.00018)
-    for _ in range(10):
-        simulated.step()
+    simulated.quiet()
     simulated.call()
-    before = simulated.pacing.layers(256, 16, 32, 1)
-    simulated.pacing.begun(256, 16)
+    before = simulated.pacing.layers(256, 16, 16, 1)
+    simulated.pacing.begun(256, 16, 1)
     simulated.pacing.started()
     for _ in range(2):
         simulated.pacing.stepped(5.0, 32, changed=False)
-    assert before // 2 <= simulated.pacing.layers(256, 16, 32, 1) < before
+    assert before // 2 <= simulated.pacing.layers(256, 16, 16, 1) < before
     for _ in range(8):
         simulated.call()
-    assert simulated.pacing.layers(256, 16, 32, 1) == before
+    assert simulated.pacing.layers(256, 16, 16, 1) == before
 
 
 class OneLayer(Pacing):
@@ -148,6 +197,27 @@ class OneLayer(Pacing):
 
     def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
         return 1
+
+
+class Told(Pacing):
+    """Remembers how many prompts calls were of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts: list[float] = []
+
+    def begun(self, tokens: int, layers: int, prompts: float) -> None:
+        self.prompts.append(prompts)
+        super().begun(tokens, layers, prompts)
+
+
+def test_pacing_is_told_of_prompts_and_parts_of_long_ones(llama: LoadedModel) -> None:
+    driver = Driver(llama, prefill_step_size=16)
+    driver.engine._prefiller.pacing = told = Told()
+    driver.run([generate(i, prompt=PROMPT[:6], max_tokens=2) for i in range(3)])
+    assert told.prompts == [3]
+    driver.run([generate(9, prompt=(5 * PROMPT)[:41], max_tokens=2)])
+    assert told.prompts[1:] == [16 / 40, 16 / 40, 8 / 40]
 
 
 def paced(loaded: LoadedModel, **limits: Any) -> Driver:
@@ -189,8 +259,7 @@ def test_cancelled_between_layers(llama: LoadedModel) -> None:
         driver.engine.step()
     for i in (1, 2, 3):
         driver.engine.submit(generate(i, prompt=PROMPT[i:], max_tokens=30))
-    for _ in range(4):
-        driver.engine.step()
+    driver.engine.step()
     assert driver.engine._prefiller._running is not None
     driver.engine.cancel(2)
     driver.drain()

@@ -13,7 +13,7 @@ from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
 from runner.engine.pacing import Pacing
 from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing, usual
-from tests.bench.sharing import Load, Loop, at
+from tests.bench.sharing import CPU, H100, Costs, Load, Loop, at
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import separately
@@ -68,6 +68,22 @@ def test_it_is_reckoned_to_pay() -> None:
         before, after = Loop(load, AT_ONCE).run(), Loop(load, TOGETHER).run()
         assert after.tokens_per_second > gain * before.tokens_per_second
         assert at(after.first, 0.5) < at(before.first, 0.5) + later
+
+
+@pytest.mark.parametrize(
+    ("costs", "sharing", "load", "share"),
+    [
+        (CPU, AT_ONCE, Load(8, prompt=100, answer=32, seconds=120), 0.97),
+        (CPU, AT_ONCE, Load(16, prompt=100, answer=32, seconds=120), 0.96),
+        (H100, TOGETHER, Load(8), 0.99),
+        (H100, TOGETHER, Load(32), 0.985),
+    ],
+)
+def test_pacing_is_reckoned_to_cost_little(costs: Costs, sharing: Sharing, load: Load, share: float) -> None:
+    """Of the tokens that all of a call at once brings; and what it is for is still there."""
+    before, after = Loop(load, sharing, costs=costs).run(), Loop(load, sharing, Pacing(), costs).run()
+    assert after.tokens_per_second > share * before.tokens_per_second
+    assert at(after.between, 0.99) < 0.8 * at(before.between, 0.99)
 
 
 # ------------------------------------------------------------- in the engine

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.engine import environment
 from runner.engine import transport as transport_module
 from runner.engine.transport import Connected, Disconnected, Transport
 from runner.protocol import Cancel, Delta, FromEngine, Hello, Loading, Step, Usage, decoder_from_engine, encode_frame
@@ -136,7 +137,40 @@ def test_where_an_answer_begins_or_ends_the_frame_is_in_the_socket_when_send_ret
             assert runner.recv(4096, socket.MSG_DONTWAIT) == encode_frame(awaited(text))
 
 
-def test_frames_stay_in_order_when_the_socket_is_full(transport: Transport, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cores", "written"), [(2, 0), (3, 0), (4, 2), (64, 2)])
+def test_the_main_thread_writes_all_frames_where_the_runner_has_cores_of_its_own(
+    cores: int, written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: cores)
+    frames: list[bytes] = []
+    write_now = Transport._write_now
+
+    def recorded(self: Transport, connection: int, frame: bytes) -> bytes:
+        frames.append(frame)
+        return write_now(self, connection, frame)
+
+    monkeypatch.setattr(Transport, "_write_now", recorded)
+    made = Transport(tmp_path / "w.sock")
+    made.start()
+    client = Client(tmp_path / "w.sock")
+    event = made.inbox.get(timeout=PATIENCE)
+    assert isinstance(event, Connected)
+    made.answer(event.connection)
+    for text in ("a", "b"):
+        made.send(step(text))
+    client.until(lambda: len(client.frames) == 2)
+    made.close(PATIENCE)
+    client.close()
+    assert client.frames == [step("a"), step("b")]
+    assert len(frames) == written
+
+
+@pytest.mark.parametrize("cores", [2, 4])
+def test_frames_stay_in_order_when_the_socket_is_full(
+    cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: cores)
+    transport: Transport = request.getfixturevalue("transport")
     with socket.socket(socket.AF_UNIX) as runner:
         runner.settimeout(PATIENCE)
         runner.connect(str(tmp_path / "e.sock"))
