@@ -77,7 +77,6 @@ class DecodeBatch:
         previous = mx.array([row.prompt[-2:][:1] for row in rows], dtype=mx.uint32)
         if self._caches is None or self._tokens is None or self._previous is None:
             self._caches, self._tokens, self._previous = caches, tokens, previous
-            caches.expect(soon)
         else:
             self._caches.join(caches, soon)
             self._tokens = mx.concatenate([self._tokens, tokens])

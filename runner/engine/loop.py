@@ -153,7 +153,8 @@ class Engine:
             self._decoding.disturbed()
             for rows, caches in self._prefiller.step(free, chunk, self._batch.room[1], decoding):
                 left = max(0, free + decoding - len(self._batch.rows) - len(self._prefiller.active))
-                self._decoding.join(rows, caches, self.room.soon(rows, [*islice(self._prefiller.waiting, left)]))
+                waiting = [*islice(self._prefiller.waiting, left)]
+                self._decoding.join(rows, caches, self.room.soon(rows, waiting, free + decoding))
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
 

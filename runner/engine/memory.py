@@ -65,6 +65,10 @@ class MemoryBudget:
         each = tokens * self.token_bytes
         return slots * (min(each, self.row_bytes) if self.row_bytes else each)
 
+    def has(self, slots: int, tokens: int, kept: int) -> bool:
+        """Whether there is memory for so many slots of so many tokens, beside `kept` bytes of other things."""
+        return not self.most or self.weights + kept + self.working + self.room(slots, tokens) <= self.most
+
     def excess(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes by which that exceeds what may be used now; 0 or less fits."""
         return self.held(rows, kept) - self.most if self.most else -1

@@ -55,13 +55,20 @@ class Room:
         if excess > 0 and excess - self._prefixes.release(excess) > 0 and (row := open_ended(self._batch.rows)):
             row.max_tokens = min(row.max_tokens, len(row.generated) + 1)
 
-    def soon(self, joining: list[Row], waiting: list[Row]) -> int:
-        """How many rows will follow those that are `joining` now, as far as is known: those that are being prefilled,
-        and those `waiting` if there is memory for all of them as it is."""
+    def soon(self, joining: list[Row], waiting: list[Row], most: int) -> int:
+        """How many rows slots are made for beyond those that are `joining` now, of `most` in all.
+
+        Those that are being prefilled; and those `waiting`, or as many as there are already, if there is memory for
+        that as it is.
+        """
         active = self._active()
-        rows = [*self._batch.rows, *active, *waiting]
-        fits = not self.closed and self._budget.excess(rows, self._beside(rows)) <= 0
-        return len(active) - len(joining) + (len(waiting) if fits else 0)
+        rows = [*self._batch.rows, *active]
+        more = max(len(waiting), min(len(rows), most - len(rows)) if self._budget.most else 0)
+        number, needed, sizes = len(rows) + more, longest([*rows, *waiting]), self._budget.sizes
+        slots, tokens = self._batch.room_for(number, needed)
+        room = max(slots, sizes.slots(number)), max(tokens, sizes.tokens(needed))
+        fits = not self.closed and self._budget.has(*room, self._bank.nbytes + self._prefixes.nbytes)
+        return len(active) - len(joining) + (more if fits else 0)
 
     def _excess(self, rows: list[Row], more: int = 0) -> int:
         """Bytes by which `rows`, and `more`, exceed the budget, once the batch has given up room that it can spare."""

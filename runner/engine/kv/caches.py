@@ -166,13 +166,12 @@ class Caches:
         after = [leaf.arrays for leaf in self._leaves]
         return answer, after, starts + tokens.shape[1]
 
-    def expect(self, soon: int) -> None:
-        """Have slots for so many more rows, from the next call on, where they are made for several at once."""
-        self._positions.expect(soon)
-
     def join(self, other: Caches, soon: int = 0) -> None:
-        """Rows of `other` come after these, and `soon` that many more. `other` is not used any more."""
+        """Rows of `other` come after these, and `soon` so many more. `other` is not used any more."""
         first, more = self.rows, other._positions
+        if more.capacity > self._positions.capacity:
+            # They have as much room as there was here when they began, which may have been given up since.
+            other.narrow()
         moves = Moves(range(more.rows), range(first, first + more.rows), max(more.written))
         self._positions.extend(more, soon)
         for mine, new in zip(self._leaves, other._leaves, strict=True):
@@ -279,9 +278,6 @@ class Foreign(Caches):
     @property
     def by_layer(self) -> list[list[mx.array]]:
         return [self.arrays]
-
-    def expect(self, soon: int) -> None:
-        pass
 
     def join(self, other: Caches, soon: int = 0) -> None:
         raise AssertionError("a row in these caches is alone")

@@ -171,14 +171,14 @@ class Positions:
         if tokens > self.capacity:
             self.slots, self.capacity = self.room_for(self.rows, tokens)
 
-    def room_for(self, rows: int, tokens: int) -> tuple[int, int]:
-        """Slots, and tokens of each, once there are so many rows that need so much room."""
+    def room_for(self, rows: int, tokens: int, soon: int = 0) -> tuple[int, int]:
+        """Slots, and tokens of each, once there are so many rows that need so much room, and `soon` some more rows."""
         sizes, slots, capacity = self._sizes, self.slots, self.capacity
         more, longer = rows > slots, tokens > capacity
         if longer:
             capacity = sizes.tokens(tokens, capacity)
         if more:
-            slots = sizes.slots(rows, slots)
+            slots = sizes.slots(rows + soon if sizes.few else rows, slots)
         if sizes.few and longer and not more:
             slots = sizes.kept(slots, sizes.slots(rows))
         if sizes.few and more and not longer:
@@ -205,7 +205,7 @@ class Positions:
         return max((end if end and end >= length else length + _SOON for end, length in rows), default=_SOON)
 
     def extend(self, other: Positions, soon: int = 0) -> None:
-        """Rows of `other` come after these, and `soon` more after them."""
+        """Rows of `other` come after these, and `soon` so many more: if slots are made, then for those as well."""
         if self._offsets is not None or other._offsets is not None or not (self.exact and other.exact):
             self._offsets = mx.concatenate([self.starts, other.starts])
         self._most += other._most
@@ -214,16 +214,8 @@ class Positions:
         self._outstanding += other._outstanding
         self.rows += other.rows
         tokens = max(self.needed, other.capacity) if self._sizes.few else other.capacity
-        self.slots, self.capacity = self.room_for(self._coming(soon), tokens)
+        self.slots, self.capacity = self.room_for(self.rows, tokens, soon)
         self._changed()
-
-    def expect(self, soon: int) -> None:
-        """So many more rows will join."""
-        self.slots, self.capacity = self.room_for(self._coming(soon), self.capacity)
-
-    def _coming(self, soon: int) -> int:
-        """Rows that slots are made for at once, where another number of them is another graph."""
-        return self.rows + (soon if self._sizes.few else 0)
 
     def take(self, order: list[int]) -> None:
         """Only the rows `order` stay, as it lists them."""
