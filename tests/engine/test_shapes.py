@@ -147,6 +147,28 @@ def test_a_longer_row_is_not_counted_with_the_slots_of_those_that_have_gone(
     assert driver.engine._batch.room == (2, 512)
 
 
+def test_room_that_a_batch_keeps_is_counted_with_the_slots_that_a_row_adds(
+    model_folder: ModelFolder, seen: Seen
+) -> None:
+    """Three slots of 512 tokens, left by a row that was cancelled, would become four, which there is no memory for."""
+    loaded = load(model_folder("llama"))
+    each = cache_bytes_per_token(loaded.model, loaded.layout)
+    limit = int(loaded.weights_bytes + 4 * 512 * each)
+    driver = Driver(loaded, memory_limit=limit, sharing=TOGETHER, max_rows=4, prefix_cache_bytes=0)
+    for number, tokens in enumerate((200, 200, 300)):
+        driver.engine.submit(generate(number, prompt=[5 + number] * 20, max_tokens=tokens))
+    while driver.engine.stats().rows < 3:
+        driver.engine.step()
+    driver.engine.cancel(2)
+    driver.engine.configure(Configure(memory_limit_bytes=int(loaded.weights_bytes + 1900 * each)))
+    for number in (3, 4):
+        driver.engine.submit(generate(number, prompt=[5 + number] * 20, max_tokens=200))
+        while number not in driver.answers:
+            driver.engine.step()
+            assert driver.engine._batch.nbytes <= 1900 * each
+    assert driver.engine._batch.room == (4, 256)
+
+
 def test_room_to_spare_is_given_back_before_a_row_has_to_end(model_folder: ModelFolder, seen: Seen) -> None:
     loaded = load(model_folder("llama"))
     each = cache_bytes_per_token(loaded.model, loaded.layout)
