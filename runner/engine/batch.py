@@ -70,14 +70,14 @@ class DecodeBatch:
         self._padded: tuple[int, RowSlots | None] | None = None
         self._slots_version = -1
 
-    def join(self, rows: Sequence[Row], caches: Caches) -> None:
-        """Add rows whose caches hold their prompts but for the last token."""
+    def join(self, rows: Sequence[Row], caches: Caches, soon: int = 0) -> None:
+        """Add rows whose caches hold their prompts but for the last token; so many more will come `soon`."""
         tokens = mx.array([row.prompt[-1:] for row in rows], dtype=mx.uint32)
         previous = mx.array([row.prompt[-2:][:1] for row in rows], dtype=mx.uint32)
         if self._caches is None or self._tokens is None or self._previous is None:
             self._caches, self._tokens, self._previous = caches, tokens, previous
         else:
-            self._caches.join(caches)
+            self._caches.join(caches, soon)
             self._tokens = mx.concatenate([self._tokens, tokens])
             self._previous = mx.concatenate([self._previous, previous])
         self.rows.extend(rows)
@@ -199,9 +199,18 @@ class DecodeBatch:
         return any(row.grammar is not None for row in self.rows)
 
     @property
-    def capacity(self) -> int:
-        """Tokens that each row has room for."""
-        return 0 if self._caches is None else self._caches.capacity
+    def room(self) -> tuple[int, int]:
+        """Slots, and tokens that each has room for."""
+        return (0, 0) if self._caches is None else self._caches.room
+
+    def room_for(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The same once so many rows need so much room, with those that will join."""
+        return (0, 0) if self._caches is None else self._caches.room_for(rows, tokens)
+
+    def narrow(self) -> bool:
+        """Let go of room that the rows do not need; False if there is none."""
+        caches = self._caches is not None and self._caches.narrow()
+        return (self._proposer is not None and self._proposer.narrow()) or caches
 
     @property
     def building(self) -> float:

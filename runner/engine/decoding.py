@@ -36,11 +36,11 @@ class Decoding:
 
     # ------------------------------------------------------------- rows
 
-    def join(self, rows: Sequence[Row], caches: Caches) -> None:
-        """Add rows whose caches hold their prompts but for the last token."""
+    def join(self, rows: Sequence[Row], caches: Caches, soon: int = 0) -> None:
+        """Add rows whose caches hold their prompts but for the last token; so many more will come `soon`."""
         self._settle()
         self._begins = self._begins or not self._batch.rows
-        self._batch.join(rows, caches)
+        self._batch.join(rows, caches, soon)
         if self._speculation is not None:
             self._speculation.joined(rows, under_way=self._in_flight is not None)
 

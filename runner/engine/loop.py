@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final
 
 import mlx.core as mx
@@ -85,7 +86,7 @@ class Engine:
         weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
         if speculation is not None:
             weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
-        self.budget = MemoryBudget(memory_limit, weights, token_bytes)
+        self.budget = MemoryBudget(memory_limit, weights, token_bytes, sizes=loaded.layout.sizes)
         self.room = Room(self.budget, self._batch, self._bank, self._prefixes, lambda: self._prefiller.active)
         takes = lambda row, tokens: self.room.takes(row, tokens, self.limits.prefill_step_size)  # noqa: E731
         self._prefiller = Prefiller(
@@ -150,8 +151,10 @@ class Engine:
         free = (self.limits.max_rows if self._loaded.batches else 1) - decoding
         if free > 0 and self._prefiller.due(free, chunk, decoding):
             self._decoding.disturbed()
-            for rows, caches in self._prefiller.step(free, chunk, self._batch.capacity, decoding):
-                self._decoding.join(rows, caches)
+            for rows, caches in self._prefiller.step(free, chunk, self._batch.room[1], decoding):
+                left = max(0, free + decoding - len(self._batch.rows) - len(self._prefiller.active))
+                waiting = [*islice(self._prefiller.waiting, left)]
+                self._decoding.join(rows, caches, self.room.soon(rows, waiting, free + decoding))
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
 

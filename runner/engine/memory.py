@@ -15,6 +15,7 @@ import mlx.core as mx
 import msgspec
 
 from runner.engine.kv.layout import Layout
+from runner.engine.kv.sizes import AS_NEEDED, Sizes
 
 if TYPE_CHECKING:
     from runner.engine.row import Row
@@ -25,6 +26,9 @@ _PROBE: Final = 256
 _AHEAD: Final = 256
 """Tokens that a row which asked for no length is counted with beyond those it has: its end is not known."""
 
+_AT_ONCE: Final = 512
+"""Tokens ahead that there is room for at once, however few a row has: many ask for more than they will get."""
+
 
 class MemoryBudget(msgspec.Struct):
     """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row.
@@ -32,7 +36,7 @@ class MemoryBudget(msgspec.Struct):
     `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the
     limit. `working` bytes are left for what is computed. A row takes `row_bytes` at most, however long it gets: where
     windows bound most layers that is far less than its tokens would; 0 where nobody knows. With neither limit nor
-    grant everything fits.
+    grant everything fits. Caches are of such `sizes`.
     """
 
     limit: int
@@ -41,6 +45,7 @@ class MemoryBudget(msgspec.Struct):
     granted: int = 0
     working: int = 0
     row_bytes: int = 0
+    sizes: Sizes = AS_NEEDED
 
     @property
     def most(self) -> int:
@@ -54,11 +59,16 @@ class MemoryBudget(msgspec.Struct):
     def caches(self, rows: Sequence[Row]) -> float:
         """Bytes of a batch of rows, up to their ends."""
         # As many as there is room for, not as there are: a batch grows by a third, and its rows by steps.
-        longest = max((_tokens(row) for row in rows), default=0)
-        each = -(-longest // _PROBE) * _PROBE * self.token_bytes
-        if self.row_bytes:
-            each = min(each, self.row_bytes)
-        return (len(rows) + len(rows) // 3) * each
+        return self.room(len(rows) + len(rows) // 3, self.sizes.tokens(longest(rows)))
+
+    def room(self, slots: int, tokens: int) -> float:
+        """Bytes of so many slots with room for so many tokens each."""
+        each = tokens * self.token_bytes
+        return slots * (min(each, self.row_bytes) if self.row_bytes else each)
+
+    def has(self, slots: int, tokens: int, kept: int) -> bool:
+        """Whether there is memory for so many slots of so many tokens, beside `kept` bytes of other things."""
+        return not self.most or self.weights + kept + self.working + self.room(slots, tokens) <= self.most
 
     def excess(self, rows: Sequence[Row], kept: int) -> int:
         """Bytes by which that exceeds what may be used now; 0 or less fits."""
@@ -72,6 +82,20 @@ class MemoryBudget(msgspec.Struct):
 def open_ended(rows: Sequence[Row]) -> Row | None:
     """The longest of those that asked for no length, and so may end when memory does; None where there is none."""
     return max((row for row in rows if row.open_ended and not row.done), key=_tokens, default=None)
+
+
+def longest(rows: Sequence[Row]) -> int:
+    """Tokens that the longest of them is counted with."""
+    return max((_tokens(row) for row in rows), default=0)
+
+
+def coming(row: Row) -> int:
+    """Tokens that a row is to have room for from the start: up to its end, or twice as many as it has.
+
+    Never more than it is counted with.
+    """
+    have = len(row.prompt) + len(row.generated)
+    return min(_tokens(row), have + max(have, _AT_ONCE))
 
 
 def _tokens(row: Row) -> int:

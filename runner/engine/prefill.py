@@ -21,6 +21,7 @@ from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layout import Layout
+from runner.engine.memory import coming
 from runner.engine.pacing import Pacing
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
@@ -204,9 +205,10 @@ class Prefiller:
         yield call.rows, call.caches
 
     def _begin(self, group: list[_Known], reserve: int = 0) -> Caches:
-        longest = max(len(row.prompt) for row, _ in group)
+        ends = [coming(row) for row, _ in group]
+        longest = max(ends) if self._layout.sizes.few else max(len(row.prompt) for row, _ in group)
         reserve = max(reserve, self._sharing.room(longest, self._room))
-        return self._layout.restore([beginning for _, beginning in group], reserve)
+        return self._layout.restore([beginning for _, beginning in group], reserve, ends)
 
     def _width(self, before: int, tokens: int) -> int:
         # Where a launch was found to do, padding was as well.

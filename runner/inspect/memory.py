@@ -10,7 +10,7 @@ STEP: Final = 256
 
 def slots(rows: int) -> int:
     """Rows that a batch has room for once `rows` have joined it one by one: it grows by a third at a time
-    (`runner.engine.kv.positions`)."""
+    (`runner.engine.kv.sizes`)."""
     held = 1
     while held < rows:
         held = max(held + 1, held + held // 3)

@@ -242,8 +242,8 @@ def test_batches_of_like_sizes_share_a_graph(
     folder = model_folder(model_type)
     adapters = sources(load(folder), tmp_path)
     found = answers_of_many(load(folder), adapters, keys)
-    # Three is what is left of slots when most of nine rows have gone.
-    assert {rows for rows, count in graphs.shapes if count == 1} <= {1, 2, 3, 4, 8, 9}
+    # Nine rows have ten slots.
+    assert {rows for rows, count in graphs.shapes if count == 1} <= {1, 2, 4, 8, 10}
     assert graphs.calls > 50
     monkeypatch.setattr(attention_kernel, "launch", lambda: None)
     assert found == answers_of_many(load(folder), adapters, keys)

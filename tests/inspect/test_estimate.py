@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from runner.engine.kv.positions import grown
+from runner.engine.kv.sizes import grown
 from runner.engine.loader import load
 from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import DigestCache

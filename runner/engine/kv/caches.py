@@ -75,9 +75,26 @@ class Caches:
         """Tokens that each row has room for."""
         return self._positions.capacity
 
+    @property
+    def room(self) -> tuple[int, int]:
+        """Slots, and tokens that each has room for."""
+        return self._positions.slots, self._positions.capacity
+
+    def room_for(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The same once there are so many rows that need so much room."""
+        return self._positions.room_for(rows, tokens)
+
     def reserve(self, tokens: int) -> None:
         """Have room for `tokens` tokens a row from the next call on, where it is known that they will come."""
         self._positions.reserve(tokens)
+
+    def narrow(self) -> bool:
+        """Let go of room that rows do not need, where more is kept than that; False if there is none."""
+        if not self._positions.narrow():
+            return False
+        for leaf in self._leaves:
+            leaf.fit()
+        return True
 
     def call(self, model: Any, tokens: mx.array, lengths: Sequence[int] | None = None) -> mx.array:
         """The model's answer [rows, count, …] to `tokens` [rows, count], which follow on what the rows have.
@@ -149,11 +166,14 @@ class Caches:
         after = [leaf.arrays for leaf in self._leaves]
         return answer, after, starts + tokens.shape[1]
 
-    def join(self, other: Caches) -> None:
-        """Rows of `other` come after these. `other` is not used any more."""
+    def join(self, other: Caches, soon: int = 0) -> None:
+        """Rows of `other` come after these, and `soon` so many more. `other` is not used any more."""
         first, more = self.rows, other._positions
+        if more.capacity > self._positions.capacity:
+            # They have as much room as there was here when they began, which may have been given up since.
+            other.narrow()
         moves = Moves(range(more.rows), range(first, first + more.rows), max(more.written))
-        self._positions.extend(more)
+        self._positions.extend(more, soon)
         for mine, new in zip(self._leaves, other._leaves, strict=True):
             mine.extend(first, new, moves)
         moves.start()
@@ -218,11 +238,12 @@ class Caches:
         layers = tuple(leaf.state(row, written) for leaf in self._leaves)
         return None if all(layer is None for layer in layers) else State(written, layers)
 
-    def restore(self, beginnings: Sequence[Beginning | None], reserve: int) -> None:
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int, ends: Sequence[int] = ()) -> None:
         """See Layout.restore; nothing may have been called yet."""
         lengths = [0 if begun is None else begun.length for begun in beginnings]
-        self._positions.restart(lengths, [0 if begun is None else begun.written for begun in beginnings])
-        self._positions.reserve(max(reserve, *self._positions.written))
+        written = [0 if begun is None else begun.written for begun in beginnings]
+        self._positions.restart(lengths, written, ends)
+        self._positions.reserve(max(reserve, *written, *ends))
         runs = [*_runs(beginnings)]
         if len(runs) == 1 and self._begin(*runs[0]):
             return
@@ -270,7 +291,7 @@ class Foreign(Caches):
     def by_layer(self) -> list[list[mx.array]]:
         return [self.arrays]
 
-    def join(self, other: Caches) -> None:
+    def join(self, other: Caches, soon: int = 0) -> None:
         raise AssertionError("a row in these caches is alone")
 
     def piece(self, row: int, start: int, stop: int) -> Piece:
@@ -282,7 +303,7 @@ class Foreign(Caches):
         kept = copy.deepcopy(self.layers)
         return State(self._positions.most[0], tuple(_flat(layer.state) for layer in kept), kept)
 
-    def restore(self, beginnings: Sequence[Beginning | None], reserve: int) -> None:
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int, ends: Sequence[int] = ()) -> None:
         (begun,) = beginnings
         if begun is not None:
             assert begun.state is not None

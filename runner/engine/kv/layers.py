@@ -71,6 +71,10 @@ class Layer(Protocol):
         """Rows `order` stay, as it lists them: what was `lifted` goes to the slots `holes`, nothing if it is empty."""
         ...
 
+    def fit(self) -> None:
+        """Let go of room that is not asked for any more."""
+        ...
+
     def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         """Have a row's positions copied; None if they cannot be had apart. It had up to `written` tokens."""
         ...
@@ -266,6 +270,9 @@ class Straight:
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         if lifted:
             self._planes.put(holes, lifted)
+        self.fit()
+
+    def fit(self) -> None:
         self._planes.shrink(self._positions.slots, self._room())
 
     def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:

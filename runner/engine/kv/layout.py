@@ -16,6 +16,7 @@ from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
 from runner.engine.kv.recurrent import Recurrent
+from runner.engine.kv.sizes import AS_NEEDED, FEW, Sizes
 
 
 class Layout:
@@ -90,14 +91,23 @@ class Layout:
         """Caches of rows that have no tokens yet."""
         if self.unknown:
             return Foreign(self.upstream())
-        positions = Positions(rows)
+        positions = Positions(rows, self.sizes)
         layers = [self._layer(template, positions) for template in self._templates]
         return Caches(positions, layers)
 
-    def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0) -> Caches:
-        """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens."""
+    @property
+    def sizes(self) -> Sizes:
+        """Few where steps are launches, whose graphs are kept, for layers that cache all tokens."""
+        launched = self.launch if self.quantisation is None else self.packed_launch
+        return AS_NEEDED if launched is None else FEW
+
+    def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0, ends: Sequence[int] = ()) -> Caches:
+        """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens.
+
+        Rows will come to `ends`: where sizes are few, there is room for those as well.
+        """
         caches = self.new(len(beginnings))
-        caches.restore(beginnings, reserve)
+        caches.restore(beginnings, reserve, ends if self.sizes.few else ())
         return caches
 
     def _layer(self, template: Any, positions: Positions) -> Any:

@@ -100,8 +100,9 @@ class Planes:
             return
         have, places = self._arrays[0].shape[0], self.capacity
         if have < slots or places < capacity:
+            # All is copied: what is not asked for any more need not be.
             room = [(0, max(0, slots - have)), (0, 0), (0, max(0, capacity - places)), (0, 0)]
-            self.arrays = [mx.pad(array, room) for array in self.arrays]
+            self.arrays = [mx.pad(array[:slots, :, :capacity], room) for array in self.arrays]
 
     def begin(self, arrays: list[mx.array]) -> None:
         """Be these, which say what form there is; nothing was there before."""

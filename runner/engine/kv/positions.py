@@ -18,13 +18,12 @@ from typing import Any, Final, TypeVar
 
 import mlx.core as mx
 
+from runner.engine.kv.sizes import AS_NEEDED, Sizes, rounded
+
 T = TypeVar("T")
 
-_EIGHT: Final = 8
-"""Rows that graphs are made for a multiple of, from as many on."""
-
-_STEP: Final = 256
-"""Tokens that room grows by at least. MLX's CUDA backend takes cuDNN only for multiples of it."""
+_SOON: Final = 256
+"""Tokens that a row comes to within the next steps."""
 
 
 class Positions:
@@ -32,12 +31,16 @@ class Positions:
 
     `slots` rows and `capacity` tokens each have room in the layers' arrays. During a call, `count` is its width in
     tokens, and `lengths` says how many of them each row really has (the rest is padding on the right), None for all.
+    `pads` is whether a call may have more rows than there are.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, sizes: Sizes = AS_NEEDED) -> None:
         self.rows = rows
-        self.slots = rows
+        self.pads = True
+        self.slots = sizes.slots(rows)
         self.capacity = 0
+        self._sizes = sizes
+        self._ends = [0] * rows
         self.count = 0
         self.lengths: list[int] | None = None
         self._most = [0] * rows
@@ -106,7 +109,7 @@ class Positions:
 
         Rows come and go, and each number of them would want a graph of its own.
         """
-        return max(self.rows, min(rounded(self.rows), self.slots))
+        return max(self.rows, min(rounded(self.rows), self.slots)) if self.pads else self.rows
 
     def padded_starts(self, rows: int) -> mx.array:
         """`row_starts` of so many rows: those that are not there have no tokens."""
@@ -166,45 +169,79 @@ class Positions:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens a row when the layers are written next."""
         if tokens > self.capacity:
-            wanted = max(tokens, self.capacity + self.capacity // 8) if self.capacity else tokens
-            self.capacity = -(-wanted // _STEP) * _STEP
+            self.slots, self.capacity = self.room_for(self.rows, tokens)
+
+    def room_for(self, rows: int, tokens: int, soon: int = 0) -> tuple[int, int]:
+        """Slots, and tokens of each, once there are so many rows that need so much room, and `soon` some more rows."""
+        sizes, slots, capacity = self._sizes, self.slots, self.capacity
+        more, longer = rows > slots, tokens > capacity
+        if longer:
+            capacity = sizes.tokens(tokens, capacity)
+        if more:
+            slots = sizes.slots(rows + soon if sizes.few else rows, slots)
+        if sizes.few and longer and not more:
+            slots = sizes.kept(slots, sizes.slots(rows))
+        if sizes.few and more and not longer:
+            capacity = sizes.kept(capacity, sizes.tokens(tokens))
+        return slots, capacity
 
     # ------------------------------------------------------------- rows
 
-    def restart(self, lengths: list[int], written: list[int]) -> None:
-        """Rows that have `lengths` tokens and had `written`, in the place of all."""
-        self.rows = self.slots = len(lengths)
+    def restart(self, lengths: list[int], written: list[int], ends: Sequence[int] = ()) -> None:
+        """Rows that have `lengths` tokens and had `written`, and will come to `ends`, in the place of all.
+
+        0 is an end that nobody knows, as are all if there are none.
+        """
+        self.rows = len(lengths)
+        self.slots = self._sizes.slots(self.rows)
         self._most, self._offsets, self._outstanding = lengths, None, 0
-        self._written = written
+        self._written, self._ends = written, list(ends) or [0] * self.rows
         self._changed()
 
-    def extend(self, other: Positions) -> None:
-        """Rows of `other` come after these."""
+    @property
+    def needed(self) -> int:
+        """Tokens that some row will come to; within the next steps, where its end is not known or was passed."""
+        rows = zip(self._ends, self._most, strict=True)
+        return max((end if end and end >= length else length + _SOON for end, length in rows), default=_SOON)
+
+    def extend(self, other: Positions, soon: int = 0) -> None:
+        """Rows of `other` come after these, and `soon` so many more: if slots are made, then for those as well."""
         if self._offsets is not None or other._offsets is not None or not (self.exact and other.exact):
             self._offsets = mx.concatenate([self.starts, other.starts])
         self._most += other._most
         self._written += other._written
+        self._ends += other._ends
         self._outstanding += other._outstanding
         self.rows += other.rows
-        self.capacity = max(self.capacity, other.capacity)
-        self.slots = grown(self.slots, self.rows)
+        tokens = max(self.needed, other.capacity) if self._sizes.few else other.capacity
+        self.slots, self.capacity = self.room_for(self.rows, tokens, soon)
         self._changed()
 
     def take(self, order: list[int]) -> None:
         """Only the rows `order` stay, as it lists them."""
         self._most = [self._most[i] for i in order]
         self._written = [self._written[i] for i in order]
+        self._ends = [self._ends[i] for i in order]
         if self._offsets is not None:
             self._offsets = self._offsets[mx.array(order, dtype=mx.int32)]
         self.rows = len(order)
         self._changed()
 
     def fit(self) -> None:
-        """Ask for less room where rows need much less: half of it, and what they take within the next steps."""
-        if self.slots > 2 * self.rows + 2:
-            self.slots = self.rows
-        if 2 * (longest := max(self._most, default=0) + _STEP) < self.capacity:
-            self.capacity = -(-longest // _STEP) * _STEP
+        """Ask for less room where rows need much less: half of it, or a quarter where sizes are few."""
+        few, rows, needed = self._sizes.few, self.rows, self.needed
+        if self.slots > (4 * rows + 8 if few else 2 * rows + 2):
+            self.slots = self._sizes.slots(rows)
+        if (4 if few else 2) * needed < self.capacity:
+            self.capacity = self._sizes.tokens(needed)
+
+    def narrow(self) -> bool:
+        """Ask for no more room than rows need, where sizes are few; False if there is no more."""
+        slots, capacity = self._sizes.slots(self.rows), self._sizes.tokens(self.needed)
+        if not self._sizes.few or not (slots < self.slots or capacity < self.capacity):
+            return False
+        self.slots, self.capacity = min(slots, self.slots), min(capacity, self.capacity)
+        return True
 
     def mark(self) -> None:
         """Remember what rows have, for `keep`."""
@@ -233,13 +270,3 @@ class Positions:
         self.same = first if self.exact and all(length == first for length in self._most) else None
         if self.same is not None:
             self._offsets = None
-
-
-def rounded(rows: int) -> int:
-    """A power of two up to eight rows, then a multiple of eight."""
-    return 1 << max(0, rows - 1).bit_length() if rows <= _EIGHT else -(-rows // _EIGHT) * _EIGHT
-
-
-def grown(slots: int, rows: int) -> int:
-    """Slots to have when `rows` rows need one: a third more than there were, so that joining seldom copies a batch."""
-    return slots if rows <= slots else max(rows, slots + slots // 3)

@@ -21,6 +21,8 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
     def __init__(self, positions: Positions, size: int) -> None:
         super().__init__(size)
         self._positions = positions
+        # A state has a line for each row, and none for those that a graph would be padded with.
+        positions.pads = False
 
     @property
     def offset(self) -> int | mx.array:
@@ -57,6 +59,9 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
 
     def take(self, order: list[int], holes: Slots, lifted: list[mx.array]) -> None:
         self.filter(mx.array(order, dtype=mx.int32))
+
+    def fit(self) -> None:
+        pass
 
     def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         return None

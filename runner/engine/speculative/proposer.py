@@ -17,6 +17,7 @@ from runner.engine.arrays import start
 from runner.engine.filters import NONE
 from runner.engine.kv.caches import Caches, Held, Traced
 from runner.engine.kv.layout import Layout
+from runner.engine.memory import coming
 from runner.engine.row import Row
 from runner.engine.sampling import Sampler, State
 from runner.engine.speculative.verify import Proposal, sequence
@@ -61,6 +62,10 @@ class Proposer:
         """Seconds spent so far on building graphs that are kept."""
         return self._call.building + self._graphs.building
 
+    def narrow(self) -> bool:
+        """Let go of room that the rows do not need; False if there is none."""
+        return self._caches is not None and self._caches.narrow()
+
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
         known = len(self._rows) if self._knows(rows) else 0
@@ -81,8 +86,11 @@ class Proposer:
             behind = zip(self._rows, self._at, strict=True)
             self._read(self._caches, [_tokens(row)[at : _due(row)] for row, at in behind])
         if new := list(rows[len(self._rows) :]):
-            caches = self._layout.new(len(new))
-            self._read(caches, [_tokens(row)[: _due(row)][-_reads(rows) :] for row in new])
+            texts = [_tokens(row)[: _due(row)][-_reads(rows) :] for row in new]
+            # It has what it reads, and what comes after it of the row.
+            ends = [max(1, len(text) + coming(row) - _due(row)) for text, row in zip(texts, new, strict=True)]
+            caches = self._layout.restore([None] * len(new), ends=ends)
+            self._read(caches, texts)
             if self._caches is None:
                 self._caches = caches
             else:

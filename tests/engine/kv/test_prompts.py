@@ -259,11 +259,11 @@ def test_prompts_that_join_a_batch_are_not_started_again(
     joins: list[int] = []
     join = DecodeBatch.join
 
-    def watched(batch: DecodeBatch, rows: Any, caches: Any) -> None:
+    def watched(batch: DecodeBatch, rows: Any, caches: Any, soon: int = 0) -> None:
         started.clear()
         if batch.rows:
             batch.caches.dispatched()  # the batch's own are another matter
-        join(batch, rows, caches)
+        join(batch, rows, caches, soon)
         joins.append(len(started))
 
     monkeypatch.setattr(planes, "start", started.append)
