@@ -5,6 +5,9 @@ prompt is built at once, and started layer by layer, a few in each step of the b
 of a prompt, not for all of it. How long a layer takes is learnt from how much longer steps were that had some, since
 neither tokens nor operations say it: with few tokens the host is what takes long, with many the device.
 
+To build a call, and to have its rows join, takes a few layers' time each: where rows are many beside the prompts that
+wait, that has steps of its own. What layers take is told by the steps between.
+
 What that costs are tokens: rows that wait for all of a call get theirs later, and none less, while in each step that it
 is spread over, the rows that it brings get none. So it is spread the less, the more of the batch they are, and at most
 over a part of the steps after which as many prompts come again: where calls take longer than that, a queue forms.
@@ -74,8 +77,14 @@ class Pacing:
 
         While rows decode, their steps become longer by as much as prompts that are `waiting` (those of the call
         included) are many beside the rows that are `decoding`. Twice as long at most, unless that is not noticed, or
-        more prompts wait than rows decode.
+        more prompts wait than rows decode. Asked once a step in which some are started.
         """
+        now = self._layers(tokens, layers, decoding, waiting)
+        if (call := self._call) is not None:
+            call.now = min(now, call.left)
+        return now
+
+    def _layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
         step, cost = self.step, self._cost(tokens)
         if not decoding or step is None or cost is None:
             return layers
@@ -83,6 +92,10 @@ class Pacing:
         if self._call is not None:
             most = max(most, -(-layers // self._call.most_steps))
         return -(-layers // -(-layers // most)) if most < layers else layers
+
+    def apart(self, decoding: int, waiting: int) -> bool:
+        """Whether a call is built in a step in which no layer is started, and its rows join in another one."""
+        return self.step is not None and bool(self._costs) and decoding >= _WORTH * waiting
 
     def begun(self, tokens: int, layers: int, prompts: float) -> None:
         """A call begins in this step, of so many `prompts`, or such a part of a long one."""
@@ -105,8 +118,7 @@ class Pacing:
         self._coming.steps += 1
         if (call := self._call) is not None:
             self._alone = 0
-            call.seconds += seconds
-            call.steps += 1
+            call.stepped(seconds, changed=changed)
             # The host waits for the device's work of one step in the next.
             call.settled += call.started
             if call.settled == _SETTLED:
@@ -132,7 +144,7 @@ class Pacing:
         if call is None or not call.started or step is None:
             return
         key = call.tokens.bit_length()
-        found = max(0.0, call.seconds - call.steps * step) / call.layers
+        found = call.found(step)
         known = self._costs.get(key)
         if known is None:
             self._costs[key] = found
@@ -194,7 +206,43 @@ class _Call:
         self.tokens = tokens
         self.layers = layers
         self.most_steps = most_steps
-        self.seconds = 0.0
-        self.steps = 0
+        self.left = layers
+        self.now = 0
+        """Layers that are started in this step."""
         self.started = False
         self.settled = 0
+        self._all = _Steps()
+        self._between = _Steps()
+
+    def stepped(self, seconds: float, *, changed: bool) -> None:
+        """A step has ended."""
+        if self.now and self._all.steps and not changed:
+            self._between.add(seconds, self.now)
+        self._all.add(seconds, self.now)
+        self.left -= self.now
+        self.now = 0
+
+    def found(self, step: float) -> float:
+        """Seconds a layer, where steps without any take so long: as those in which nothing else was done tell."""
+        if self._between.steps > 1:
+            return self._between.beyond(step) / self._between.layers
+        return self._all.beyond(step) / self.layers
+
+
+class _Steps:
+    """Some steps together."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self.layers = 0
+
+    def add(self, seconds: float, layers: int) -> None:
+        """One more, in which so many layers were started."""
+        self.seconds += seconds
+        self.steps += 1
+        self.layers += layers
+
+    def beyond(self, step: float) -> float:
+        """Seconds that they took longer than as many without layers."""
+        return max(0.0, self.seconds - self.steps * step)

@@ -149,7 +149,7 @@ class Prefiller:
                     return
         if self._long is not None:
             slots = self._slots([self._long.row])
-            yield from self._start_layers(self._begun(self._long.call(self._traced, slots, chunk, self._width)))
+            yield from self._begun(self._long.call(self._traced, slots, chunk, self._width))
 
     def _take(self, free_rows: int, chunk: int) -> list[_Known]:
         """The first rows of the queue whose tokens fit into one call together, with what is known of their prompts.
@@ -179,25 +179,35 @@ class Prefiller:
         if len(rest) == 1 and (row := rest[0][0]).uncached > chunk:
             self._long = _LongPrompt(row, self._begin(rest, len(row.prompt)))
         elif rest:
-            yield from self._start_layers(self._begun(self._call_together(rest)))
+            yield from self._begun(self._call_together(rest))
 
-    def _begun(self, call: _Call) -> _Call:
+    def _begun(self, call: _Call) -> Iterator[Ready]:
+        """Have a call under way that was built in this step."""
         self._running = call
         self.pacing.begun(call.tokens, call.layers, call.prompts)
-        return call
+        if not self._apart(call):
+            yield from self._start_layers(call)
+
+    def _apart(self, call: _Call) -> bool:
+        return self.pacing.apart(self._decoding, len(call.rows) + len(self.waiting))
 
     def _start_layers(self, call: _Call) -> Iterator[Ready]:
-        """Start as many layers of the call under way as fit into this step."""
-        waiting = len(call.rows) + len(self.waiting)
-        call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
-        if not call.started:
-            return
-        self._running = None
-        self.pacing.started()
+        """Start as many layers of the call under way as fit into this step, or else have its rows join."""
         alone, long = len(call.rows) == 1, self._long
-        if long is not None and call.rows == [long.row]:
-            if long.todo:
+        joining = long is None or call.rows != [long.row] or not long.todo
+        was_started = call.started
+        if not was_started:
+            waiting = len(call.rows) + len(self.waiting)
+            call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
+            if not call.started:
                 return
+            self.pacing.started()
+            if joining and self._apart(call):
+                return
+        self._running = None
+        if not joining:
+            return
+        if long is not None and call.rows == [long.row]:
             self._long = None
         # One of many is kept when its row ends, unless whoever asks the same again cannot begin within that.
         if alone or not self._layout.cuttable:

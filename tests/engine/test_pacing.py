@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from runner.engine import prefill
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel, load
 from runner.engine.pacing import Pacing
@@ -190,6 +191,77 @@ def test_a_hiccup_is_not_taken_for_what_layers_cost() -> None:
     for _ in range(8):
         simulated.call()
     assert simulated.pacing.layers(256, 16, 16, 1) == before
+
+
+def test_building_and_joining_are_not_taken_for_what_layers_cost() -> None:
+    """They are as long as ten layers each. With these, the first call says less than it should, and later ones more."""
+    simulated = Simulated(0.0002)
+    simulated.quiet()
+    found = []
+    for _ in range(12):
+        pacing = simulated.pacing
+        pacing.begun(256, 16, 1)
+        apart = pacing.apart(32, 1)
+        found.append((apart, pacing._layers(256, 16, 32, 1)))
+        if apart:
+            pacing.stepped(STEP + 0.002, 32, changed=False)
+        left = 16
+        while left > 0:
+            layers = pacing.layers(256, 16, 32, 1)
+            left -= layers
+            if left <= 0:
+                pacing.started()
+            building = 0.002 if left + layers == 16 and not apart else 0.0
+            joining = 0.002 if left <= 0 and not apart else 0.0
+            pacing.stepped(STEP + layers * 0.0002 + building + joining, 32, changed=joining > 0)
+        if apart:
+            pacing.stepped(STEP + 0.002, 32, changed=True)
+        simulated.quiet()
+    assert found[0] == (False, 16)
+    assert found[1] == (True, 2), "all that is known is the whole"
+    assert found[-1] == (True, 4)
+
+
+def test_building_and_joining_have_steps_of_their_own_where_rows_are_many() -> None:
+    pacing = learnt(0.0002)
+    assert [pacing.apart(decoding, 1) for decoding in (1, 15, 16, 128)] == [False, False, True, True]
+    assert [pacing.apart(32, waiting) for waiting in (1, 2, 3)] == [True, True, False]
+    assert not Pacing().apart(128, 1), "nothing is known"
+
+
+class Apart(Pacing):
+    """Has steps of their own for everything."""
+
+    def layers(self, tokens: int, layers: int, decoding: int, waiting: int) -> int:
+        return 2
+
+    def apart(self, decoding: int, waiting: int) -> bool:
+        return decoding > 0
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [(PROMPT[1:17], 4), ((5 * PROMPT)[1:41], 9)])
+def test_a_step_builds_a_call_or_starts_layers_or_has_rows_join(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, prompt: list[int], steps: int
+) -> None:
+    """Three layers, two in a step; a long prompt has three calls, of which the last makes it ready."""
+    alone = Driver(llama).one(prompt=prompt, max_tokens=5).text
+    driver = Driver(llama, prefill_step_size=16)
+    driver.engine._prefiller.pacing = Apart()
+    driver.engine.submit(generate(0, prompt=PROMPT, max_tokens=60))
+    while driver.engine.stats().rows < 1:
+        driver.engine.step()
+    started: list[int] = []
+    start = prefill.start
+    monkeypatch.setattr(prefill, "start", lambda layers: (started.append(len(layers)), start(layers))[1])
+    driver.engine.submit(generate(1, prompt=prompt, max_tokens=5))
+    each = []
+    while driver.engine.stats().rows < 2:
+        del started[:]
+        driver.engine.step()
+        each.append(sum(started))
+    assert each == [*([0, 2, 1] * 3)[: steps - 1], 0]
+    driver.drain()
+    assert driver.answers[1].text == alone
 
 
 class OneLayer(Pacing):
