@@ -28,7 +28,7 @@ class Decoding:
         send: Callable[[list[Delta]], None],
     ) -> None:
         self.counters = Counters()
-        self._ahead = rounds_ahead()
+        self.ahead = rounds_ahead()
         self._batch = batch
         self._tokenizer = loaded.tokenizer
         self._speculation = speculation
@@ -47,7 +47,7 @@ class Decoding:
 
     def ended(self) -> list[Row]:
         """Rows that are done. No step is under way then whose outcome decides how much of them is computed."""
-        if not self._ahead or any(row.done for row in self._batch.rows):
+        if not self.ahead or any(row.done for row in self._batch.rows):
             self._settle()
         return [row for row in self._batch.rows if row.done]
 
@@ -103,7 +103,7 @@ class Decoding:
         if speculation is None:
             return 0
         proposals = speculation.decide(rows, most, changed=not self._batch.composed)
-        if proposals and not self._ahead:
+        if proposals and not self.ahead:
             self._finish()
         if proposals and not speculation.proposer.ready(rows):
             self._settle()

@@ -14,6 +14,7 @@ import pytest
 from runner.engine import decoding
 from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.loader import LoadedModel, load
+from runner.engine.pacing import Pacing
 from runner.engine.speculative import proposer
 from runner.engine.speculative.loading import speculate
 from runner.protocol import AdapterSource, Configure, Step
@@ -229,6 +230,37 @@ def test_no_round_is_started_for_a_row_that_has_ended_unless_they_are_ahead(
     driver = with_draft(targets("llama"), drafts("llama", "self"), always(4))
     driver.one(prompt=PROMPTS[0], max_tokens=10)
     assert rounds == [4] * (3 if ahead else 2)
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [32, 8])
+def test_nothing_is_proposed_on_the_cpu_while_the_batch_fills_up_with_short_prompts(
+    targets: Callable[[str], LoadedModel],
+    drafts: Drafts,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: bool,
+    chunk: int,
+) -> None:
+    """A long prompt takes its chunks one by one, and those that decode go on with rounds meanwhile."""
+    steps: list[tuple[int, int]] = []
+    sample = DecodeBatch.sample
+
+    def sampling(self: DecodeBatch, mask: Any) -> StepResult:
+        result = sample(self, mask)
+        steps.append((len(result.rows), result.proposed))
+        return result
+
+    monkeypatch.setattr(DecodeBatch, "sample", sampling)
+    # All layers of a prompt's call at once, however long they take.
+    monkeypatch.setattr(Pacing, "knows", lambda self, decoding: True)
+    monkeypatch.setattr(Pacing, "layers", lambda self, tokens, layers, decoding, waiting: layers)
+    driver = with_draft(targets("llama"), drafts("llama", "self"), always(2), max_rows=4, prefill_step_size=chunk)
+    driver.run([generate(i, prompt=TEXT[i : i + 30], max_tokens=60) for i in range(4)])
+    assert {rows for rows, _ in steps} >= {1, 2, 3}, "they come one by one"
+    full = 0 if ahead or chunk < 30 else steps.index((4, 2))
+    assert {proposed for _, proposed in steps[full:]} == {2}
+    assert {proposed for _, proposed in steps[:full]} <= {0}
+    assert full == (3 if chunk > 30 and not ahead else 0)
 
 
 def test_a_plain_step_is_read_before_a_round_unless_that_is_ahead(
