@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,13 @@ CUDA: Final = {
     "MLX_CUDA_USE_CUDNN_SDPA": "0",
 }
 """How the CUDA backend is set up, where the user has not said otherwise."""
+
+
+_KERNELS: Final = {
+    "SKYLAKEX": {"avx512f", "avx512cd", "avx512dq", "avx512bw", "avx512vl"},
+    "HASWELL": {"avx2", "fma"},
+}
+"""By what they need of a processor, as Linux names it; the best first."""
 
 
 def prepared(environ: Mapping[str, str], now: float) -> dict[str, str]:
@@ -63,7 +71,22 @@ def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if "blas" not in environ.get("LD_PRELOAD", "") and (library := find_openblas()):
         preloaded = environ.get("LD_PRELOAD")
         added["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else library
+        if "OPENBLAS_CORETYPE" not in environ and (kernels := openblas_kernels()):
+            added["OPENBLAS_CORETYPE"] = kernels
     return added
+
+
+def openblas_kernels(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The kernels of OpenBLAS for what the processor can do, None where OpenBLAS has to know by itself.
+
+    It goes by the processor's name, and one that is younger than the library gets kernels of 2004: 0.3.21 on a Xeon of
+    2023 multiplied 32 rows five times as slowly. Those for processors that it does know are the same as these, as far
+    as products in float32 go.
+    """
+    with suppress(OSError), cpuinfo.open() as lines:
+        flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        return next((name for name, needed in _KERNELS.items() if needed <= flags), None)
+    return None
 
 
 def find_openblas() -> str | None:

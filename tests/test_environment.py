@@ -24,6 +24,39 @@ def test_adds_what_a_bare_environment_lacks(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @linux_cpu
+def test_names_the_kernels_of_an_openblas_that_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "find_openblas", lambda: "/lib/libopenblas.so.0")
+    monkeypatch.setattr(environment, "openblas_kernels", lambda: "HASWELL")
+    assert environment.engine_environment({})["OPENBLAS_CORETYPE"] == "HASWELL"
+    assert "OPENBLAS_CORETYPE" not in environment.engine_environment({"OPENBLAS_CORETYPE": "ZEN"})
+    assert "OPENBLAS_CORETYPE" not in environment.engine_environment({"LD_PRELOAD": "/opt/libopenblas.so"})
+
+
+_AVX512 = "avx512f avx512dq avx512cd avx512bw avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        (f"fpu fma sse3 avx avx2 {_AVX512} avx512_bf16", "SKYLAKEX"),
+        ("fpu fma avx2 avx512f avx512cd avx512er avx512pf", "HASWELL"),
+        ("fpu fma sse3 avx avx2 avx_vnni", "HASWELL"),
+        ("fpu sse3 avx", None),
+    ],
+)
+def test_kernels_are_what_the_processor_can_do(flags: str, kernels: str | None, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: A\nflags\t\t: {flags}\nvmx flags\t: avx512f\n")
+    assert environment.openblas_kernels(cpuinfo) == kernels
+
+
+def test_without_such_a_list_openblas_knows_by_itself(tmp_path: Path) -> None:
+    assert environment.openblas_kernels(tmp_path / "cpuinfo") is None
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd\n")
+    assert environment.openblas_kernels(tmp_path / "cpuinfo") is None
+
+
+@linux_cpu
 def test_leaves_alone_what_the_user_has_set() -> None:
     environ = {"MLX_DISABLE_COMPILE": "0", "LD_PRELOAD": "/opt/libmyblas.so", "OPENBLAS_NUM_THREADS": "3"}
     assert environment.engine_environment(environ) == {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import mlx.core as mx
+
 from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.grammar.masks import GrammarMasks, Mask
 from runner.engine.kv.caches import Caches
@@ -26,6 +28,7 @@ class Decoding:
         send: Callable[[list[Delta]], None],
     ) -> None:
         self.counters = Counters()
+        self.ahead = rounds_ahead()
         self._batch = batch
         self._tokenizer = loaded.tokenizer
         self._speculation = speculation
@@ -46,7 +49,7 @@ class Decoding:
 
     def ended(self) -> list[Row]:
         """Rows that are done. No step is under way then whose outcome decides how much of them is computed."""
-        if any(row.done for row in self._batch.rows):
+        if not self.ahead or any(row.done for row in self._batch.rows):
             self._settle()
         return [row for row in self._batch.rows if row.done]
 
@@ -81,8 +84,7 @@ class Decoding:
         is called.
         """
         if not self._batch.rows:
-            before, self._in_flight = self._in_flight, None
-            self._tell(self._read(before, None))
+            self._finish()
             return
         proposals = self._proposals(most)
         before, self._in_flight = self._in_flight, None
@@ -115,6 +117,8 @@ class Decoding:
         if speculation is None:
             return 0
         proposals = speculation.decide(rows, most, changed=not self._batch.composed)
+        if proposals and not self.ahead:
+            self._finish()
         if proposals and not speculation.proposer.ready(rows):
             self._settle()
             speculation.catch_up(rows, under_way=self._in_flight is not None)
@@ -129,10 +133,15 @@ class Decoding:
 
     def _settle(self) -> None:
         """Read the round under way, if there is one: until then nobody knows how long rows are."""
-        before = self._in_flight
-        if before is not None and before.proposed:
-            self._in_flight = None
-            self._tell(self._read(before, None))
+        if self._in_flight is not None and self._in_flight.proposed:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Read the step under way, if there is one, before another is started."""
+        before, self._in_flight = self._in_flight, None
+        self._tell(self._read(before, None))
+        for row in self._batch.rows:
+            row.unread = False
 
     def _mask(self, deltas: list[Delta]) -> Mask | None:
         """What grammars allow next. Rows whose grammar has ended do as well, and their last delta is added."""
@@ -186,3 +195,13 @@ class Decoding:
         self._speculation.learn(row, kept, proposed)
         self.counters.accepted += kept
         self.counters.drafted += proposed
+
+
+def rounds_ahead() -> bool:
+    """Whether a round is started before the one before it has been read.
+
+    MLX keeps so little of a computation waiting on the CPU that whoever starts one is held up until it has nearly run:
+    started ahead, a round has nothing to overlap with, is in vain for rows that have ended, and has to do with lengths
+    that only the device knows.
+    """
+    return bool(mx.default_device() != mx.Device(mx.cpu))

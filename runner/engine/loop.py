@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 _WITHIN_EVERY: Final = 16
 """Steps between two looks at what the rows have come to; they are counted with more than that ahead."""
 
+_FILLING: Final = 0.25
+"""Share of the batch's rows; while more than that are coming, it fills up."""
+
 _CLEAR_EVERY: Final = 512
 """Steps between two returns of unused buffers to the system, as in mlx-lm."""
 
@@ -111,7 +114,7 @@ class Engine:
             self._take_compiled()
             self._start_waiting()
             changed = not self._batch.composed
-            self._decoding.step(self.limits.num_draft_tokens)
+            self._decoding.step(self._most_proposals())
             if self._batch.rows:
                 self._prefiller.pacing.stepped(time.perf_counter() - began, len(self._batch.rows), changed=changed)
         except Exception as error:
@@ -148,7 +151,7 @@ class Engine:
     def _start_waiting(self) -> None:
         """Waiting prompts come nearer, and join the batch once they are prefilled."""
         decoding, chunk = len(self._batch.rows), self.limits.prefill_step_size
-        free = (self.limits.max_rows if self._loaded.batches else 1) - decoding
+        free = self._free
         if free > 0 and self._prefiller.due(free, chunk, decoding):
             self._decoding.disturbed()
             for rows, caches in self._prefiller.step(free, chunk, self._batch.room[1], decoding):
@@ -157,6 +160,22 @@ class Engine:
                 self._decoding.join(rows, caches, self.room.soon(rows, waiting, free + decoding))
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
+
+    def _most_proposals(self) -> int:
+        """Tokens that the draft may propose: none on the CPU while the batch fills up.
+
+        What a larger batch makes of the same seconds is more there than what a round does, and rows that a round brings
+        to their ends sooner leave before the others have come.
+        """
+        decoding, free = len(self._batch.rows), self._free
+        coming = self._prefiller.coming(free, self.limits.prefill_step_size) if free > 0 else 0
+        filling = coming > decoding * _FILLING and not self._decoding.ahead
+        return 0 if filling else self.limits.num_draft_tokens
+
+    @property
+    def _free(self) -> int:
+        """Rows that the batch may have beside those that it has; less than 0 after the limit was lowered."""
+        return (self.limits.max_rows if self._loaded.batches else 1) - len(self._batch.rows)
 
     def release(self, nbytes: int) -> int:
         """Give up kept prefixes for at least so many bytes, or all of them; returns how many that were."""

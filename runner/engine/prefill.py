@@ -76,6 +76,11 @@ class Prefiller:
         """Every row that has not joined the batch."""
         return [*self.waiting, *self.active]
 
+    def coming(self, free_rows: int, chunk: int) -> int:
+        """Rows that join within a few steps where `free_rows` are free: those of at most a `chunk` of tokens."""
+        short = islice((row for row in self.rows if row.uncached <= chunk), free_rows)
+        return sum(1 for _ in short)
+
     def remove_ended(self) -> list[Row]:
         """Forget the rows that are done, and return them; not those that share a call with others that are not."""
         if not any(row.done for row in self.rows):

@@ -98,7 +98,9 @@ class Taken(msgspec.Struct, frozen=True):
 
     It gave each row `tokens` on the average. `following` proposals are under way, None where nothing is. A `timed` one
     took what such steps take. With `shared`, somebody else's work was done as well. `reading` are seconds in which the
-    draft caught up, as predicted, `building` those in which graphs were built for the step that follows.
+    draft caught up, as predicted, `building` those in which graphs were built for the step that follows. An `alone` one
+    was begun when the one before it had been read, and read before another was begun: nothing follows, and what was
+    read or built was for itself.
     """
 
     rows: int
@@ -110,6 +112,12 @@ class Taken(msgspec.Struct, frozen=True):
     shared: bool = False
     reading: float = 0.0
     building: float = 0.0
+    alone: bool = False
+
+    @property
+    def for_length(self) -> int | None:
+        """Proposals of the step that `reading` and `building` were for; None where there is none."""
+        return self.length if self.alone else self.following
 
 
 class _Trial(msgspec.Struct):
@@ -172,13 +180,13 @@ class Policy:
             self.costs.record(step.rows, step.length, step.seconds)
             if self._trial is not None and (self._trial.size, self._trial.length) == (size, step.length):
                 self._trial.timed += 1
-        elif step.length and step.following == step.length:
+        elif step.length and step.for_length == step.length:
             self.costs.record_disturbed(step.rows, step.length, step.seconds)
         (self._since_plain if step.length else self._since_trial)[size] += 1
-        if step.building and step.following is not None:
-            self._builds[step.following] = step.building / self.costs.step(step.rows, step.following)
+        if step.building and (built := step.for_length) is not None:
+            self._builds[built] = step.building / self.costs.step(step.rows, built)
         if self._trial is not None:
-            self._trial.building = step.building if step.following else 0.0
+            self._trial.building = step.building if step.for_length else 0.0
         if self.costs.known(step.rows, 0):
             plain = self.costs.average(step.rows)
             self.allowance.begin(plain)
@@ -194,10 +202,10 @@ class Policy:
         What is done for a round while the plain step before it is waited for is part of it. Of one that nothing follows
         on, some of the time may have gone by before the one before it was read.
         """
-        if not step.shared and step.following is not None:
+        if not step.shared and step.for_length is not None:
             return step.seconds - step.tokens * plain
         rounds = self.costs.step(step.rows, step.length) - step.tokens * plain if step.length else 0.0
-        return rounds + (step.reading + step.building if step.following else 0.0)
+        return rounds + (step.reading + step.building if step.for_length else 0.0)
 
     # ------------------------------------------------------------- what pays
 

@@ -42,6 +42,7 @@ class Speculation:
         self._known: defaultdict[str, Acceptance] = defaultdict(Acceptance)
         self._clock = clock
         self._ended = clock()
+        self._alone = False
         self._shared = 0
         self._warming = 0
         self._reading = self._building = 0.0
@@ -108,10 +109,14 @@ class Speculation:
         if self._rehearsed is not None:
             return
         now = self._clock()
-        # The host has begun what follows meanwhile: that has to be of the same kind.
-        timed = following == length and not self._shared and not self._warming
+        alone = self._alone and following is None
+        # Else the host has begun what follows meanwhile: that has to be of the same kind, and so has what was before.
+        usual = (alone and length > 0) or (following == length and not self._alone)
+        timed = usual and not self._shared and not self._warming
         extra = self._reading, self._building
-        self.policy.took(Taken(rows, length, now - self._ended, tokens, following, timed, self._shared > 0, *extra))
+        taken = Taken(rows, length, now - self._ended, tokens, following, timed, self._shared > 0, *extra, alone)
+        self.policy.took(taken)
+        self._alone = following is None
         self._ended, self._reading, self._building = now, 0.0, 0.0
         self._shared, self._warming = max(0, self._shared - 1), max(0, self._warming - 1)
 

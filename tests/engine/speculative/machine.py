@@ -30,7 +30,8 @@ class Machine:
     """Seconds of model calls by their tokens, what a round takes beyond its calls, and what loading made of it all.
 
     `scatter` is a share of a step's time, at most. The first calls of a shape take `first` times as long. Predictions
-    are wrong by a factor, those for the draft by another.
+    are wrong by a factor, those for the draft by another. One that is not `ahead` holds up whoever starts a step;
+    its rounds are each read before the next step is started, and so is what is before a round.
     """
 
     target: Callable[[int], float]
@@ -40,6 +41,7 @@ class Machine:
     first: float = 1.0
     target_error: float = 1.0
     draft_error: float = 1.0
+    ahead: bool = True
 
     def costs(self) -> Costs:
         """As predicted."""
@@ -152,7 +154,11 @@ class _Run:
 
     def step(self, rate: float, *, changed: bool) -> None:
         rows = self.rows
+        if not self.machine.ahead:
+            self.settle()
         length = self.speculation.decide(rows, self.most, changed=changed)
+        if length and not self.machine.ahead:
+            self.read(None)
         self.outcome.lengths[len(rows), length] += 1
         seconds = self.machine.step(len(rows), length) * (1 + self.machine.scatter * self.dice.random())
         if length and self.reader.behind:
@@ -165,7 +171,10 @@ class _Run:
             self.now += building
             self.speculation.built(building, under_way=self.flying is not None)
         self.now += 0.1 * seconds
-        self.free = max(self.now, self.free) + seconds
+        if self.machine.ahead:
+            self.free = max(self.now, self.free) + seconds
+        else:
+            self.free = self.now = max(self.now, self.free) + 0.9 * seconds
         kept = [next((n for n in range(length) if self.dice.random() >= rate), length) for _ in rows]
         before, self.flying = self.flying, (rows, length, kept, self.free)
         self.ended(before, length)

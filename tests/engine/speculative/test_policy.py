@@ -21,7 +21,10 @@ GPU = Machine(lambda n: 0.0013 if n <= 32 else 0.0028 + 0.00002 * (n - 32), lamb
 COSTLY = replace(GPU, overhead=lambda rows: 0.0012 if rows > 8 else 0.0)
 """Where a round of 16 rows takes much more than its calls let expect."""
 
-MACHINES = {"cpu": CPU, "gpu": GPU, "costly": COSTLY}
+IN_TURN = replace(CPU, ahead=False)
+"""As the CPU is: see `rounds_ahead`."""
+
+MACHINES = {"cpu": CPU, "in turn": IN_TURN, "gpu": GPU, "costly": COSTLY}
 LEAST = 0.97
 
 

@@ -7,11 +7,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from msgspec.structs import replace
 
+from runner.engine import decoding
 from runner.engine.batch import DecodeBatch, StepResult
 from runner.engine.loader import LoadedModel, load
+from runner.engine.pacing import Pacing
 from runner.engine.speculative import proposer
 from runner.engine.speculative.loading import speculate
 from runner.protocol import AdapterSource, Configure, Step
@@ -26,6 +29,17 @@ PROMPTS = [TEXT[:20], TEXT[3:40], TEXT[:1], TEXT[7:9], TEXT[2:33]]
 FAMILIES = ["llama", "qwen3", "gemma3_text", "qwen3_moe"]
 
 Drafts = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True, params=[True])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether rounds are started before those before them are read: as on a GPU, and where asked as on the CPU."""
+    given: bool = request.param
+    monkeypatch.setattr(decoding, "rounds_ahead", lambda: given)
+    return given
+
+
+BOTH = pytest.mark.parametrize("ahead", [True, False], indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +93,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@BOTH
 def test_rows_of_which_the_draft_has_missed_too_much_are_read_anew(
     targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +108,9 @@ def test_rows_of_which_the_draft_has_missed_too_much_are_read_anew(
 
 
 @pytest.mark.parametrize("kind", ["self", "perturbed", "unrelated"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("model_type", "ahead"), [*((name, True) for name in FAMILIES), ("llama", False)], indirect=["ahead"]
+)
 def test_a_batch_says_the_same_with_a_draft(
     targets: Callable[[str], LoadedModel], drafts: Drafts, model_type: str, kind: Kind
 ) -> None:
@@ -167,8 +184,9 @@ def test_one_frame_a_round_with_all_new_tokens(targets: Callable[[str], LoadedMo
     assert [[delta.tokens for delta in frame.deltas] for frame in frames] == [[5, 5, 5]] * 4
 
 
-def test_the_next_round_starts_before_the_last_is_read(
-    targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+@BOTH
+def test_the_next_round_starts_before_the_last_is_read_where_that_saves_time(
+    targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     happened: list[str] = []
     sample, read = DecodeBatch.sample, StepResult.read
@@ -187,7 +205,77 @@ def test_the_next_round_starts_before_the_last_is_read(
     driver.run([generate(i, prompt=prompt, max_tokens=40) for i, prompt in enumerate(PROMPTS[:2])])
     text = " ".join(happened)
     # The first tokens of a batch do not wait for the next round to be built.
-    assert text.startswith("start read start start read start read start read start read")
+    assert text.startswith("start read start start read start read" if ahead else "start read start read start read")
+
+
+def test_rounds_are_ahead_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for device, expected in ((mx.cpu, False), (mx.gpu, True)):
+        monkeypatch.setattr(mx, "default_device", lambda device=device: mx.Device(device))
+        assert decoding.rounds_ahead() is expected
+
+
+@BOTH
+def test_no_round_is_started_for_a_row_that_has_ended_unless_they_are_ahead(
+    targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    rounds: list[int] = []
+    sample = DecodeBatch.sample
+
+    def sampling(self: DecodeBatch, mask: Any) -> StepResult:
+        result = sample(self, mask)
+        rounds.append(result.proposed)
+        return result
+
+    monkeypatch.setattr(DecodeBatch, "sample", sampling)
+    driver = with_draft(targets("llama"), drafts("llama", "self"), always(4))
+    driver.one(prompt=PROMPTS[0], max_tokens=10)
+    assert rounds == [4] * (3 if ahead else 2)
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [32, 8])
+def test_nothing_is_proposed_on_the_cpu_while_the_batch_fills_up_with_short_prompts(
+    targets: Callable[[str], LoadedModel],
+    drafts: Drafts,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: bool,
+    chunk: int,
+) -> None:
+    """A long prompt takes its chunks one by one, and those that decode go on with rounds meanwhile."""
+    steps: list[tuple[int, int]] = []
+    sample = DecodeBatch.sample
+
+    def sampling(self: DecodeBatch, mask: Any) -> StepResult:
+        result = sample(self, mask)
+        steps.append((len(result.rows), result.proposed))
+        return result
+
+    monkeypatch.setattr(DecodeBatch, "sample", sampling)
+    # All layers of a prompt's call at once, however long they take.
+    monkeypatch.setattr(Pacing, "knows", lambda self, decoding: True)
+    monkeypatch.setattr(Pacing, "layers", lambda self, tokens, layers, decoding, waiting: layers)
+    driver = with_draft(targets("llama"), drafts("llama", "self"), always(2), max_rows=4, prefill_step_size=chunk)
+    driver.run([generate(i, prompt=TEXT[i : i + 30], max_tokens=60) for i in range(4)])
+    assert {rows for rows, _ in steps} >= {1, 2, 3}, "they come one by one"
+    full = 0 if ahead or chunk < 30 else steps.index((4, 2))
+    assert {proposed for _, proposed in steps[full:]} == {2}
+    assert {proposed for _, proposed in steps[:full]} <= {0}
+    assert full == (3 if chunk > 30 and not ahead else 0)
+
+
+def test_a_plain_step_is_read_before_a_round_unless_that_is_ahead(
+    targets: Callable[[str], LoadedModel], drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the draft has to catch up with then ends where the row does: it has all of it, and is right every time."""
+    monkeypatch.setattr(decoding, "rounds_ahead", lambda: False)
+    lengths = cycle([0, 0, 3])
+    target = targets("llama")
+    request = generate(0, prompt=PROMPTS[0], max_tokens=60, temperature=1.0, seed=5)
+    driver = with_draft(target, drafts("llama", "self"), Scripted(lambda: next(lengths)))
+    assert same(driver.run([request]), Driver(target).run([request]))
+    stats = driver.engine.stats()
+    assert stats.accepted_tokens_total == stats.drafted_tokens_total > 0
 
 
 def test_logprobs_come_for_every_token(targets: Callable[[str], LoadedModel], drafts: Drafts) -> None:

@@ -62,6 +62,16 @@ def test_a_step_is_timed_where_one_of_its_kind_follows() -> None:
     assert [step.following for step in timed.taken] == [0, 0, 4, 4, 4, 4, 2, None]
 
 
+def test_rounds_that_are_each_read_before_the_next_are_timed_by_themselves() -> None:
+    timed = Timed()
+    alone = [timed.steps(length) for length in (0, 4, 4, 0)]
+    assert alone == [[False], [True], [True], [False]]
+    assert [step.alone for step in timed.taken] == [False, True, True, True]
+    assert timed.steps(0, 0, 0) == [False, True, False], "the first has waited for nothing before it"
+    assert timed.taken[1].for_length == 4
+    assert timed.taken[4].for_length == 0
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 def test_what_others_do_concerns_the_next_step_and_the_one_under_way(under_way: bool) -> None:
     timed = Timed()
