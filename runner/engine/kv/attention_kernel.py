@@ -43,6 +43,7 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import Kernel
+from runner.engine.kv import decode_kernel
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -197,15 +198,26 @@ def launch() -> Launch | None:
 def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     """What each query sees, [rows, heads, tokens, width], and the planes, which have the new keys and values then."""
     rows, heads, tokens, width = call.queries.shape
-    groups = call.keys.shape[1]
-    way = shape(width, call.queries.dtype.size, heads // groups)
-    assert way is not None
-    blocks = rows * groups * (heads // groups // way.heads) * tokens
-    places = call.planes[0].shape[2]
-    shares = splits(blocks, min(places, call.window or places))
-    frequencies, constants = rotating(call.rotation)
     dtype = call.queries.dtype
-    out, _ = _kernel(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
+    groups = call.keys.shape[1]
+    shared, sets = heads // groups, rows * groups
+    places = call.planes[0].shape[2]
+    places = min(places, call.window or places)
+    frequencies, constants = rotating(call.rotation)
+    window, ring = call.window or 0, call.ring or 0
+    if (by_products := decode_kernel.shape(dtype, width, shared, tokens, FEW)) is not None:
+        blocks = sets * by_products.blocks(tokens, shared)
+        shares = decode_kernel.splits(blocks, places, by_products.warps)
+        kernel = decode_kernel.kernel(by_products, width, window, ring, constants, call.scale, types(dtype))
+        threads, lines = by_products.threads, by_products.lines
+    else:
+        way = shape(width, dtype.size, shared)
+        assert way is not None
+        blocks = sets * (shared // way.heads) * tokens
+        shares = splits(blocks, places)
+        kernel = _kernel(call.scale, dtype, width, way, window, ring, constants)
+        threads, lines = way.threads, way.heads
+    out, _ = kernel.launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -214,9 +226,9 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             counters(shares, blocks),
             frequencies,
         ],
-        grid=(blocks * shares * way.threads, 1, 1),
-        threadgroup=(way.threads, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
+        grid=(blocks * shares * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, lines, width)],
         output_dtypes=[dtype, mx.float32],
     )
     # In this order upstream's next transposition makes it contiguous.
@@ -228,6 +240,13 @@ def partial(blocks: int, shares: int, heads: int, width: int) -> tuple[int, ...]
     return (blocks, shares, heads, width + 2) if shares > 1 else (1,)
 
 
+@cache
+def types(dtype: mx.Dtype) -> decode_kernel.Types:
+    """Of the arrays that a launch takes, in their order."""
+    others = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    return tuple((name, others.get(name, dtype)) for name in INPUTS)
+
+
 def header(scale: float) -> str:
     """What comes before the kernel: scores are powers of two."""
     return f"{HEADER}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
@@ -237,10 +256,9 @@ def header(scale: float) -> str:
 def _kernel(
     scale: float, dtype: mx.Dtype, width: int, way: Shape, window: int, ring: int, rotating: Rotating
 ) -> Kernel:
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
     return Kernel(
         name="attend_and_write",
-        inputs={name: types.get(name, dtype) for name in INPUTS},
+        inputs=dict(types(dtype)),
         outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),
