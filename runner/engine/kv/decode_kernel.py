@@ -125,6 +125,11 @@ def constants(way: Shape, width: int, window: int, ring: int, rotating: Constant
     )
 
 
+def whole_header(dtype: mx.Dtype, numbers: Constants, scale: float) -> str:
+    """What comes before it."""
+    return header(dtype, numbers, scale) + PRODUCTS + MATRICES + DEVICE
+
+
 @cache
 def kernel(way: Shape, width: int, window: int, ring: int, rotating: Constants, scale: float, types: Types) -> Kernel:
     """Of arrays of such types, by the names that the source has for them."""
@@ -137,7 +142,7 @@ def kernel(way: Shape, width: int, window: int, ring: int, rotating: Constants, 
         inputs=inputs,
         outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
-        header=header(dtype, numbers, scale) + PRODUCTS + MATRICES + DEVICE,
+        header=whole_header(dtype, numbers, scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
         shared_memory=way.shared_memory(width),

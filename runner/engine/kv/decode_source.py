@@ -8,11 +8,11 @@ is known of the row.
 
 A thread copies into shared memory what it reads itself, STAGES tiles ahead, and so nobody waits for others: of two keys
 every fourth vector of 16 bytes, and of four values every eighth. In a product of scores a key's vector are inputs of
-two products, as the queries' are (`product_source`). Scores leave a thread with two keys of two queries; as 16 bits, and
-each 8 × 8 of them transposed, they are what the values' product takes (PTX ISA, mma.m16n8k16). Its lines are a value's
-columns, which `bytes` of two keys make pairs of. Sums are relative to a score that is at most 256 times less than the
-highest, and is seldom changed; they are merged once at the end, of warps, then of blocks: those leave what they have in
-`partial`, and the last of them, by `counters`, merges that.
+two products, as the queries' are (`product_source`). Scores leave a thread with two keys of two queries; in 16 bits,
+and each 8 × 8 of them transposed, they are what the values' product takes (PTX ISA, mma.m16n8k16). Its lines are the
+values' columns, so that a thread makes pairs of what it has of two of them. Sums are relative to a score that is seldom
+changed, since the highest may be up to 256 times as much; they are merged once at the end, of warps, then of blocks:
+those leave what they have in `partial`, and the last of them, by `counters`, merges that.
 
 T, D (a head's width, whole 64), HEADS, SETS (eights of queries of a block), WARPS, STAGES, FEW (tokens of a row at
 most), WINDOW and RING (0 for none), ROTATED (values of a line, 0 for none) and TRADITIONAL are constants, and so are
@@ -116,8 +116,8 @@ _FETCH: Final = """
 """
 
 _NEW: Final = """
-    // The block's queries, and the call's own keys and values up to its last token's, rotated as MLX's rope does it, and
-    // rounded as there. A thread has a pair of columns of every AT_ONCE-th line; several lines are on their way at once.
+    // The block's queries, and the call's own keys and values up to its last token's, rotated as MLX's rope does it,
+    // and rounded as there. A thread has a pair of columns of every AT_ONCE-th line; several are on their way at once.
     __shared__ uint4 asked_raw[LINES * (D / 8)], fresh_raw[2 * FEW * (D / 8)];
     T* const asked = reinterpret_cast<T*>(asked_raw);
     T* const fresh = reinterpret_cast<T*>(fresh_raw);
