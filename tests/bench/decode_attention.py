@@ -46,7 +46,7 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 Heads = tuple[int, int, int]
 """Query heads, key heads, width."""
 
-SHAPE, SPLIT = decode_kernel.shape, decode_kernel.splits
+SHAPE, SPLIT, CROWD = decode_kernel.shape, decode_kernel.splits, decode_kernel.CROWD
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,11 @@ class Way:
                 return own
             return replace(own, warps=self.warps, stages=self.stages)
 
+        # Rows are shared by as many blocks as the way says, however many there are.
+        crowd = CROWD if self.warps is None else 1 << 20
+        if crowd != decode_kernel.CROWD:
+            decode_kernel.CROWD = crowd  # type: ignore[misc]
+            decode_kernel.kernel.cache_clear()
         decode_kernel.shape = shape  # type: ignore[assignment]
         decode_kernel.splits = SPLIT if self.splits is None else lambda *_: self.splits or 1
 
@@ -100,7 +105,7 @@ def error(heads: Heads, lengths: Sequence[int], tokens: int, dtype: mx.Dtype) ->
     behind = mx.arange(places)[None, None, :, None] >= mx.array(lengths)[:, None, None, None]
     shape = len(lengths), heads[1], places, heads[2]
     clean = [mx.where(behind, 0, mx.random.normal(shape)).astype(dtype) for _ in range(2)]
-    poisoned = [mx.where(behind, float("nan"), plane) for plane in clean]
+    poisoned = [mx.where(behind, float("nan"), plane).astype(dtype) for plane in clean]
     mx.eval(clean, poisoned)
     one = call(heads, lengths, tokens, dtype, tuple(poisoned))
     found, written = attention_kernel.attend_and_write(one)
@@ -121,23 +126,26 @@ def error(heads: Heads, lengths: Sequence[int], tokens: int, dtype: mx.Dtype) ->
         return float((mx.max(largest) / spread).item())
 
 
-def check(ways: Sequence[Way]) -> None:
-    """The engine's own way for all geometries, other ways for one of them."""
-    for dtype, heads in [
-        (mx.bfloat16, (32, 8, 64)),
-        (mx.float16, (32, 8, 64)),
-        (mx.bfloat16, (32, 8, 128)),
-        (mx.bfloat16, (8, 4, 256)),
-    ]:
+CHECKED: tuple[tuple[mx.Dtype, Heads], ...] = (
+    (mx.bfloat16, (32, 8, 64)),
+    (mx.float16, (32, 8, 64)),
+    (mx.bfloat16, (32, 8, 128)),
+    (mx.bfloat16, (8, 4, 256)),
+)
+
+
+def check(heads: Heads, ways: Sequence[Way]) -> None:
+    """The engine's own way for several geometries, other ways for one of them."""
+    for dtype, geometry in CHECKED:
         found = []
         for tokens, splits in [(1, 1), (1, None), (1, 4), (2, 2), (5, None)]:
-            Way(*((4, 2, splits) if splits else ())).take()
-            found.append(f"{error(heads, [0, 5, 300, 1000], tokens, dtype):.4f}")
-        progress(f"{dtype} {heads}: {' '.join(found)}")
+            Way(splits=splits).take()
+            found.append(f"{error(geometry, [0, 5, 300, 1000], tokens, dtype):.4f}")
+        progress(f"{dtype} {geometry}: {' '.join(found)}")
     found = []
     for way in ways:
         way.take()
-        found.append(f"{way} {max(error((32, 8, 64), [3, 311, 3000], 1, mx.bfloat16) for _ in range(2)):.4f}")
+        found.append(f"{way} {max(error(heads, [3, 311, 3000], 1, mx.bfloat16) for _ in range(2)):.4f}")
     progress("; ".join(found))
 
 
@@ -225,19 +233,20 @@ def main() -> None:
     ways = [Way(*map(int, way.split(",")), splits=1) for way in arguments.ways]
     heads: Heads = tuple(arguments.heads)
     prepare(heads, ways)
-    check(ways)
+    check(heads, ways)
     time_all(heads, ways, budget, arguments.repeat)
 
 
 def prepare(heads: Heads, ways: Sequence[Way]) -> None:
     """Have all kernels compiled, side by side."""
-    rotation = attention_kernel.rotating(turning(heads[2]))[1]
-    for way in ways:
+    wanted = [(mx.bfloat16, heads, 1, way) for way in ways]
+    wanted += [(dtype, geometry, tokens, Way()) for dtype, geometry in CHECKED for tokens in (1, 2, 5)]
+    for dtype, (queries, groups, width), tokens, way in wanted:
         way.take()
-        shape = decode_kernel.shape(mx.bfloat16, heads[2], heads[0] // heads[1], 1, FEW)
+        shape = decode_kernel.shape(dtype, width, queries, groups, tokens, FEW)
         if shape is not None:
-            rest = heads[2] ** -0.5, attention_kernel.types(mx.bfloat16)
-            decode_kernel.kernel(shape, heads[2], 0, 0, rotation, *rest)
+            rotation = attention_kernel.rotating(turning(width))[1]
+            decode_kernel.kernel(shape, 0, 0, rotation, width**-0.5, attention_kernel.types(dtype))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ While few rows decode, a step takes as long as the host takes to launch its oper
 layer's attention is eight of them: a copy of the values, two scatters, a scale, a product, a mask, a softmax and a
 product. Here a block of threads takes one new token of one row, and the query heads of one key head: it puts the
 token's key and value in their places, and attends to what came before (`attention_source.py`). Nothing is masked: a
-block knows how many keys its token sees, and reads no others.
+block knows how many keys its token sees, and reads no others. In 16 bits, and where heads are wide, tensor cores do it
+for several tokens of a row at once (`decode_kernel.py`).
 
 **Writing in place.** MLX's kernels return fresh arrays, and a copy of the planes is what has to be avoided; so the
 planes are inputs, and the kernel casts `const` away. MLX takes arrays for values. What it does not know is made up for:
 
-- *Within a launch*, blocks run in any order. None reads a place that another writes: keys and values of the call's own
-  tokens are read from the new arrays, and what a ring's places held before is out of the window of every token of the
+- *Within a launch*, blocks run in any order. None looks at what it reads of a place that another writes: keys and values
+  of the call's own tokens are taken from the new arrays, and what a ring's places held before is out of the window of every token of the
   call, since a call is wider than the ring's slack by one token at most (Window).
 - *Launch after launch.* MLX orders the kernels of a CUDA graph by the buffers that they are said to write, and those of
   different graphs, which every evaluation ends with, by the stream. So each launch takes the output of the layer's
@@ -200,20 +201,19 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     rows, heads, tokens, width = call.queries.shape
     dtype = call.queries.dtype
     groups = call.keys.shape[1]
-    shared, sets = heads // groups, rows * groups
     places = call.planes[0].shape[2]
     places = min(places, call.window or places)
     frequencies, constants = rotating(call.rotation)
     window, ring = call.window or 0, call.ring or 0
-    if (by_products := decode_kernel.shape(dtype, width, shared, tokens, FEW)) is not None:
-        blocks = sets * by_products.blocks(tokens, shared)
+    if (by_products := decode_kernel.shape(dtype, width, heads, groups, tokens, FEW)) is not None:
+        blocks = by_products.blocks(rows, tokens)
         shares = decode_kernel.splits(blocks, places, by_products.warps)
-        kernel = decode_kernel.kernel(by_products, width, window, ring, constants, call.scale, types(dtype))
+        kernel = decode_kernel.kernel(by_products, window, ring, constants, call.scale, types(dtype))
         threads, lines = by_products.threads, by_products.lines
     else:
-        way = shape(width, dtype.size, shared)
+        way = shape(width, dtype.size, heads // groups)
         assert way is not None
-        blocks = sets * (shared // way.heads) * tokens
+        blocks = rows * (heads // way.heads) * tokens
         shares = splits(blocks, places)
         kernel = _kernel(call.scale, dtype, width, way, window, ring, constants)
         threads, lines = way.threads, way.heads

@@ -49,11 +49,15 @@ Types = tuple[tuple[str, mx.Dtype], ...]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a block shares the work: query heads, eights of queries, warps, and tiles that each has on their way.
+    """How blocks share the work: `parts` of `heads` query heads for each of `groups` key heads.
 
+    Lines have `width` values. A block has eights of queries (`sets`), and warps, each with `stages` tiles on their way.
     `few` is how many tokens a row may have.
     """
 
+    width: int
+    groups: int
+    parts: int
     heads: int
     sets: int
     few: int
@@ -67,30 +71,32 @@ class Shape:
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return self.warps * _WARP
 
-    def blocks(self, tokens: int, shared: int) -> int:
-        """For so many tokens of a row and a key head, where nobody shares keys."""
-        return shared // self.heads * -(-tokens // (self.lines // self.heads))
-
-    def shared_memory(self, width: int) -> int:
+    @property
+    def shared_memory(self) -> int:
         """Bytes of it that a block asks for."""
-        return self.warps * self.stages * tile(width)
+        return self.warps * self.stages * _tile(self.width)
+
+    def blocks(self, rows: int, tokens: int) -> int:
+        """For so many tokens of each row, where nobody shares keys."""
+        return rows * self.groups * self.parts * -(-tokens // (self.lines // self.heads))
 
 
 @cache
-def shape(dtype: mx.Dtype, width: int, shared: int, tokens: int, most: int) -> Shape | None:
-    """For `tokens` of a row, of up to `most`, and `shared` query heads a key head; None where another kernel has it."""
+def shape(dtype: mx.Dtype, width: int, heads: int, groups: int, tokens: int, most: int) -> Shape | None:
+    """For `tokens` of a row, of up to `most`; None where another kernel has it."""
     if dtype not in KINDS or width not in _WIDTHS:
         return None
-    widest = _SET if width > 128 else 2 * _SET
-    heads = max(n for n in range(1, widest + 1) if shared % n == 0)
-    sets = -(-min(heads * tokens, widest) // _SET)
-    stages = max(2, min(_STAGES, _AHEAD // (_WARPS * tile(width))))
-    return Shape(heads, sets, 1 if tokens == 1 else most, _WARPS, stages)
+    shared, widest = heads // groups, _SET if width > 128 else 2 * _SET
+    several = max(n for n in range(1, widest + 1) if shared % n == 0)
+    sets = -(-min(several * tokens, widest) // _SET)
+    stages = max(2, min(_STAGES, _AHEAD // (_WARPS * _tile(width))))
+    return Shape(width, groups, shared // several, several, sets, 1 if tokens == 1 else most, _WARPS, stages)
 
 
-def tile(width: int) -> int:
+def _tile(width: int) -> int:
     """Bytes of 16 keys and values."""
     return _TILE * width * 2 * 2
 
@@ -116,11 +122,12 @@ def header(dtype: mx.Dtype, constants: Constants, scale: float) -> str:
     )
 
 
-def constants(way: Shape, width: int, window: int, ring: int, rotating: Constants) -> Constants:
+def constants(way: Shape, window: int, ring: int, rotating: Constants) -> Constants:
     """What the source calls the numbers that are known when it is compiled."""
     return (
-        *(("D", width), ("HEADS", way.heads), ("SETS", way.sets), ("WARPS", way.warps), ("STAGES", way.stages)),
-        *(("FEW", way.few), ("WINDOW", window), ("RING", ring), ("CROWD", CROWD), ("SHARE", _SHARE // _TILE)),
+        *(("D", way.width), ("GROUPS", way.groups), ("PARTS", way.parts), ("HEADS", way.heads), ("SETS", way.sets)),
+        *(("WARPS", way.warps), ("STAGES", way.stages), ("FEW", way.few), ("WINDOW", window), ("RING", ring)),
+        *(("CROWD", CROWD), ("SHARE", _SHARE // _TILE)),
         *rotating,
     )
 
@@ -131,11 +138,11 @@ def whole_header(dtype: mx.Dtype, numbers: Constants, scale: float) -> str:
 
 
 @cache
-def kernel(way: Shape, width: int, window: int, ring: int, rotating: Constants, scale: float, types: Types) -> Kernel:
+def kernel(way: Shape, window: int, ring: int, rotating: Constants, scale: float, types: Types) -> Kernel:
     """Of arrays of such types, by the names that the source has for them."""
     inputs = dict(types)
     dtype = inputs["queries"]
-    numbers = constants(way, width, window, ring, rotating)
+    numbers = constants(way, window, ring, rotating)
     name = "_".join(str(value) for _, value in numbers)
     return Kernel(
         name=f"decode_{KINDS[dtype][1]}_{name}_{struct.pack('>f', scale).hex()}",
@@ -145,5 +152,5 @@ def kernel(way: Shape, width: int, window: int, ring: int, rotating: Constants, 
         header=whole_header(dtype, numbers, scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,
-        shared_memory=way.shared_memory(width),
+        shared_memory=way.shared_memory,
     )

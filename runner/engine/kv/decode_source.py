@@ -14,10 +14,11 @@ values' columns, so that a thread makes pairs of what it has of two of them. Sum
 changed, since the highest may be up to 256 times as much; they are merged once at the end, of warps, then of blocks:
 those leave what they have in `partial`, and the last of them, by `counters`, merges that.
 
-T, D (a head's width, whole 64), HEADS, SETS (eights of queries of a block), WARPS, STAGES, FEW (tokens of a row at
-most), WINDOW and RING (0 for none), ROTATED (values of a line, 0 for none) and TRADITIONAL are constants, and so are
-SCALE, of powers of two, CROWD (blocks that keep a GPU busy) and SHARE (tiles that are worth a block where there are so
-many). DEVICE is what only a GPU can do, beside that of `product_source` and `prompt_source`.
+T, D (a head's width, whole 64), GROUPS (key heads), PARTS and HEADS (query heads of a key head are PARTS · HEADS), SETS
+(eights of queries of a block), WARPS, STAGES, FEW (tokens of a row at most), WINDOW and RING (0 for none), ROTATED
+(values of a line, 0 for none) and TRADITIONAL are constants, and so are SCALE, of powers of two, CROWD (blocks that
+keep a GPU busy) and SHARE (tiles that are worth a block where there are so many). DEVICE is what only a GPU can do,
+beside that of `product_source` and `prompt_source`.
 """
 
 from __future__ import annotations
@@ -36,28 +37,28 @@ __device__ inline unsigned transposed(unsigned two) {
 _PLACE: Final = """
     constexpr int THREADS = WARPS * 32, LINES = SETS * 8, SEVERAL = LINES / HEADS, HALVES = D / 16, TILE = 2 * HALVES;
     constexpr float NONE = -1e30f, NEVER = -1e38f;
-    const int tokens = queries_shape[2], groups = keys_shape[1], shared = queries_shape[1] / groups;
-    const int splits = counters_shape[0], sets = (tokens + SEVERAL - 1) / SEVERAL;
-    int block = blockIdx.x;
-    const int split = block % splits;
-    block /= splits;
-    const int base_block = block;
-    const int token = block % sets * SEVERAL;
-    block /= sets;
-    const int part = block % (shared / HEADS);
-    block /= shared / HEADS;
-    const int head_of_keys = block % groups, row = block / groups;
-    const int start = starts[row], head = head_of_keys * shared + part * HEADS;
+    const int tokens = queries_shape[2], splits = counters_shape[0];
+    const int sets = FEW == 1 ? 1 : (tokens + SEVERAL - 1) / SEVERAL;
+    // A division by what is only known here takes as long as a load. Splits are a power of two.
+    const int split = blockIdx.x & (splits - 1), base_block = blockIdx.x >> (__ffs(splits) - 1);
+    const int token = FEW == 1 ? 0 : base_block % sets * SEVERAL, piece = FEW == 1 ? base_block : base_block / sets;
+    const int part = piece % PARTS, head_of_keys = piece / PARTS % GROUPS, row = piece / (PARTS * GROUPS);
+    const int start = starts[row], head = (head_of_keys * PARTS + part) * HEADS;
     const int count = SEVERAL < tokens - token ? SEVERAL : tokens - token, used = count * HEADS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const bool crowded = queries_shape[0] * groups * (shared / HEADS) * sets >= CROWD;
+    const bool crowded = queries_shape[0] * GROUPS * PARTS * sets >= CROWD;
 """
 """Which tokens, heads and keys are the block's."""
 
 _FETCH: Final = """
     const T* const old_key = held_keys + row * held_keys_strides[0] + head_of_keys * held_keys_strides[1];
     const T* const old_value = held_values + row * held_values_strides[0] + head_of_keys * held_values_strides[1];
-    auto place = [](int position) { return long(RING > 0 ? position % RING : position); };
+    // From a line to the next: no array is that wide.
+    const int next_key = held_keys_strides[2], next_value = held_values_strides[2];
+    auto place = [](int position) { return RING > 0 ? position % RING : position; };
+    auto line_of = [&](int i, int position) {
+        return i < HALVES ? old_key + long(place(position)) * next_key : old_value + long(place(position)) * next_value;
+    };
     auto whole = [](const T* lines, const auto& strides) {
         return strides[3] == 1 && strides[2] % 8 == 0 && reinterpret_cast<size_t>(lines) % 16 == 0;
     };
@@ -73,9 +74,7 @@ _FETCH: Final = """
             #pragma unroll
             for (int i = 0; i < TILE; ++i) {
                 const int p = tile * 16 + key_of(i);
-                const T* const from = i < HALVES ? old_key + place(p) * held_keys_strides[2]
-                                                 : old_value + place(p) * held_values_strides[2];
-                copy(to + i * 32, from + vector_of(i) * 8, p >= begin && p < end);
+                copy(to + i * 32, line_of(i, p) + vector_of(i) * 8, p >= begin && p < end);
             }
             return;
         }
@@ -83,8 +82,7 @@ _FETCH: Final = """
         for (int i = 0; i < TILE; ++i) {
             const int p = tile * 16 + key_of(i);
             const long step = i < HALVES ? held_keys_strides[3] : held_values_strides[3];
-            const T* const from = i < HALVES ? old_key + place(p) * held_keys_strides[2]
-                                             : old_value + place(p) * held_values_strides[2];
+            const T* const from = line_of(i, p);
             T* const x = reinterpret_cast<T*>(to + i * 32);
             for (int e = 0; e < 8; ++e) x[e] = p >= begin && p < end ? from[(vector_of(i) * 8 + e) * step] : T(0.0f);
         }
@@ -110,9 +108,8 @@ _FETCH: Final = """
         close_group();
     };
     if (early) close_group();
-    else follow(0);
-    #pragma unroll
-    for (int round = 1; round < STAGES; ++round) follow(round);
+    #pragma unroll 1
+    for (int round = early ? 1 : 0; round < STAGES; ++round) follow(round);
 """
 
 _NEW: Final = """
@@ -131,6 +128,7 @@ _NEW: Final = """
             + token * queries_strides[2];
         const T* const key = keys + row * keys_strides[0] + head_of_keys * keys_strides[1];
         const T* const value = values + row * values_strides[0] + head_of_keys * values_strides[1];
+        const int apart = queries_strides[1];
         float sine = 0.0f, cosine = 1.0f;
         int known = -1;
         for (int base = threadIdx.x / PAIRS; base < lines; base += AT_ONCE * TOGETHER) {
@@ -138,9 +136,9 @@ _NEW: Final = """
             #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
                 const int n = base + i * AT_ONCE < lines ? base + i * AT_ONCE : lines - 1, of = n - used;
-                const T* const from = of < 0 ? query + n % HEADS * queries_strides[1] + n / HEADS * queries_strides[2]
-                    : of < own ? key + of * keys_strides[2] : value + (of - own) * values_strides[2];
-                const long step = of < 0 ? queries_strides[3] : of < own ? keys_strides[3] : values_strides[3];
+                const T* const from = of < 0 ? query + n % HEADS * apart + n / HEADS * int(queries_strides[2])
+                    : of < own ? key + of * int(keys_strides[2]) : value + (of - own) * int(values_strides[2]);
+                const int step = of < 0 ? queries_strides[3] : of < own ? keys_strides[3] : values_strides[3];
                 x[i] = float(from[first * step]), y[i] = float(from[second * step]);
             }
             #pragma unroll
@@ -163,13 +161,11 @@ _NEW: Final = """
 
     // The planes are written in place: see attention_kernel.
     const int newest = start / 16 > low ? start / 16 - low : 0;
-    if (part == 0 && newest / WARPS % blocks == split) {
+    if (part == 0 && (blocks == 1 || newest / WARPS % blocks == split)) {
         for (int i = threadIdx.x; i < count * D; i += THREADS) {
             const int of = token + i / D, column = i % D;
-            const long to = place(start + of);
-            const_cast<T*>(old_key)[to * held_keys_strides[2] + column * held_keys_strides[3]] =
-                fresh[of * D + column];
-            const_cast<T*>(old_value)[to * held_values_strides[2] + column * held_values_strides[3]] =
+            const_cast<T*>(line_of(0, start + of))[column * held_keys_strides[3]] = fresh[of * D + column];
+            const_cast<T*>(line_of(HALVES, start + of))[column * held_values_strides[3]] =
                 fresh[(FEW + of) * D + column];
         }
     }

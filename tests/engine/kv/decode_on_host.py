@@ -37,12 +37,12 @@ class DecodeOnHost:
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         rows, heads, tokens, width = call.queries.shape
-        dtype, shared = call.queries.dtype, heads // call.keys.shape[1]
-        way = decode_kernel.shape(dtype, width, shared, tokens, FEW)
+        dtype = call.queries.dtype
+        way = decode_kernel.shape(dtype, width, heads, call.keys.shape[1], tokens, FEW)
         assert way is not None
         way = replace(way, warps=self._warps)
         frequencies, rotation = rotating(call.rotation)
-        blocks = rows * call.keys.shape[1] * way.blocks(tokens, shared)
+        blocks = way.blocks(rows, tokens)
         counters = np.zeros((self._splits, blocks), dtype=np.int32)
         given = (call.queries, call.keys, call.values, *call.planes, call.starts, call.starts)
         mx.eval(*given, frequencies)
@@ -54,7 +54,7 @@ class DecodeOnHost:
         arrays |= {name: _placed(plane, self._apart) for name, plane in own.items()}
         out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
         partial = np.full((blocks, self._splits, way.lines, width + 2), np.nan, dtype=np.float32)
-        numbers = decode_kernel.constants(way, width, call.window or 0, call.ring or 0, rotation)
+        numbers = decode_kernel.constants(way, call.window or 0, call.ring or 0, rotation)
         numbers = tuple((name, self._crowd if name == "CROWD" else value) for name, value in numbers)
         header = TYPES + decode_kernel.header(dtype, numbers, call.scale) + DEVICE
         self._run(header, arrays, {"out": out, "partial": partial}, blocks * self._splits, way.threads)

@@ -30,7 +30,7 @@ def scratch(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("tokens", "rotation", "splits", "crowd", "apart"),
     [
-        (1, 0, 3, IDLE, 0),
+        (1, 0, 4, IDLE, 0),
         (3, 2, 2, IDLE, 8),
         pytest.param(1, 1, 1, IDLE, 8, marks=pytest.mark.nightly),
         pytest.param(3, 3, 8, BUSY, 0, marks=pytest.mark.nightly),
@@ -89,13 +89,13 @@ def test_on_the_host(scratch: Path, geometry: Geometry, dtype: mx.Dtype, splits:
 
 def test_tokens_share_a_block() -> None:
     def shape(shared: int, tokens: int, width: int = 64) -> decode_kernel.Shape:
-        way = decode_kernel.shape(mx.bfloat16, width, shared, tokens, FEW)
+        way = decode_kernel.shape(mx.bfloat16, width, 2 * shared, 2, tokens, FEW)
         assert way is not None
-        assert shared % way.heads == 0
+        assert (way.groups, way.parts * way.heads) == (2, shared)
         return way
 
-    assert [shape(4, tokens).blocks(tokens, 4) for tokens in (1, 2, 4, 5, 16)] == [1, 1, 1, 2, 4]
-    assert [shape(shared, 1).blocks(1, shared) for shared in (1, 8, 16, 17, 20)] == [1, 1, 1, 17, 2]
+    assert [shape(4, tokens).blocks(3, tokens) // 6 for tokens in (1, 2, 4, 5, 16)] == [1, 1, 1, 2, 4]
+    assert [shape(shared, 1).blocks(3, 1) // 6 for shared in (1, 8, 16, 17, 20)] == [1, 1, 1, 17, 2]
     assert [shape(4, tokens).lines for tokens in (1, 2, 3, 16)] == [8, 8, 16, 16]
     assert shape(4, 1).few == 1, "shared memory for one token"
     assert shape(8, 4, 256).lines == 8, "sums of more have no room in registers"
@@ -103,7 +103,7 @@ def test_tokens_share_a_block() -> None:
 
 @pytest.mark.parametrize(("dtype", "width"), [(mx.float32, 64), (mx.bfloat16, 80), (mx.float16, 320)])
 def test_others_are_left_to_the_other_kernel(dtype: mx.Dtype, width: int) -> None:
-    assert decode_kernel.shape(dtype, width, 4, 1, FEW) is None
+    assert decode_kernel.shape(dtype, width, 8, 2, 1, FEW) is None
 
 
 def test_blocks_share_a_row_where_they_are_few_or_it_is_long() -> None:
@@ -119,10 +119,10 @@ def test_blocks_share_a_row_where_they_are_few_or_it_is_long() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize(("shared", "width"), [(4, 64), (16, 64), (8, 128), (2, 192), (8, 256)])
 def test_compiles_for_the_device(dtype: mx.Dtype, tokens: int, shared: int, width: int) -> None:
-    way = decode_kernel.shape(dtype, width, shared, tokens, FEW)
+    way = decode_kernel.shape(dtype, width, 8 * shared, 8, tokens, FEW)
     assert way is not None
     for window, ring in [(0, 0), (512, 512 + 16)]:
-        numbers = decode_kernel.constants(way, width, window, ring, (("ROTATED", width), ("TRADITIONAL", 0)))
+        numbers = decode_kernel.constants(way, window, ring, (("ROTATED", width), ("TRADITIONAL", 0)))
         made = compile_kernel(
             decode_kernel.whole_header(dtype, numbers, width**-0.5),
             cuda_kernels.terse(SOURCE),
