@@ -10,9 +10,9 @@ for several tokens of a row at once (`decode_kernel.py`).
 **Writing in place.** MLX's kernels return fresh arrays, and a copy of the planes is what has to be avoided; so the
 planes are inputs, and the kernel casts `const` away. MLX takes arrays for values. What it does not know is made up for:
 
-- *Within a launch*, blocks run in any order. None looks at what it reads of a place that another writes: keys and values
-  of the call's own tokens are taken from the new arrays, and what a ring's places held before is out of the window of every token of the
-  call, since a call is wider than the ring's slack by one token at most (Window).
+- *Within a launch*, blocks run in any order. None looks at what it reads of a place that another writes: keys and
+  values of the call's own tokens are taken from the new arrays, and what a ring's places held before is out of the
+  window of every token of the call, since a call is wider than the ring's slack by one token at most (Window).
 - *Launch after launch.* MLX orders the kernels of a CUDA graph by the buffers that they are said to write, and those of
   different graphs, which every evaluation ends with, by the stream. So each launch takes the output of the layer's
   launch before (`Call.after`) as an input: whether they are in one graph (a draft's proposals, chunks of a prompt that
