@@ -72,6 +72,19 @@ template <bool COLUMNS> void matrices(uint32_t (&to)[4], const T* line) {
     }
     __syncthreads();
 }
+static uint32_t halves[1024];
+static uint32_t transposed(uint32_t two) {
+    halves[threadIdx.x] = two;
+    __syncwarp();
+    const int lane = threadIdx.x % 32, line = lane / 4;
+    uint32_t result = 0;
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t its = halves[threadIdx.x - lane + (lane % 4 * 2 + i) * 4 + line / 2];
+        result |= (its >> (line % 2 * 16) & 0xffff) << (16 * i);
+    }
+    __syncwarp();
+    return result;
+}
 static uint32_t pair(float first, float second) {
     const T both[2] = {T(first), T(second)};
     uint32_t word;
@@ -80,4 +93,4 @@ static uint32_t pair(float first, float second) {
 }
 static float power_of_two(float x) { return std::exp2(x); }
 """.replace("MULTIPLY\n", MULTIPLY.lstrip())
-"""What `product_source` and `prompt_source` name."""
+"""What `product_source`, `prompt_source` and `decode_source` name."""

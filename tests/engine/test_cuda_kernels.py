@@ -21,7 +21,7 @@ from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
-from runner.engine.kv import attention_kernel, copy_kernel, prompt_kernel, quantised_kernel
+from runner.engine.kv import attention_kernel, begin_kernel, copy_kernel, decode_kernel, prompt_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
@@ -250,6 +250,7 @@ def test_nothing_is_compiled_without_a_folder(
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
     made = {"_kernel": [product_kernel, wide_product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
+    made |= {"kernel": [decode_kernel], "_begin": [begin_kernel]}
     made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
     made |= {"_copy": [copy_kernel], "_put": [copy_kernel]}
     for name, modules in made.items():

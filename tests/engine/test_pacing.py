@@ -239,7 +239,7 @@ class Apart(Pacing):
         return decoding > 0
 
 
-@pytest.mark.parametrize(("prompt", "steps"), [(PROMPT[1:17], 4), ((5 * PROMPT)[1:41], 9)])
+@pytest.mark.parametrize(("prompt", "steps"), [(PROMPT[1:17], 4), ((5 * PROMPT)[1:41], 10)])
 def test_a_step_builds_a_call_or_starts_layers_or_has_rows_join(
     llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, prompt: list[int], steps: int
 ) -> None:

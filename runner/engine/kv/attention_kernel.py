@@ -4,14 +4,15 @@ While few rows decode, a step takes as long as the host takes to launch its oper
 layer's attention is eight of them: a copy of the values, two scatters, a scale, a product, a mask, a softmax and a
 product. Here a block of threads takes one new token of one row, and the query heads of one key head: it puts the
 token's key and value in their places, and attends to what came before (`attention_source.py`). Nothing is masked: a
-block knows how many keys its token sees, and reads no others.
+block knows how many keys its token sees, and reads no others. In 16 bits, and where heads are wide, tensor cores do it
+for several tokens of a row at once (`decode_kernel.py`).
 
 **Writing in place.** MLX's kernels return fresh arrays, and a copy of the planes is what has to be avoided; so the
 planes are inputs, and the kernel casts `const` away. MLX takes arrays for values. What it does not know is made up for:
 
-- *Within a launch*, blocks run in any order. None reads a place that another writes: keys and values of the call's own
-  tokens are read from the new arrays, and what a ring's places held before is out of the window of every token of the
-  call, since a call is wider than the ring's slack by one token at most (Window).
+- *Within a launch*, blocks run in any order. None looks at what it reads of a place that another writes: keys and
+  values of the call's own tokens are taken from the new arrays, and what a ring's places held before is out of the
+  window of every token of the call, since a call is wider than the ring's slack by one token at most (Window).
 - *Launch after launch.* MLX orders the kernels of a CUDA graph by the buffers that they are said to write, and those of
   different graphs, which every evaluation ends with, by the stream. So each launch takes the output of the layer's
   launch before (`Call.after`) as an input: whether they are in one graph (a draft's proposals, chunks of a prompt that
@@ -42,6 +43,7 @@ import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import Kernel
+from runner.engine.kv import decode_kernel
 from runner.engine.kv.attention_source import HEADER, SOURCE
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
@@ -184,15 +186,25 @@ def launch() -> Launch | None:
 def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     """What each query sees, [rows, heads, tokens, width], and the planes, which have the new keys and values then."""
     rows, heads, tokens, width = call.queries.shape
-    groups = call.keys.shape[1]
-    way = shape(width, call.queries.dtype.size, heads // groups)
-    assert way is not None
-    blocks = rows * groups * (heads // groups // way.heads) * tokens
-    places = call.planes[0].shape[2]
-    shares = splits(blocks, min(places, call.window or places))
-    frequencies, constants = rotating(call.rotation)
     dtype = call.queries.dtype
-    out, _ = _kernel(call.scale, dtype, width, way, call.window or 0, call.ring or 0, constants).launch(
+    groups = call.keys.shape[1]
+    places = call.planes[0].shape[2]
+    places = min(places, call.window or places)
+    frequencies, constants = rotating(call.rotation)
+    window, ring = call.window or 0, call.ring or 0
+    if (by_products := decode_kernel.shape(dtype, width, heads, groups, tokens, FEW)) is not None:
+        blocks = by_products.blocks(rows, tokens)
+        shares = decode_kernel.splits(blocks, places, by_products.warps)
+        kernel = decode_kernel.kernel(by_products, window, ring, constants, call.scale, types(dtype))
+        threads, lines = by_products.threads, by_products.lines
+    else:
+        way = shape(width, dtype.size, heads // groups)
+        assert way is not None
+        blocks = rows * (heads // way.heads) * tokens
+        shares = splits(blocks, places)
+        kernel = _kernel(call.scale, dtype, width, way, window, ring, constants)
+        threads, lines = way.threads, way.heads
+    out, _ = kernel.launch(
         inputs=[
             *(call.queries, call.keys, call.values),
             *call.planes,
@@ -201,9 +213,9 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
             counters(shares, blocks),
             frequencies,
         ],
-        grid=(blocks * shares * way.threads, 1, 1),
-        threadgroup=(way.threads, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.heads, width)],
+        grid=(blocks * shares * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, lines, width)],
         output_dtypes=[dtype, mx.float32],
     )
     # In this order upstream's next transposition makes it contiguous.
@@ -215,6 +227,13 @@ def partial(blocks: int, shares: int, heads: int, width: int) -> tuple[int, ...]
     return (blocks, shares, heads, width + 2) if shares > 1 else (1,)
 
 
+@cache
+def types(dtype: mx.Dtype) -> decode_kernel.Types:
+    """Of the arrays that a launch takes, in their order."""
+    others = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
+    return tuple((name, others.get(name, dtype)) for name in INPUTS)
+
+
 def header(scale: float) -> str:
     """What comes before the kernel: scores are powers of two."""
     return f"{HEADER}constexpr float SCALE = {scale * math.log2(math.e)!r}f;\n"
@@ -224,10 +243,9 @@ def header(scale: float) -> str:
 def _kernel(
     scale: float, dtype: mx.Dtype, width: int, way: Shape, window: int, ring: int, rotating: Rotating
 ) -> Kernel:
-    types = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
     return Kernel(
         name="attend_and_write",
-        inputs={name: types.get(name, dtype) for name in INPUTS},
+        inputs=dict(types(dtype)),
         outputs={"out": dtype, "partial": mx.float32},
         source=cuda_kernels.terse(SOURCE),
         header=header(scale),

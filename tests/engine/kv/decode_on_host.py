@@ -1,0 +1,94 @@
+"""`decode_kernel`'s source compiled for the host: at once, and in place."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from msgspec.structs import replace
+
+from runner.engine.kv import attention_kernel, decode_kernel
+from runner.engine.kv.attention_kernel import Call, Planes, rotating
+from runner.engine.kv.decode_source import SOURCE
+from runner.engine.kv.masks import FEW
+from tests.engine.cuda_on_host import Array, Run, compiled, described
+from tests.engine.tensor_cores_on_host import DEVICE, TYPES
+
+_TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial": "float"}
+"""Those that are not the tokens'."""
+
+
+class DecodeOnHost:
+    """Does what `attention_kernel.attend_and_write` does by `decode_kernel`, where `splits` blocks share keys.
+
+    There are never enough blocks (`crowd`), or always. Planes lie `apart` bytes from where 16 could be copied at once.
+    """
+
+    def __init__(self, folder: Path, splits: int = 1, warps: int = 4, *, crowd: int = 1 << 20, apart: int = 0) -> None:
+        self._folder = folder
+        self._splits = splits
+        self._warps = warps
+        self._crowd = crowd
+        self._apart = apart
+        self._built: dict[str, Run] = {}
+
+    def __call__(self, call: Call) -> tuple[mx.array, Planes]:
+        rows, heads, tokens, width = call.queries.shape
+        dtype = call.queries.dtype
+        way = decode_kernel.shape(dtype, width, heads, call.keys.shape[1], tokens, FEW)
+        assert way is not None
+        way = replace(way, warps=self._warps)
+        frequencies, rotation = rotating(call.rotation)
+        blocks = way.blocks(rows, tokens)
+        counters = np.zeros((self._splits, blocks), dtype=np.int32)
+        given = (call.queries, call.keys, call.values, *call.planes, call.starts, call.starts)
+        mx.eval(*given, frequencies)
+        mx.synchronize()
+        arrays = dict(
+            zip(attention_kernel.INPUTS, [*map(_view, given), counters, np.asarray(frequencies)], strict=True)
+        )
+        own = {name: arrays[name] for name in ("held_keys", "held_values")}
+        arrays |= {name: _placed(plane, self._apart) for name, plane in own.items()}
+        out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
+        partial = np.full((blocks, self._splits, way.lines, width + 2), np.nan, dtype=np.float32)
+        numbers = decode_kernel.constants(way, call.window or 0, call.ring or 0, rotation)
+        numbers = tuple((name, self._crowd if name == "CROWD" else value) for name, value in numbers)
+        header = TYPES + decode_kernel.header(dtype, numbers, call.scale) + DEVICE
+        self._run(header, arrays, {"out": out, "partial": partial}, blocks * self._splits, way.threads)
+        assert not counters.any(), "the next launch finds zeros"
+        for name, array in own.items():
+            np.copyto(array, arrays[name])
+        result = mx.array(out)
+        return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+
+    def _run(self, header: str, inputs: dict[str, Array], outputs: dict[str, Array], blocks: int, threads: int) -> None:
+        arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
+        arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
+        if header not in self._built:
+            folder = self._folder / str(len(self._built))
+            folder.mkdir(parents=True)
+            self._built[header] = compiled(folder, header, SOURCE, arguments, "")
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in [*passed, *outputs.values()]]
+        self._built[header](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
+
+
+def _placed(plane: Array, apart: int) -> Array:
+    """A copy in the same order of axes, so many bytes behind a multiple of 16."""
+    order = np.argsort([-stride for stride in plane.strides], kind="stable")
+    memory = np.empty(plane.nbytes + 32, dtype=np.uint8)
+    first = -memory.ctypes.data % 16 + apart
+    flat = memory[first : first + plane.nbytes].view(plane.dtype)
+    placed = flat.reshape([plane.shape[axis] for axis in order]).transpose(np.argsort(order))
+    np.copyto(placed, plane)
+    return placed
+
+
+def _view(array: mx.array) -> np.ndarray[Any, Any]:
+    """The array's own memory."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+        mx.eval(array)
+    return np.asarray(array)
