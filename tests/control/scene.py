@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shlex
 import signal
-import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from runner.control.compiler import Compiler
 from runner.control.runner import Runner
+from runner.gateway.sockets import is_free
 from runner.options import Options
 
 FAKE_ENGINE = Path(__file__).resolve().parents[1] / "fake_engine.py"
@@ -34,12 +37,24 @@ GEOMETRY: dict[str, Any] = {
 """A model that nothing is said about."""
 
 
+_PORTS = range(10_000, 32_000)
+"""Below those that a system gives to whoever asks for any, such as a client's end of a connection."""
+
+_SHARES = 20
+
+
+@cache
+def _own_ports() -> Iterator[int]:
+    """Those that no other worker of pytest-xdist's takes, in turn, from any on: other runs of pytest take them too."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = _PORTS[worker % _SHARES :: _SHARES]
+    first = random.SystemRandom().randrange(len(own))  # hypothesis seeds the common one
+    return islice(cycle(own), first, None)
+
+
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on now, and that nobody else is given before it is used."""
+    return next(port for port in _own_ports() if is_free("127.0.0.1", port))
 
 
 def write_safetensors(path: Path, tensors: dict[str, list[int]]) -> None:

@@ -14,17 +14,13 @@ import numpy as np
 import pytest
 
 _PRELUDE = """
-#include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <memory>
 #include <ucontext.h>
 #include <utility>
-#include <vector>
 using std::max;
 using std::min;
 #define __device__
@@ -32,68 +28,97 @@ using std::min;
 struct Index { int x; };
 static Index threadIdx, blockIdx;
 
-// A block's threads take turns: one runs until it has to wait for others.
+// A block's threads take turns: one runs until it has to wait for others. Only its first turn, of all blocks, is begun
+// by way of a context, which costs calls of the system; after that it jumps.
 struct Gate { int running = 0, waiting = 0; unsigned opened = 0; };
-struct Turn { ucontext_t context; std::vector<char> stack = std::vector<char>(1 << 17); bool ended = false; };
-static ucontext_t between;
+constexpr int STACK = 1 << 17;
+struct Turn {
+    ucontext_t context;
+    jmp_buf left;
+    char* stack = nullptr;
+    bool ended;
+    const Gate* before;
+    unsigned opened;
+    unsigned exchanges;
+    bool waits() const { return before && before->opened == opened; }
+};
+static Turn turns[1024];
 static Turn* turn;
+static jmp_buf between;
 static Gate everybody, warps[32];
-static std::function<void()> body;
+static const void* launched;
+static void (*body)(const void*);
+static void give_way() {
+    if (!_setjmp(turn->left)) _longjmp(between, 1);
+}
 static void open(Gate& gate) { gate.waiting = 0; ++gate.opened; }
 static void wait_at(Gate& gate) {
-    const unsigned before = gate.opened;
+    turn->before = &gate;
+    turn->opened = gate.opened;
     if (++gate.waiting == gate.running) open(gate);
-    while (gate.opened == before) swapcontext(&turn->context, &between);
+    else give_way();
 }
 static void leave(Gate& gate) {
     if (--gate.running > 0 && gate.waiting == gate.running) open(gate);
 }
-static void begin() {
-    body();
-    turn->ended = true;
-    leave(everybody);
-    leave(warps[threadIdx.x / 32]);
+static void block_after_block() {
+    for (;;) {
+        body(launched);
+        turn->ended = true;
+        leave(everybody);
+        leave(warps[threadIdx.x / 32]);
+        give_way();
+    }
+}
+static void take_turn() {
+    if (_setjmp(between)) return;
+    if (turn->stack) _longjmp(turn->left, 1);
+    turn->stack = static_cast<char*>(std::malloc(STACK));
+    getcontext(&turn->context);
+    turn->context.uc_stack.ss_sp = turn->stack;
+    turn->context.uc_stack.ss_size = STACK;
+    turn->context.uc_link = nullptr;
+    makecontext(&turn->context, block_after_block, 0);
+    setcontext(&turn->context);
 }
 static void run_block(int threads) {
-    static std::vector<Turn> turns;
-    turns.resize(threads);
     everybody = {threads};
     for (Gate& warp : warps) warp = {};
     for (int i = 0; i < threads; ++i) {
-        Turn& its = turns[i];
-        its.ended = false;
+        turns[i].ended = false;
+        turns[i].before = nullptr;
+        turns[i].exchanges = 0;
         ++warps[i / 32].running;
-        getcontext(&its.context);
-        its.context.uc_stack.ss_sp = its.stack.data();
-        its.context.uc_stack.ss_size = its.stack.size();
-        its.context.uc_link = &between;
-        makecontext(&its.context, begin, 0);
     }
     while (everybody.running > 0) {
         for (int i = 0; i < threads; ++i) {
-            if (turns[i].ended) continue;
+            if (turns[i].ended || turns[i].waits()) continue;
             threadIdx.x = i;
             turn = &turns[i];
-            swapcontext(&between, &turns[i].context);
+            take_turn();
         }
     }
 }
+template <typename Body> void launch(int blocks, int threads, const Body& one) {
+    launched = &one;
+    body = [](const void* it) { (*static_cast<const Body*>(it))(); };
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+}
 
-static uint64_t passed[1024];
+static uint64_t passed[2][1024];
 static void __syncthreads() { wait_at(everybody); }
 static void __syncwarp() { wait_at(warps[threadIdx.x / 32]); }
-// What `read` makes of the values of the warp's lanes.
+// What `read` makes of the values of the warp's lanes. The next exchange has other places, and the one after it comes
+// when all have read.
 template <typename V, typename Read> auto exchanged(V value, Read read) {
-    Gate& warp = warps[threadIdx.x / 32];
-    std::memcpy(&passed[threadIdx.x], &value, sizeof value);
-    wait_at(warp);
-    const auto result = read([](int lane) {
+    uint64_t* const places = passed[turn->exchanges++ % 2];
+    std::memcpy(&places[threadIdx.x], &value, sizeof value);
+    wait_at(warps[threadIdx.x / 32]);
+    return read([=](int lane) {
         V other;
-        std::memcpy(&other, &passed[(threadIdx.x & ~31) + lane], sizeof other);
+        std::memcpy(&other, &places[(threadIdx.x & ~31) + lane], sizeof other);
         return other;
     });
-    wait_at(warp);
-    return result;
 }
 template <typename V> V __shfl_sync(unsigned, V value, int lane) {
     return exchanged(value, [=](auto of) { return of(lane); });
@@ -152,6 +177,9 @@ Run = Callable[..., None]
 
 Array = np.ndarray[Any, Any]
 
+_BUILT: dict[str, Run] = {}
+"""By their text: compiling takes most of the time of tests that run kernels, and many run the same."""
+
 
 def described(arrays: Mapping[str, Array], kinds: Mapping[str, str]) -> tuple[dict[str, str], list[Array]]:
     """A kernel's parameters for arrays of such C types, and what is passed: each with its shape, and its strides in
@@ -183,13 +211,19 @@ static void kernel({declared}) {{
 {source}
 }}
 extern "C" void run(int blocks, int threads, {declared}) {{
-    body = [&] {{ kernel({passed}); }};
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+    launch(blocks, threads, [&] {{ kernel({passed}); }});
 }}
 """
+    if code not in _BUILT:
+        _BUILT[code] = _built(compiler, folder, code)
+    return _BUILT[code]
+
+
+def _built(compiler: str, folder: Path, code: str) -> Run:
     (folder / "kernel.cpp").write_text(code)
     library = folder / "kernel.so"
-    command = [compiler, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library)]
+    # A jump from one thread's stack to another's is what some distributions' _FORTIFY_SOURCE takes for a fault.
+    command = [compiler, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", "-o", str(library)]
     subprocess.run([*command, str(folder / "kernel.cpp")], check=True, timeout=60)
     run: Run = ctypes.CDLL(str(library)).run
     return run

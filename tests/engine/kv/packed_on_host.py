@@ -24,6 +24,9 @@ Array = np.ndarray[Any, Any]
 # MLX looks for a group's range from elsewhere on the CPU.
 DEVICE: Final = (
     """
+#include <deque>
+#include <vector>
+
 constexpr float LEAST = 3.4e38f, MOST = -3.4e38f;
 static uint4 memory[8 * 1024];
 // A copy is made when its thread waits for it, and not before.
