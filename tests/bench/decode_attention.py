@@ -194,15 +194,17 @@ def time_all(heads: Heads, ways: Sequence[Way], budget: Budget, repeat: int) -> 
         build, size = chain(heads, lengths, tokens)
         crowd = len(lengths) * heads[1]
         found: dict[str, float] = {}
+        held: set[str] = set()
         tried = [Way(), Way(lanes=True)]
         if tokens == 1:
             tried += [replace(way, splits=n) for way in ways for n in worth(crowd, max(lengths), way)]
         for way in tried:
             way.take()
             gpu, host = timed(build, repeat)
-            found[f"{way}{'' if host < 4000 else ' (host)'}"] = gpu / CHAIN
+            found[str(way)] = gpu / CHAIN
+            held |= {str(way)} if host >= 4000 else set()
         best = sorted(found, key=found.__getitem__)
-        listed = "  ".join(f"{way} {found[way]:.2f}" for way in best)
+        listed = "  ".join(f"{way}{' (host)' if way in held else ''} {found[way]:.2f}" for way in best)
         progress(f"{name} ({size / 4.6e6:.1f} µs at 4.6 TB/s; * {found['*']:.2f}): {listed}")
 
 
