@@ -30,7 +30,7 @@ def changed(
 ) -> Changed:
     """The product with one weight in which each row has its own change, prepared."""
     multiply = wide_product_kernel.with_inner(outputs * parts(epilogue), inputs, dtype, choose)
-    expand.kernel(dtype, epilogue)
+    expand.prepare(dtype, epilogue)
     nothing = mx.zeros((1,), dtype)
     mx.eval(nothing)
 

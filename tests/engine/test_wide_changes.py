@@ -19,7 +19,7 @@ from tests.engine.adapters.stacks import draw, stacked
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.test_product_changes import expected
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, WHAT, exact
-from tests.engine.wide_changes_on_host import WideChangesOnHost
+from tests.engine.wide_changes_on_host import TILED, WideChangesOnHost
 
 Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Changed]
 
@@ -108,22 +108,23 @@ def test_on_the_host_in_all_ways(on_host: WideChangesOnHost, dtype: mx.Dtype, ep
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("tiled", [False, True], ids=["by vector", "tiled"])
 def test_what_follows_is_what_add_changes_gives(
-    on_host: WideChangesOnHost, dtype: mx.Dtype, epilogue: str, add_changes: ChangesOnHost
+    on_host: WideChangesOnHost, add_changes: ChangesOnHost, dtype: mx.Dtype, epilogue: str, tiled: bool
 ) -> None:
     """To the bit, given the same inner products: those of whole numbers are exact in any order."""
-    outputs, inputs, rows = 272, 64, 35
+    outputs, inputs, rows, way = 192 if tiled else 272, 64, 18, TILED if tiled else None
     stack = changes(outputs, inputs, dtype, epilogue)
     whole = mx.round(stack.down.astype(mx.float32) * 16).astype(dtype)
     stack = Stack.of(whole, stack.b, None, stack.spans)
-    x = mx.random.randint(-4, 5, (rows, 1, inputs), key=mx.random.key(1)).astype(dtype)
-    y = mx.random.normal((rows, 1, outputs * kernel.parts(epilogue)), key=mx.random.key(2)).astype(dtype)
+    x = mx.random.randint(-4, 5, (rows, 2, inputs), key=mx.random.key(1)).astype(dtype)
+    y = mx.random.normal((rows, 2, outputs * kernel.parts(epilogue)), key=mx.random.key(2)).astype(dtype)
     added = None if epilogue == "swiglu" else 3 * y
-    inner = mx.einsum("bk,srk->bsr", x[:, 0].astype(mx.float32), whole.astype(mx.float32))
+    inner = mx.einsum("bk,srk->bsr", x.flatten(0, 1).astype(mx.float32), whole.astype(mx.float32))
     pieces = mx.stack([inner - 7, mx.full(inner.shape, 3.0), mx.full(inner.shape, 4.0)])
     slots = RowSlots.of(slots_of(rows))
     for more in (None, added):
-        found = on_host.expand(y, pieces, stack, slots, more, epilogue)
+        found = on_host.expand(y, pieces, stack, slots, more, epilogue, way)
         assert mx.array_equal(found, add_changes(x, y, stack, slots, more, epilogue)).item()
 
 
@@ -135,10 +136,11 @@ def add_changes(tmp_path_factory: pytest.TempPathFactory) -> ChangesOnHost:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_what_follows_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
-    header, source = expand.header(dtype, epilogue), expand.source(epilogue)
-    needs = compile_kernel(header, source, expand.inputs_of(epilogue, dtype), {"out": dtype})
-    assert needs.local == 0, "nothing has to be put aside"
-    assert needs.registers <= 128, "as many threads as possible wait at once"
+    for way in (expand.BY_VECTOR_WAY[epilogue], expand.TILED_WAY):
+        header, source = expand.header(dtype, epilogue, way), expand.source(epilogue, way)
+        needs = compile_kernel(header, source, expand.inputs_of(epilogue, dtype), {"out": dtype})
+        assert needs.local == 0, "nothing has to be put aside"
+        assert needs.registers <= 128, "as many threads as possible wait at once"
 
 
 def test_what_there_is_a_kernel_for() -> None:
@@ -155,6 +157,14 @@ def test_what_there_is_a_kernel_for() -> None:
     assert not wide_changes.fits(1024, 128, mx.bfloat16, "plain", narrow), "a part ends within a vector"
     normed = Stack(stack.down, stack.b, mx.ones(stack.b.shape[::2]), stack.spans)
     assert not wide_changes.fits(512, 128, mx.bfloat16, "plain", normed), "DoRA"
+
+
+def test_ranks_are_in_shared_memory_where_they_have_room_there() -> None:
+    usual = expand.BY_VECTOR_WAY["swiglu"]
+    assert expand.way(changes(256, 64, mx.bfloat16, "swiglu"), "swiglu") == expand.TILED_WAY
+    assert expand.way(changes(256, 64, mx.bfloat16, "plain"), "plain") == expand.BY_VECTOR_WAY["plain"]
+    assert expand.way(changes(272, 64, mx.bfloat16, "swiglu"), "swiglu") == usual, "a part ends within a tile"
+    assert expand.way(stacked(64, [[(256, 100), (256, 100)]], mx.bfloat16), "swiglu") == usual, "too many ranks"
 
 
 @pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")

@@ -1,124 +1,68 @@
 """What is left of rows' low-rank changes where their inner products are there, in one launch on CUDA.
 
-The product of 33 to 128 tokens computes those as if they were more of its outputs (`wide_product_kernel.py`). Here a
-thread takes one vector of a token's outputs: it has its product, its slot's few ranks and what is to be added on their
-way at once, and writes what `kernel.add_changes` would.
+The product of 33 to 128 tokens computes those as if they were more of its outputs (`wide_product_kernel.py`). What this
+launch writes is what `kernel.add_changes` would, given the same inner products; a thread has its product, its slot's
+ranks and what is to be added on their way at once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
 
 from runner.engine import cuda_kernels
+from runner.engine.adapters.expand_source import BY_VECTOR, PLACES, ROOM, TILED
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import KINDS, Kernel
+from runner.engine.cuda_kernels import KINDS, Kernel, Size
 from runner.engine.product_source import SWIGLU
 
 MOST_RANK: Final = 512
 """Of all parts of a layer together."""
 
-_THREADS: Final = 128
+_MOST_SLOTS: Final = 256
 _VECTOR: Final = 8
+_SHARED: Final = 96 * 1024
+"""Bytes of shared memory that a block may have, so that a multiprocessor has two."""
 
-_AT_ONCE: Final = {"plain": 8, "swiglu": 4}
-"""Ranks of a part whose values are on their way together."""
 
-_SOURCE: Final = """
-    const int O = y_shape[y_ndim - 1], N = O / PARTS, pieces = inner_shape[0], rows = inner_shape[1];
-    const int S = inner_shape[2], R = inner_shape[3], tiles = (N / 8 + THREADS - 1) / THREADS;
-    const int n = blockIdx.x / tiles, mine = (blockIdx.x % tiles * THREADS + threadIdx.x) * 8;
-    const int o = min(mine, N - 8), slot = board[32 + n / (rows / board_shape[0])];
-    const size_t at = size_t(n) * N + o;
-    uint4 product[PARTS];
-    #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        product[part] = *reinterpret_cast<const uint4*>(y + size_t(n) * O + o + part * N);
-    }
-    BEFORE
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a launch is shared out: `threads` a block, `at_once` ranks on their way to a thread together; where there are
+    `rows`, blocks of up to so many and of `vectors` × 8 outputs have all slots' ranks in shared memory."""
 
-    float total[PARTS][8];
-    #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) total[part][i] = float(reinterpret_cast<const T*>(&product[part])[i]);
-    }
-    if (slot > 0) {
-        // Stack.packed: a span is where a part's outputs end and the ranks [low, high) that reach them.
-        const T* const up = changes + size_t(S) * changes_shape[1] - size_t(S - slot) * R * O + o;
-        const int* const spans = reinterpret_cast<const int*>(changes) + slot * 32;
-        int low[PARTS], high[PARTS], most = 0;
-        #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-            const int* span = spans;
-            int end = span[0], from = span[1], to = span[2];
-            #pragma unroll 1
-            while (end <= o + part * N) span += 3, end = span[0], from = span[1], to = span[2];
-            low[part] = from, high[part] = to, most = max(most, to - from);
-        }
-        uint4 values[PARTS][AT_ONCE];
-        auto look = [&](int i) {
-            #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                #pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j) {
-                    const int rank = low[part] + i + j;
-                    if (rank < high[part]) {
-                        values[part][j] = *reinterpret_cast<const uint4*>(up + size_t(rank) * O + part * N);
-                    }
-                }
-            }
-        };
-        look(0);
-        __shared__ float sums[MOST_RANK];
-        for (int r = threadIdx.x; r < R; r += THREADS) {
-            const float* const its = inner + (size_t(n) * S + slot) * R + r;
-            float sum = 0.0f;
-            #pragma unroll 4
-            for (int piece = 0; piece < pieces; ++piece) sum += its[size_t(piece) * rows * S * R];
-            sums[r] = sum;
-        }
-        __syncthreads();
-        for (int i = 0; i < most; i += AT_ONCE) {
-            if (i > 0) look(i);
-            #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                #pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j) {
-                    const int rank = low[part] + i + j;
-                    if (rank >= high[part]) continue;
-                    const T* const v = reinterpret_cast<const T*>(&values[part][j]);
-                    #pragma unroll
-                    for (int e = 0; e < 8; ++e) total[part][e] += sums[rank] * float(v[e]);
-                }
-            }
-        }
-    }
-    if (mine >= N) return;
-    uint4 result;
-    T* const written = reinterpret_cast<T*>(&result);
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) FOLLOW
-    *reinterpret_cast<uint4*>(out + at) = result;
-"""
+    threads: int
+    at_once: int
+    rows: int = 0
+    vectors: int = 8
 
-_PLACES: Final = {
-    "plain": {
-        "BEFORE": """
-    uint4 more = {0, 0, 0, 0};
-    if (added_ndim > 1) more = *reinterpret_cast<const uint4*>(added + at);
-""",
-        "FOLLOW": """{
-        const T changed = T(total[0][i]);
-        written[i] = added_ndim > 1 ? T(float(reinterpret_cast<const T*>(&more)[i]) + float(changed)) : changed;
-    }""",
-    },
-    "swiglu": {"BEFORE": "", "FOLLOW": "written[i] = swiglu(T(total[0][i]), T(total[1][i]));"},
-}
-"""What becomes of the changed product. A sum's other part has one axis where there is none."""
+    def grid(self, tokens: int, outputs: int) -> Size:
+        """Of threads."""
+        if not self.rows:
+            return tokens * -(-outputs // (_VECTOR * self.threads)) * self.threads, 1, 1
+        return -(-tokens // self.rows) * outputs // (_VECTOR * self.vectors) * self.threads, 1, 1
+
+    def fits(self, stack: Stack, epilogue: str) -> bool:
+        """Whether it is one for such changes."""
+        if not self.rows:
+            return True
+        slots, ranks, _ = stack.down.shape
+        tile = _VECTOR * self.vectors
+        size = slots * ranks * parts(epilogue) * tile * 2 + self.rows * ranks * 4
+        whole = all(end % tile == 0 for end, _, _ in stack.spans[0])
+        return slots <= _MOST_SLOTS and size <= _SHARED and whole and stack.b.shape[2] % (tile * parts(epilogue)) == 0
+
+
+BY_VECTOR_WAY: Final = {"plain": Way(128, 8), "swiglu": Way(128, 4)}
+TILED_WAY: Final = Way(512, 4, 128)
+
+
+def way(stack: Stack, epilogue: str) -> Way:
+    """An MLP's gate and input have so many outputs that it pays to read the ranks once."""
+    return TILED_WAY if epilogue == "swiglu" and TILED_WAY.fits(stack, epilogue) else BY_VECTOR_WAY[epilogue]
 
 
 def fits(stack: Stack) -> bool:
@@ -132,7 +76,13 @@ def fits(stack: Stack) -> bool:
 
 
 def expand(
-    y: mx.array, inner: mx.array, stack: Stack, board: mx.array, added: mx.array, epilogue: str = "plain"
+    y: mx.array,
+    inner: mx.array,
+    stack: Stack,
+    board: mx.array,
+    added: mx.array,
+    epilogue: str = "plain",
+    how: Way | None = None,
 ) -> mx.array:
     """y plus each row's change, plus what is `added`, unless that has one axis; for "swiglu", which looks at no
     `added`, a gate and an MLP's input made one.
@@ -141,42 +91,46 @@ def expand(
     inner products with `down` of all slots, in float32; `board` one of the rows'. The result is of y's shape, or half
     as wide for "swiglu".
     """
+    how = how or way(stack, epilogue)
     outputs = y.shape[-1] // parts(epilogue)
     rest = [] if epilogue == "swiglu" else [added]
-    result: mx.array = kernel(y.dtype, epilogue).launch(
+    result: mx.array = kernel(y.dtype, epilogue, how).launch(
         inputs=[y, inner, *rest, stack.packed, board],
-        grid=(inner.shape[1] * blocks(outputs) * _THREADS, 1, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=how.grid(inner.shape[1], outputs),
+        threadgroup=(how.threads, 1, 1),
         output_shapes=[(*y.shape[:-1], outputs)],
         output_dtypes=[y.dtype],
     )[0]
     return result
 
 
-def blocks(outputs: int, threads: int = _THREADS) -> int:
-    """Of a token."""
-    return -(-outputs // (_VECTOR * threads))
+def prepare(dtype: mx.Dtype, epilogue: str) -> None:
+    """Begin to compile."""
+    kernel(dtype, epilogue, BY_VECTOR_WAY[epilogue])
+    if epilogue == "swiglu":
+        kernel(dtype, epilogue, TILED_WAY)
 
 
-def source(epilogue: str) -> str:
+def source(epilogue: str, how: Way) -> str:
     """The kernel's text."""
-    text = _SOURCE
-    for place, what in _PLACES[epilogue].items():
+    text = TILED if how.rows else BY_VECTOR
+    for place, what in PLACES[epilogue].items():
         text = text.replace(place, what)
     return cuda_kernels.terse(text)
 
 
-def constants(dtype: mx.Dtype, epilogue: str, threads: int = _THREADS) -> str:
+def constants(dtype: mx.Dtype, epilogue: str, how: Way) -> str:
     """What the source does not say."""
     return (
-        f"using T = {KINDS[dtype][0]};\nconstexpr int THREADS = {threads}, PARTS = {parts(epilogue)};\n"
-        f"constexpr int MOST_RANK = {MOST_RANK}, AT_ONCE = {_AT_ONCE[epilogue]};\n"
+        f"using T = {KINDS[dtype][0]};\nconstexpr int THREADS = {how.threads}, PARTS = {parts(epilogue)};\n"
+        f"constexpr int AT_ONCE = {how.at_once}, ROWS = {how.rows}, VECTORS = {how.vectors};\n"
+        f"constexpr int MOST_RANK = {MOST_RANK}, MOST_SLOTS = {_MOST_SLOTS};\n"
     )
 
 
-def header(dtype: mx.Dtype, epilogue: str) -> str:
+def header(dtype: mx.Dtype, epilogue: str, how: Way) -> str:
     """What comes before it."""
-    return constants(dtype, epilogue) + (SWIGLU if epilogue == "swiglu" else "")
+    return constants(dtype, epilogue, how) + ROOM + (SWIGLU if epilogue == "swiglu" else "")
 
 
 def inputs_of(epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
@@ -186,12 +140,13 @@ def inputs_of(epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
 
 
 @cache
-def kernel(dtype: mx.Dtype, epilogue: str) -> Kernel:
+def kernel(dtype: mx.Dtype, epilogue: str, how: Way) -> Kernel:
     """Begins to be compiled when it is first wanted."""
     return Kernel(
-        name=f"expand_{epilogue}_{KINDS[dtype][1]}",
+        name=f"expand_{epilogue}_{KINDS[dtype][1]}_{how.threads}_{how.at_once}_{how.rows}_{how.vectors}",
         inputs=inputs_of(epilogue, dtype),
         outputs={"out": dtype},
-        source=source(epilogue),
-        header=header(dtype, epilogue),
+        source=source(epilogue, how),
+        header=header(dtype, epilogue, how),
+        shared_memory=_SHARED if how.rows else 0,
     )
