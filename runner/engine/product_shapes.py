@@ -14,7 +14,7 @@ import mlx.core as mx
 import msgspec
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import cuda_kernels, product_kernel, wide_product_kernel
+from runner.engine import cuda_kernels, product_kernel, wide_changes, wide_product_kernel
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -33,7 +33,7 @@ Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products of few tokens are made: `product_kernel.multiply`, `wide_product_kernel.multiply`."""
 
 MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
-"""How those with changes are: `product_kernel.changed`."""
+"""How those with changes are: `product_kernel.changed`, `wide_changes.changed`."""
 
 AddChanges = Callable[[mx.array, mx.array, Stack, RowSlots, mx.array | None, str], mx.array]
 """From tokens, what a product has made of them, and each row's change and slot: as `adapters.kernel.add_changes`."""
@@ -52,6 +52,9 @@ class Kernels(msgspec.Struct, frozen=True):
     wide: Make | None = None
     """For more tokens than `multiply` takes, up to `wide_product_kernel.MOST_ROWS`; weights that it fits."""
 
+    wide_changed: MakeChanged | None = None
+    """The same with changes."""
+
 
 def kernels() -> Kernels | None:
     """Those of the device, None where there is none for them."""
@@ -60,7 +63,10 @@ def kernels() -> Kernels | None:
     wide = wide_product_kernel.multiply if wide_product_kernel.usable() else None
     if not cuda_kernels.usable(kernel.SWITCH):
         return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
-    return Kernels(product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate, wide)
+    wide_changed = wide_changes.changed if wide else None
+    return Kernels(
+        product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate, wide, wide_changed
+    )
 
 
 def _add_changes(
@@ -87,34 +93,51 @@ class Shape:
         self._multiply, self._wide = multiply, wide
         self._outputs = outputs
         self._changed: Changed | None = None
-        self._prepared = False
+        self._wide_changed: Changed | None = None
+        self._prepared: set[MakeChanged] = set()
 
     def prepare(self, weight: mx.array, stack: Stack) -> None:
         """Try changes, once."""
-        make = self.kernels.changed
-        if make is None or self._prepared or not self._fits(stack):
-            return
-        self._prepared = True
-        made = make(self._outputs, self.inputs, self.dtype, self.epilogue)
-        self._changed = _tried_changed(made, self.epilogue, weight, stack)
+        # They are compiled side by side from here on.
+        few = self._made(self.kernels.changed, self._fits(stack))
+        many = self._made(self.kernels.wide_changed, self._wide is not None and self._fits_wide(stack))
+        if few is not None:
+            self._changed = _tried_changed(few, self.epilogue, weight, stack, _ROWS)
+        if many is not None:
+            self._wide_changed = _tried_changed(many, self.epilogue, weight, stack, _MORE_ROWS)
+
+    def _made(self, make: MakeChanged | None, fits: bool) -> Changed | None:
+        """The first time that it fits."""
+        if make is None or not fits or make in self._prepared:
+            return None
+        self._prepared.add(make)
+        return make(self._outputs, self.inputs, self.dtype, self.epilogue)
 
     def product(self, x: mx.array) -> Multiply | None:
         """The kernel for these tokens, None where there is none."""
         if self._few(x):
             return self._multiply
-        wide = x.size <= wide_product_kernel.MOST_ROWS * self.inputs and x.size > 0 and x.dtype == self.dtype
-        return self._wide if wide else None
+        return self._wide if self._many(x) else None
 
     def changed(self, x: mx.array, stack: Stack) -> Changed | None:
         """The product with changes, None where it is to be made of several."""
-        return self._changed if self._changed is not None and self._few(x) and self._fits(stack) else None
+        if self._few(x):
+            return self._changed if self._changed is not None and self._fits(stack) else None
+        wide = self._wide_changed if self._many(x) else None
+        return wide if wide is not None and self._fits_wide(stack) else None
 
     def _few(self, x: mx.array) -> bool:
         return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
 
+    def _many(self, x: mx.array) -> bool:
+        return 0 < x.size <= wide_product_kernel.MOST_ROWS * self.inputs and x.dtype == self.dtype
+
     def _fits(self, stack: Stack) -> bool:
         outputs = self._outputs * kernel.parts(self.epilogue)
         return product_kernel.fits_changes(outputs, self.inputs, self.dtype, stack)
+
+    def _fits_wide(self, stack: Stack) -> bool:
+        return wide_changes.fits(self._outputs, self.inputs, self.dtype, self.epilogue, stack)
 
 
 class Shapes:
@@ -153,7 +176,9 @@ def _tried(multiply: Multiply, expected: Multiply, weight: mx.array, rows: Seque
     return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight, rows) else None
 
 
-def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Stack) -> Changed | None:
+def _tried_changed(
+    changed: Changed, epilogue: str, weight: mx.array, stack: Stack, counts: Sequence[int]
+) -> Changed | None:
     """The same of products with changes: rows of all slots."""
     slots = stack.down.shape[0]
 
@@ -169,7 +194,7 @@ def _tried_changed(changed: Changed, epilogue: str, weight: mx.array, stack: Sta
         y = x @ weight.T + change.swapaxes(0, 1)
         return _gate(y) if epilogue == "swiglu" else y
 
-    return changed if _right(found, expected, weight, _ROWS) else None
+    return changed if _right(found, expected, weight, counts) else None
 
 
 def _right(

@@ -13,13 +13,15 @@ from typing import Final
 
 import mlx.core as mx
 import msgspec
+from msgspec.structs import replace
 
 from runner.engine import cuda_kernels, kernel_cache, product_kernel
 from runner.engine.adapters.kernel import parts
+from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
 from runner.engine.product_source import DEVICE, SWIGLU
-from runner.engine.wide_product_source import ALONE, BODY, EPILOGUES, SHARED, device
+from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, PLAIN, SHARED, device
 
 SWITCH: Final = "MLX_RUN_WIDE_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -40,14 +42,19 @@ _GROUP_THREADS: Final = 128
 _ALIGNED: Final = 1024
 _ROOM: Final = 227 * 1024
 
+_FEW_RANKS: Final = 4
+"""Ranks of all slots are at most a part of so many of a weight's outputs."""
+
 
 class Way(msgspec.Struct, frozen=True):
     """How a product is shared out: `groups` × 64 lines of weights a block, `stages` chunks of 64 inputs in shared
-    memory, `splits` blocks that share K. `splits` is the only one that the order of a sum depends on."""
+    memory, `splits` blocks that share K, `pieces` those that share it for inner products of changes. The last two are
+    all that the order of a sum depends on."""
 
     groups: int
     stages: int
     splits: int
+    pieces: int = 1
 
     def shared_memory(self, tokens: int) -> int:
         """Bytes of it that a block has."""
@@ -55,8 +62,18 @@ class Way(msgspec.Struct, frozen=True):
 
 
 def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
-    """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"); `splits` does not depend on
-    `tokens`."""
+    """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"); `splits` and `pieces` do not
+    depend on `tokens`."""
+    usual = _way(outputs, inputs, tokens, epilogue)
+    return replace(usual, pieces=_pieces(inputs)) if epilogue == "changes" else usual
+
+
+def _pieces(inputs: int) -> int:
+    """So short that the multiprocessors which the product leaves idle are done with theirs when it is."""
+    return max(1, inputs // (8 * _CHUNK))
+
+
+def _way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     lines = outputs * parts(epilogue)
     if lines >= PROCESSORS * 2 * _GROUP * 4 and lines % (4 * _GROUP) == 0:
         # Tokens are read again by each block, so a block has many lines where that leaves enough of them.
@@ -101,6 +118,50 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
     return call
 
 
+Inner = Callable[[mx.array, mx.array, Stack], tuple[mx.array, mx.array]]
+"""From tokens, the weight and a stack of changes to it: the product, and the tokens' inner products with `down` of all
+slots, [pieces, tokens, slots, ranks] in float32, each the sum of its pieces."""
+
+
+def fits_inner(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bool:
+    """Whether there is a kernel for such changes to a weight [outputs, inputs]. Ranks cost as much as outputs do."""
+    slots, ranks, width = stack.down.shape[0], stack.down.shape[-2], stack.down.shape[-1]
+    return (
+        fits(outputs, inputs, dtype, "changes")
+        and stack.packed is not None
+        and stack.down.dtype == dtype
+        and (stack.b.shape[-1], width) == (outputs, inputs)
+        and 0 < slots * ranks <= outputs // _FEW_RANKS
+        and slots * ranks % 4 == 0
+    )
+
+
+def with_inner(outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose = way) -> Inner:
+    """The product with one weight and the inner products of its changes, prepared."""
+    ways = [choose(outputs, inputs, most, "changes") for most in TOKENS]
+    prepared = [(way, *_prepare(outputs, way, most, dtype, "changes")) for way, most in zip(ways, TOKENS, strict=True)]
+    by_rows = [prepared[sum(rows > most for most in TOKENS[:-1])] for rows in range(MOST_ROWS + 1)]
+    dtypes = [dtype, mx.float32, mx.float32]
+
+    def call(x: mx.array, weight: mx.array, stack: Stack) -> tuple[mx.array, mx.array]:
+        rows = x.size // inputs
+        way, kernel, (width, _, _), threads, shared, counters = by_rows[rows]
+        slots, ranks, _ = stack.down.shape
+        more = -(-slots * ranks // (way.groups * _GROUP)) * way.pieces * threads[0]
+        shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, slots, ranks), (shared * rows,)]
+        arrays, count = [x, weight, stack.packed], 3 if shared else 2
+        y, inner, *_ = kernel.launch(
+            inputs=[*arrays, next(counters)] if shared else arrays,
+            grid=(width + more, 1, 1),
+            threadgroup=threads,
+            output_shapes=shapes[:count],
+            output_dtypes=dtypes[:count],
+        )
+        return y, inner
+
+    return call
+
+
 def usable() -> bool:
     """Whether there is a device for it, and the switch is not off."""
     return cuda_kernels.usable(SWITCH) and kernel_cache.architecture() == _ARCHITECTURE
@@ -109,7 +170,8 @@ def usable() -> bool:
 def source(way: Way, epilogue: str) -> str:
     """The kernel's text."""
     text = BODY
-    for place, what in ((SHARED if way.splits > 1 else ALONE) | EPILOGUES[epilogue]).items():
+    shares, lines = SHARED if way.splits > 1 else ALONE, CHANGES if epilogue == "changes" else PLAIN
+    for place, what in (shares | lines | EPILOGUES[epilogue]).items():
         text = text.replace(place, what)
     return cuda_kernels.terse(text)
 
@@ -120,7 +182,7 @@ def constants(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int GROUPS = {way.groups}, STAGES = {way.stages}, SPLITS = {way.splits};\n"
-        f"constexpr int TOKENS = {tokens}, PARTS = {parts(epilogue)};\n"
+        f"constexpr int TOKENS = {tokens}, PARTS = {parts(epilogue)}, PIECES = {way.pieces};\n"
     )
 
 
@@ -132,13 +194,15 @@ def header(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
 
 def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """What the source calls a call's arrays, and their types."""
-    arrays = dict.fromkeys(product_kernel.inputs_of(epilogue), dtype)
+    names = ["x", "w", "changes"] if epilogue == "changes" else product_kernel.inputs_of(epilogue)
+    arrays = dict.fromkeys(names, dtype)
     return arrays | {"counters": mx.int32} if way.splits > 1 else arrays
 
 
-def outputs_of(way: Way, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+def outputs_of(way: Way, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
     """The same of what it writes."""
-    return {"out": dtype, "partial": mx.float32} if way.splits > 1 else {"out": dtype}
+    sums = [*(["inner"] if epilogue == "changes" else []), *(["partial"] if way.splits > 1 else [])]
+    return {"out": dtype} | dict.fromkeys(sums, mx.float32)
 
 
 def blocks(outputs: int, way: Way, epilogue: str) -> int:
@@ -164,9 +228,9 @@ def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str
 @cache
 def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
     return Kernel(
-        name=f"wide_{epilogue}_{KINDS[dtype][1]}_{way.groups}_{way.stages}_{way.splits}_{tokens}",
+        name=f"wide_{epilogue}_{KINDS[dtype][1]}_{way.groups}_{way.stages}_{way.splits}_{way.pieces}_{tokens}",
         inputs=inputs_of(way, epilogue, dtype),
-        outputs=outputs_of(way, dtype),
+        outputs=outputs_of(way, dtype, epilogue),
         source=source(way, epilogue),
         header=header(way, tokens, dtype, epilogue),
         shared_memory=way.shared_memory(tokens),

@@ -14,8 +14,13 @@ Where a weight has few lines, SPLITS blocks share K. Each leaves its sums in `pa
 them up, always in one order, and leaves the counter as it was. So the order of a sum depends on K and SPLITS only, and
 a row's result is the same bits whatever rows are beside it.
 
-T, KIND, GROUPS, STAGES, SPLITS, TOKENS and PARTS are constants. DEVICE is what only a GPU can do, beside that of
-`product_source`; tests on the host have their own in its place.
+CHANGES makes another kernel of it, which also multiplies the tokens with `down` of all slots of a stack
+(`adapters/stack.py`): blocks behind the weight's have its lines as theirs, and as many blocks as there are PIECES share
+K. Each leaves its sums as they are in `inner` [PIECES, tokens, slots, ranks] (`adapters/expand.py` goes on from there),
+so none waits for another.
+
+T, KIND, GROUPS, STAGES, SPLITS, TOKENS, PARTS and PIECES are constants. DEVICE is what only a GPU can do, beside that
+of `product_source`; tests on the host have their own in its place.
 """
 
 from __future__ import annotations
@@ -67,22 +72,22 @@ BODY: Final = """
     int rows = 1;
     #pragma unroll 1
     for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
-    const int block = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, first = block * OUT;
-    const int begin = chunks * split / SPLITS, end = chunks * (split + 1) / SPLITS;
+    SHARE
+    const int begin = chunks * split / shares, end = chunks * (split + 1) / shares;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
     // A thread copies one vector of every STEP-th line.
     const int line = threadIdx.x / 8, vector = threadIdx.x % 8;
     uint4* const tiles = aligned();
     uint4* const to = tiles + line * 8 + (vector ^ line % 8);
-    const T* const weights = w + size_t(first + line) * K + vector * 8;
+    const T* const weights = LINES_OF + size_t(first + line) * K + vector * 8;
     const T* const tokens = x + size_t(line) * K + vector * 8;
     auto fetch = [&](int chunk) {
         if (chunk < end) {
             uint4* const into = to + (chunk - begin) % STAGES * STAGE;
             #pragma unroll
             for (int i = 0; i < LINES; i += STEP) {
-                copy(into + i * 8, weights + (size_t(i / OUT) * N + i % OUT) * K + chunk * 64, true);
+                THERE copy(into + i * 8, weights + (size_t(i / OUT) * N + i % OUT) * K + chunk * 64, true);
             }
             #pragma unroll
             for (int i = 0; i < TOKENS; i += STEP) {
@@ -120,6 +125,7 @@ BODY: Final = """
         sums[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
     }
     __syncthreads();
+    LEAVE
     MEET
     // What several vectors of outputs are made of is on its way at once.
     constexpr int AT_ONCE = 4;
@@ -187,6 +193,42 @@ SHARED: Final = {
 }
 """The same where several share it."""
 
+PLAIN: Final = {
+    "SHARE": """
+    constexpr int shares = SPLITS;
+    const int block = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, first = block * OUT;
+""",
+    "LINES_OF": "w",
+    "THERE": "",
+    "LEAVE": "",
+}
+"""What stands at these places of BODY where the weight's lines are all."""
+
+CHANGES: Final = {
+    "SHARE": """
+    const int S = changes_shape[0], ranks = S * ((changes_shape[1] - 64) / (K + N));
+    const int beyond = blockIdx.x - N / LINES * SPLITS;
+    const int shares = beyond < 0 ? SPLITS : PIECES, at = beyond < 0 ? blockIdx.x : beyond;
+    const int block = at / shares, split = at % shares, first = block * LINES;
+    const int there = beyond < 0 ? LINES : min(ranks - first, LINES);
+""",
+    "LINES_OF": "(beyond < 0 ? w : changes + size_t(S) * 64)",
+    "THERE": "if (line + i < there)",
+    "LEAVE": """
+    if (beyond >= 0) {
+        float* const to = inner + size_t(split) * rows * ranks + first;
+        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
+            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
+            if (n >= there) continue;
+            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
+                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
+        }
+        return;
+    }
+""",
+}
+"""The same where those of `down` come behind them; their number is a multiple of four."""
+
 EPILOGUES: Final = {
     "plain": {
         "BEFORE": "uint4 before[AT_ONCE];",
@@ -202,5 +244,6 @@ EPILOGUES: Final = {
         "LOOK": "",
         "STORE": "written[i] = swiglu(T(total[e][0][i]), T(total[e][1][i]));",
     },
+    "changes": {"BEFORE": "", "LOOK": "", "STORE": "written[i] = T(total[e][0][i]);"},
 }
 """What becomes of the sums."""

@@ -73,9 +73,10 @@ class OnHost:
 
 
 def arguments_of(names: list[str], kind: str, outputs: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A kernel's parameters and their types, for arrays of `kind`; a board and counters are of integers. `outputs` are
-    those beside the first."""
-    arguments = {name: f"const {'int' if name in ('board', 'counters') else kind}*" for name in names}
+    """A kernel's parameters and their types, for arrays of `kind`; a board and counters are of integers, inner products
+    are float32. `outputs` are those beside the first."""
+    kinds = {"board": "int", "counters": "int", "inner": "float"}
+    arguments = {name: f"const {kinds.get(name, kind)}*" for name in names}
     arguments |= {"out": f"{kind}*"} | dict(outputs or {})
     return arguments | {f"{name}_shape": "const int*" for name in names} | {f"{name}_ndim": "int" for name in names}
 
@@ -108,4 +109,4 @@ def _first(x: mx.array, weight: mx.array, added: mx.array | None, epilogue: str)
 
 def on_host(array: mx.array) -> Array:
     """Its bits."""
-    return np.array(array if array.dtype == mx.int32 else mx.contiguous(array).view(mx.uint16))
+    return np.array(array if array.dtype.size == 4 else mx.contiguous(array).view(mx.uint16))

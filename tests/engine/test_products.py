@@ -340,6 +340,39 @@ def test_changes_of_more_tokens_are_a_launch_with_what_follows(
     assert mx.array_equal(*said).item()
 
 
+@pytest.mark.usefixtures("gathers_16_bit")
+@pytest.mark.parametrize(("rank", "fits"), [(2, True), (24, False)])
+@pytest.mark.parametrize("broken", [False, True], ids=["right", "broken"])
+def test_up_to_128_tokens_have_changes_within_their_products(
+    model_folder: ModelFolder, tmp_path: Path, llama: Any, rank: int, fits: bool, broken: bool
+) -> None:
+    """Those that fit, of kernels that are right; to the bit what they are apart."""
+    keys = (*ATTENTION, "self_attn.o_proj", *MLP)
+    source = AdapterSource("a", str(write_mlx(tmp_path / "a", draw(linear_shapes(llama, keys), rank, 1), keys=keys)))
+    few, many, said = Spelled(), Spelled(), []
+    rows = wide_product_kernel.MOST_ROWS
+
+    def wrong(*what: Any) -> Changed:
+        right = many.changed(*what)
+        return lambda *call: right(*call) * 1.05
+
+    for make in (None, wrong if broken else many.changed):
+        model = joined(model_folder("llama"))
+        products.install(model, Kernels(few, few.changed, few.add_changes, few.gate, many, make))
+        bank = AdapterBank(model, mx.bfloat16)
+        bank.load(source)
+        bank.apply(bank.slots([bank.acquire("a") if row % 2 else None for row in range(rows)]))
+        few.calls.clear()
+        many.calls.clear()
+        said.append(model(mx.arange(rows).reshape(-1, 1) % 64))
+    apart = Counter({"then changed plain": 3, "then changed swiglu": 3, "then changed sum": 6})
+    within = Counter({"changed plain": 3, "changed swiglu": 3, "changed sum": 6})
+    taken = fits and not broken
+    assert few.calls == (Counter() if taken else apart)
+    assert many.calls == (within if taken else Counter({"plain": 12}))
+    assert mx.array_equal(*said).item()
+
+
 def test_changes_that_no_kernel_takes_are_made_apart(model_folder: ModelFolder, tmp_path: Path, llama: Any) -> None:
     """More tokens, and kernels that do not compile: the sums are then apart as well."""
 

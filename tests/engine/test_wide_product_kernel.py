@@ -103,16 +103,18 @@ FITTING = [shape for shape in SHAPES if shape[0] % 64 == 0]
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), FITTING)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", [*EPILOGUES, "changes"])
 def test_ways_fit_the_device_and_the_weight(outputs: int, inputs: int, epilogue: str) -> None:
     ways = [wide_product_kernel.way(outputs, inputs, tokens, epilogue) for tokens in TOKENS]
-    assert len({way.splits for way in ways}) == 1, "else a row's bits would depend on how many rows there are"
+    assert len({(way.splits, way.pieces) for way in ways}) == 1, (
+        "else a row's bits would depend on how many rows there are"
+    )
     for way, tokens in zip(ways, TOKENS, strict=True):
         assert way.stages >= 3, "one chunk is used while one arrives, and one is done with"
         assert tokens * (way.groups * 64 + 4) * 4 <= way.shared_memory(tokens) - 1024, "sums go where chunks were"
         assert way.shared_memory(tokens) + 1024 <= 227 * 1024
         assert wide_product_kernel.blocks(outputs, way, epilogue) > 0
-        assert inputs // 64 >= way.splits
+        assert inputs // 64 >= max(way.splits, way.pieces)
 
 
 def test_what_there_is_a_kernel_for() -> None:
@@ -125,7 +127,7 @@ def test_what_there_is_a_kernel_for() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", [*EPILOGUES, "changes"])
 def test_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
     ways = {
         (wide_product_kernel.way(*shape, tokens, epilogue), tokens)
@@ -136,7 +138,7 @@ def test_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
             wide_product_kernel.header(way, tokens, dtype, epilogue),
             wide_product_kernel.source(way, epilogue),
             wide_product_kernel.inputs_of(way, epilogue, dtype),
-            wide_product_kernel.outputs_of(way, dtype),
+            wide_product_kernel.outputs_of(way, dtype, epilogue),
         )
         assert needs.local == 0, "nothing has to be put aside"
         assert needs.registers * way.groups * 128 <= 65536

@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from runner.engine import wide_product_kernel
+from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import Multiply
 from runner.engine.product_source import SWIGLU
-from runner.engine.wide_product_kernel import TOKENS, Choose, Way
+from runner.engine.wide_product_kernel import TOKENS, Choose, Inner, Way
 from tests.engine.cuda_on_host import Run, compiled
 from tests.engine.product_on_host import arguments_of, launch, on_host
 from tests.engine.tensor_cores_on_host import TYPES
@@ -75,23 +76,44 @@ class WideOnHost:
 
     def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
         def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
-            rows = x.size // inputs
-            tokens = next(most for most in TOKENS if rows <= most)
-            way = choose(outputs, inputs, tokens, epilogue)
-            count = wide_product_kernel.blocks(outputs, way, epilogue)
-            names = [*wide_product_kernel.inputs_of(way, epilogue, dtype)]
+            way = choose(outputs, inputs, tokens_for(x.size // inputs), epilogue)
             given = {"x": x, "w": weight, "added": mx.zeros((1,), dtype) if added is None else added}
-            given["counters"] = mx.zeros((count,), mx.int32)
-            views = [on_host(given[name]) for name in names]
-            result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
-            results = [result]
-            if way.splits > 1:
-                results.append(np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32))
-            launch(self._run(way, tokens, dtype, epilogue), count * way.splits, way.groups * 128, views, *results)
-            assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
-            return mx.array(result).view(dtype)
+            return self._call(way, epilogue, given, outputs)["out"]
 
         return call
+
+    def with_inner(self, outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose) -> Inner:
+        """As `wide_product_kernel.with_inner`."""
+
+        def call(x: mx.array, weight: mx.array, stack: Stack) -> tuple[mx.array, mx.array]:
+            assert stack.packed is not None
+            way = choose(outputs, inputs, tokens_for(x.size // inputs), "changes")
+            result = self._call(way, "changes", {"x": x, "w": weight, "changes": stack.packed}, outputs, stack)
+            return result["out"], result["inner"]
+
+        return call
+
+    def _call(
+        self, way: Way, epilogue: str, given: dict[str, mx.array], outputs: int, stack: Stack | None = None
+    ) -> dict[str, mx.array]:
+        x = given["x"]
+        rows, dtype = x.size // x.shape[-1], x.dtype
+        count = wide_product_kernel.blocks(outputs, way, epilogue)
+        given["counters"] = mx.zeros((count,), mx.int32)
+        views = [on_host(given[name]) for name in wide_product_kernel.inputs_of(way, epilogue, dtype)]
+        results: dict[str, np.ndarray[Any, Any]] = {"out": np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)}
+        blocks = count * way.splits
+        if stack is not None:
+            slots, ranks, _ = stack.down.shape
+            results["inner"] = np.full((way.pieces, rows, slots, ranks), np.nan, dtype=np.float32)
+            blocks += -(-slots * ranks // (way.groups * 64)) * way.pieces
+        if way.splits > 1:
+            results["partial"] = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
+        run = self._run(way, tokens_for(rows), dtype, epilogue)
+        launch(run, blocks, way.groups * 128, views, *results.values())
+        assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
+        found = {name: mx.array(result) for name, result in results.items()}
+        return found | {"out": found["out"].view(dtype)}
 
     def _run(self, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Run:
         key = (way, tokens, dtype, epilogue)
@@ -100,9 +122,14 @@ class WideOnHost:
             folder.mkdir()
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             names = [*wide_product_kernel.inputs_of(way, epilogue, dtype)]
-            more = {"partial": "float*"} if way.splits > 1 else {}
+            more = dict.fromkeys([*wide_product_kernel.outputs_of(way, dtype, epilogue)][1:], "float*")
             arguments = arguments_of(names, kind, more)
             header = TYPES + wide_product_kernel.constants(way, tokens, dtype, epilogue) + DEVICE
             header += SWIGLU if epilogue == "swiglu" else ""
             self._built[key] = compiled(folder, header, wide_product_kernel.source(way, epilogue), arguments, "")
         return self._built[key]
+
+
+def tokens_for(rows: int) -> int:
+    """Which of TOKENS takes so many."""
+    return next(most for most in TOKENS if rows <= most)

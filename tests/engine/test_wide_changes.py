@@ -1,0 +1,176 @@
+"""The product of 33 to 128 tokens with each row's change: on the host, compiled for a GPU, and on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from runner.engine import wide_changes, wide_product_kernel
+from runner.engine.adapters import expand, kernel
+from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.stack import Stack
+from runner.engine.product_kernel import Changed
+from runner.engine.wide_product_kernel import Way
+from tests.engine.adapters.changes_on_host import ChangesOnHost
+from tests.engine.adapters.stacks import draw, stacked
+from tests.engine.cuda_compiler import compile_kernel
+from tests.engine.test_product_changes import expected
+from tests.engine.test_product_kernel import DTYPES, EPILOGUES, WHAT, exact
+from tests.engine.wide_changes_on_host import TILED, WideChangesOnHost
+
+Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Changed]
+
+
+def changes(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Stack:
+    """Slots: none, a rank, more than are loaded at once, no rank in one part, nothing."""
+    if epilogue == "swiglu":
+        ranks = [(3, 3), (12, 8), (0, 5)]
+    else:
+        outputs, ranks = outputs // 2, [(2, 1), (11, 9), (0, 4)]
+    parts = [[(outputs, first), (outputs, second)] for first, second in ranks]
+    return stacked(inputs, [*parts, []], dtype)
+
+
+def slots_of(rows: int) -> list[int]:
+    return [row * 3 % 7 % 5 for row in range(rows)]
+
+
+def check(
+    make: Make,
+    outputs: int,
+    inputs: int,
+    dtype: mx.Dtype,
+    epilogue: str,
+    choose: wide_product_kernel.Choose,
+    batches: tuple[tuple[int, int], ...],
+) -> None:
+    """Against float64; a row gives the same bits whatever is beside it, and so does one without changes."""
+    changed = make(outputs, inputs, dtype, "plain" if epilogue == "add" else epilogue, choose)
+    stack = changes(outputs, inputs, dtype, epilogue)
+    weight = draw((outputs * (2 if epilogue == "swiglu" else 1), inputs), 1, dtype)
+    weight = (weight * (weight.shape[0] / inputs) ** 0.5).astype(dtype)
+    close = 4e-2 if dtype == mx.bfloat16 else 6e-3
+    most = max(rows * tokens for rows, tokens in batches)
+    all_x, all_added = (mx.random.normal((most, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs))
+    alone: dict[tuple[int, int], mx.array] = {}
+    for rows, tokens in batches:
+        x = all_x[: rows * tokens].reshape(rows, tokens, -1)
+        added = all_added[: rows * tokens].reshape(rows, tokens, -1)
+        slots = slots_of(rows)
+        found = changed(x, weight, added if epilogue == "add" else None, stack, RowSlots.of(slots))
+        assert found.shape == (rows, tokens, outputs)
+        np.testing.assert_allclose(
+            exact(found), expected(x, weight, added, stack, slots, epilogue), rtol=close, atol=close
+        )
+        flat = found.reshape(rows * tokens, -1)
+        for place in range(rows * tokens):
+            key = (place, slots[place // tokens])
+            assert mx.array_equal(alone.setdefault(key, flat[place]), flat[place]).item(), key
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> WideChangesOnHost:
+    return WideChangesOnHost(tmp_path_factory.mktemp("changes"))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype", "epilogue", "way", "batches"),
+    [
+        (448, 320, mx.bfloat16, "plain", Way(1, 4, 1, 2), ((40, 1),)),  # two blocks of ranks
+        (448, 256, mx.float16, "add", Way(1, 6, 2, 4), ((20, 2), (65, 1))),
+        (256, 192, mx.bfloat16, "swiglu", Way(2, 5, 1, 3), ((34, 1),)),
+    ],
+    ids=str,
+)
+def test_on_the_host(
+    on_host: WideChangesOnHost,
+    outputs: int,
+    inputs: int,
+    dtype: mx.Dtype,
+    epilogue: str,
+    way: Way,
+    batches: tuple[tuple[int, int], ...],
+) -> None:
+    check(on_host.changed, outputs, inputs, dtype, epilogue, lambda *_: way, batches)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", WHAT)
+@pytest.mark.parametrize("way", [Way(1, 8, 4, 5), Way(2, 6, 1, 1), Way(2, 6, 2, 2)], ids=str)
+def test_on_the_host_in_all_ways(on_host: WideChangesOnHost, dtype: mx.Dtype, epilogue: str, way: Way) -> None:
+    check(on_host.changed, 512, 640, dtype, epilogue, lambda *_: way, ((40, 1), (20, 2), (128, 1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("tiled", [False, True], ids=["by vector", "tiled"])
+def test_what_follows_is_what_add_changes_gives(
+    on_host: WideChangesOnHost, add_changes: ChangesOnHost, dtype: mx.Dtype, epilogue: str, tiled: bool
+) -> None:
+    """To the bit, given the same inner products: those of whole numbers are exact in any order."""
+    outputs, inputs, rows, way = 192 if tiled else 272, 64, 18, TILED if tiled else None
+    stack = changes(outputs, inputs, dtype, epilogue)
+    whole = mx.round(stack.down.astype(mx.float32) * 16).astype(dtype)
+    stack = Stack.of(whole, stack.b, None, stack.spans)
+    x = mx.random.randint(-4, 5, (rows, 2, inputs), key=mx.random.key(1)).astype(dtype)
+    y = mx.random.normal((rows, 2, outputs * kernel.parts(epilogue)), key=mx.random.key(2)).astype(dtype)
+    added = None if epilogue == "swiglu" else 3 * y
+    inner = mx.einsum("bk,srk->bsr", x.flatten(0, 1).astype(mx.float32), whole.astype(mx.float32))
+    pieces = mx.stack([inner - 7, mx.full(inner.shape, 3.0), mx.full(inner.shape, 4.0)])
+    slots = RowSlots.of(slots_of(rows))
+    for more in (None, added):
+        found = on_host.expand(y, pieces, stack, slots, more, epilogue, way)
+        assert mx.array_equal(found, add_changes(x, y, stack, slots, more, epilogue)).item()
+
+
+@pytest.fixture(scope="module")
+def add_changes(tmp_path_factory: pytest.TempPathFactory) -> ChangesOnHost:
+    return ChangesOnHost(tmp_path_factory.mktemp("apart"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_what_follows_compiles_for_the_device(dtype: mx.Dtype, epilogue: str) -> None:
+    for way in (expand.BY_VECTOR_WAY[epilogue], expand.TILED_WAY):
+        header, source = expand.header(dtype, epilogue, way), expand.source(epilogue, way)
+        needs = compile_kernel(header, source, expand.inputs_of(epilogue, dtype), {"out": dtype})
+        assert needs.local == 0, "nothing has to be put aside"
+        assert needs.registers <= 128, "as many threads as possible wait at once"
+
+
+def test_what_there_is_a_kernel_for() -> None:
+    stack = changes(512, 128, mx.bfloat16, "plain")  # 5 slots of 20 ranks
+    assert wide_changes.fits(512, 128, mx.bfloat16, "plain", stack)
+    assert not wide_changes.fits(512, 128, mx.float16, "plain", stack)
+    assert not wide_changes.fits(512, 192, mx.bfloat16, "plain", stack)
+    assert not wide_changes.fits(256, 128, mx.bfloat16, "swiglu", changes(320, 128, mx.bfloat16, "swiglu"))
+    few = changes(384, 128, mx.bfloat16, "plain")
+    assert not wide_changes.fits(384, 128, mx.bfloat16, "plain", few), "more than a quarter of the outputs"
+    odd = stacked(128, [[(1024, 3)]], mx.bfloat16)  # 2 slots of 3 ranks
+    assert not wide_changes.fits(1024, 128, mx.bfloat16, "plain", odd), "no whole vectors of ranks"
+    narrow = stacked(128, [[(508, 2), (516, 2)]], mx.bfloat16)
+    assert not wide_changes.fits(1024, 128, mx.bfloat16, "plain", narrow), "a part ends within a vector"
+    normed = Stack(stack.down, stack.b, mx.ones(stack.b.shape[::2]), stack.spans)
+    assert not wide_changes.fits(512, 128, mx.bfloat16, "plain", normed), "DoRA"
+
+
+def test_ranks_are_in_shared_memory_where_they_have_room_there() -> None:
+    usual = expand.BY_VECTOR_WAY["swiglu"]
+    assert expand.way(changes(256, 64, mx.bfloat16, "swiglu"), "swiglu") == expand.TILED_WAY
+    assert expand.way(changes(256, 64, mx.bfloat16, "plain"), "plain") == expand.BY_VECTOR_WAY["plain"]
+    assert expand.way(changes(272, 64, mx.bfloat16, "swiglu"), "swiglu") == usual, "a part ends within a tile"
+    assert expand.way(stacked(64, [[(256, 100), (256, 100)]], mx.bfloat16), "swiglu") == usual, "too many ranks"
+
+
+@pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", WHAT)
+@pytest.mark.parametrize(("outputs", "inputs"), [(2048, 2048), (512, 64), (2048, 8192), (8192, 1088), (3072, 2048)])
+def test_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> None:
+    batches = ((33, 1), (40, 1), (25, 2), (64, 1), (65, 1), (60, 2), (128, 1))
+    check(wide_changes.changed, outputs, inputs, dtype, epilogue, wide_product_kernel.way, batches)
