@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from runner.bench.job import Load  # noqa: E402
 from runner.bench.prompts import prompt  # noqa: E402
+from runner.engine import cuda_kernels  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
@@ -38,6 +39,7 @@ class ClosedLoop:
 
     def __init__(self, model: Path, max_rows: int) -> None:
         limits = Limits(max_rows=max_rows, max_context=4096, prefix_cache_bytes=PREFIX_CACHE_BYTES)
+        cuda_kernels.settle()
         self.engine = Engine(load(model), limits, self._receive)
         self._tokens = 0
         self._ended = 0

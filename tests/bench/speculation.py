@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import mlx.core as mx  # noqa: E402
 
+from runner.engine import cuda_kernels  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import LoadedModel, load  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
@@ -124,6 +125,7 @@ class Run:
 def main() -> None:
     """Parse, measure, print."""
     arguments = options()
+    cuda_kernels.settle()
     budget = Budget(arguments.budget)
     slack = slack_for(arguments.draft_tokens)
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)

@@ -131,7 +131,7 @@ class Scenario:
             driver.one(prompt=TEXT[3 : 3 + SHARED], max_tokens=2, adapter=adapter)
         if "grammar" in self.features:
             driver.one(prompt=TEXT[:1], max_tokens=1, grammar=GRAMMAR)  # compiled from now on
-        first = 10_000 * (1 + len(driver.answers))
+        first = 10_000 * (1_000 + len(driver.answers))
         neighbours = [structs.replace(request, id=first + request.id) for request in self.neighbours()]
         subject = self.subject(first + SUBJECT)
         # The last neighbour comes when the subject decodes; with "join" the subject comes when the others do.
