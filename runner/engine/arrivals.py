@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
@@ -16,6 +17,9 @@ from runner.protocol import Cancel, Generate
 
 AT_ONCE: Final = 64 * 1024
 """Characters of requests that are read between two steps: some 20 ms. The last of them may go beyond."""
+
+TOGETHER: Final = 16 * 1024
+"""The same of requests that find the engine idle, for which it looks out while it reads others: some 5 ms."""
 
 
 class Arrivals:
@@ -35,22 +39,29 @@ class Arrivals:
         """What is to be handled before the next step.
 
         If there is nothing, and the engine is not `busy`, waits for something for `patience` seconds, without end for
-        None.
+        None. What arrives while the first of them is read then is taken as well: who comes with others goes on with
+        them, and one step for all costs less than a step for each.
         """
-        try:
-            if not busy and not self._events:
+        if not busy and not self._events:
+            with suppress(Empty):
                 self._events.append(self._inbox.get(timeout=patience()))
-            while True:
-                self._events.append(self._inbox.get_nowait())
-        except Empty:
-            if len(self._events) > 1:
-                self._drop_cancelled()
+        self._look()
         read = 0
         while self._events and read < AT_ONCE:
             event = self._events.popleft()
             if isinstance(event, Generate):
                 read += _characters(event)
             yield event
+            if not busy and not self._events and read < TOGETHER:
+                self._look()
+
+    def _look(self) -> None:
+        """Take what is in the inbox."""
+        with suppress(Empty):
+            while True:
+                self._events.append(self._inbox.get_nowait())
+        if len(self._events) > 1:
+            self._drop_cancelled()
 
     def _drop_cancelled(self) -> None:
         """Those whose client has left, and those whose runner is gone."""

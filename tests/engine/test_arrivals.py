@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from runner.engine.arrivals import AT_ONCE, Arrivals
+from runner.engine.arrivals import AT_ONCE, TOGETHER, Arrivals
 from runner.engine.transport import Connected, Disconnected, Event
 from runner.protocol import Cancel, DropAdapter, Generate
 from tests.engine.drive import generate
@@ -42,6 +42,17 @@ def test_a_step_comes_between_long_ones(busy: bool) -> None:
         assert taken(of, busy=busy) == part
         assert of.waiting == (part != events[5:])
     assert taken(of) == []
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_who_finds_the_engine_idle_goes_on_with_those_that_come_while_it_is_read(busy: bool) -> None:
+    """Up to some text: a step comes before all of a crowd is read."""
+    of = arrivals(generate(0, prompt="x" * (TOGETHER // 4)))
+    got = []
+    for event in of.take(busy=busy, patience=lambda: 0.0):
+        got.append(event)
+        of._inbox.put(generate(len(got), prompt="x" * (TOGETHER // 4)))
+    assert len(got) == (1 if busy else 4)
 
 
 def test_what_was_cancelled_meanwhile_is_not_read() -> None:
