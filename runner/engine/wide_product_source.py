@@ -87,7 +87,7 @@ BODY: Final = """
             uint4* const into = to + (chunk - begin) % STAGES * STAGE;
             #pragma unroll
             for (int i = 0; i < LINES; i += STEP) {
-                THERE copy(into + i * 8, weights + (size_t(i / OUT) * N + i % OUT) * K + chunk * 64, true);
+                THERE copy(into + i * 8, weights + (size_t(i / OUT) * APART + i % OUT) * K + chunk * 64, true);
             }
             #pragma unroll
             for (int i = 0; i < TOKENS; i += STEP) {
@@ -102,6 +102,7 @@ BODY: Final = """
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.0f;
     #pragma unroll
     for (int i = 0; i < STAGES - 2; ++i) fetch(begin + i);
+    SEEK
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_groups<STAGES - 3>();
         publish();
@@ -120,6 +121,7 @@ BODY: Final = """
     // The sums go where chunks were.
     float* const sums = reinterpret_cast<float*>(tiles);
     __syncthreads();
+    BEGIN
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) {
         sums[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
@@ -127,6 +129,7 @@ BODY: Final = """
     __syncthreads();
     LEAVE
     MEET
+    AWAIT
     // What several vectors of outputs are made of is on its way at once.
     constexpr int AT_ONCE = 4;
     const int vectors = rows * (OUT / 8);
@@ -154,6 +157,7 @@ BODY: Final = """
         #pragma unroll
         for (int e = 0; e < AT_ONCE; ++e) {
             if (from + e * THREADS >= vectors) break;
+            CHANGE
             uint4 result;
             T* const written = reinterpret_cast<T*>(&result);
             #pragma unroll
@@ -193,6 +197,9 @@ SHARED: Final = {
 }
 """The same where several share it."""
 
+NOTHING_CHANGED: Final = {"APART": "N", "SEEK": "", "BEGIN": "", "AWAIT": "", "CHANGE": ""}
+"""What stands at these places of BODY where `wide_changed_source` has nothing."""
+
 PLAIN: Final = {
     "SHARE": """
     constexpr int shares = SPLITS;
@@ -201,6 +208,7 @@ PLAIN: Final = {
     "LINES_OF": "w",
     "THERE": "",
     "LEAVE": "",
+    **NOTHING_CHANGED,
 }
 """What stands at these places of BODY where the weight's lines are all."""
 
@@ -226,6 +234,7 @@ CHANGES: Final = {
         return;
     }
 """,
+    **NOTHING_CHANGED,
 }
 """The same where those of `down` come behind them; their number is a multiple of four."""
 
