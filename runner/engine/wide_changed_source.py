@@ -3,8 +3,8 @@
 The first blocks of the grid have lines of `down`, of all slots of a stack (`adapters/stack.py`); as many of them as
 there are PIECES share K, and each leaves its sums in `inner` [PIECES, tokens, slots, ranks] and counts itself on the
 board (`RowSlots`). The others have the weight's lines. They look for all of that only once their own sums are there:
-whatever blocks run at once, those of lower numbers have begun before, and the first wait for nobody. Who comes last
-leaves both counters of the board at zero.
+whatever blocks run at once, those of lower numbers have begun before, and the first wait for nobody. Each
+counts itself then as well, and the last leaves the board's counter at zero.
 
 What all slots' `up` has for a block's lines comes into the cache while the product is computed, and into shared memory,
 where chunks were, while sums are put there. A row's ranks are added in their order to the rounded product, as
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from runner.engine.wide_product_source import LEAVE
+
 CHANGED: Final = {
     "SHARE": """
     const int O = N * PARTS, S = changes_shape[0], R = (changes_shape[1] - 64) / (K + O), ranks = S * R;
@@ -24,7 +26,7 @@ CHANGED: Final = {
     const int shares = own < 0 ? PIECES : SPLITS, part = own < 0 ? blockIdx.x : own;
     const int block = part / shares, split = part % shares, first = block * (own < 0 ? LINES : OUT);
     const int there = own < 0 ? min(ranks - first, LINES) : LINES;
-    __shared__ int slots[TOKENS], low[MOST_SLOTS * PARTS], high[MOST_SLOTS * PARTS], widest;
+    __shared__ int slots[TOKENS], low[MOST_SLOTS * PARTS], high[MOST_SLOTS * PARTS], widest, told;
 """,
     "LINES_OF": "(own < 0 ? changes + size_t(S) * 64 : w)",
     "APART": "(own < 0 ? OUT : N)",
@@ -33,7 +35,7 @@ CHANGED: Final = {
     // Of all slots' `up`, what the block's lines have.
     const T* const up = changes + size_t(S) * changes_shape[1] - size_t(S) * R * O + first;
     if (own >= 0) {
-        if (threadIdx.x == 0) widest = 0;
+        if (threadIdx.x == 0) widest = told = 0;
         const int each = rows / board_shape[0];
         for (int r = threadIdx.x; r < rows; r += THREADS) slots[r] = board[32 + r / each];
         __syncthreads();
@@ -74,28 +76,27 @@ CHANGED: Final = {
 """,
     "LEAVE": """
     if (own < 0) {
-        float* const to = inner + size_t(split) * rows * ranks + first;
-        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
-            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
-            if (n >= there) continue;
-            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
-                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
-        }
-        __threadfence();
+"""
+    + LEAVE
+    + """        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) atomicAdd(const_cast<int*>(board), 1);
         return;
     }
 """,
+    "MEANWHILE": "if (threadIdx.x == 32) told = acquire(board);",
     "AWAIT": """
+    // The counter is zero again once all have seen that the first are done.
     if (threadIdx.x == 0) {
-        while (acquire(board) < before) {}
-        int* const counters_of_all = const_cast<int*>(board);
-        if (atomicAdd(counters_of_all + 1, 1) == O / LINES - 1) counters_of_all[0] = counters_of_all[1] = 0;
+        if (told < before) {
+            while (acquire(board) < before) {}
+        }
+        atomicInc(reinterpret_cast<unsigned*>(const_cast<int*>(board)), before + O / LINES - 1);
     }
     __syncthreads();
-    // So many loads are on their way at once: a look at what others wrote takes as long as eight chunks.
-    constexpr int TOGETHER = PIECES > 8 ? 1 : PIECES > 4 ? 2 : PIECES > 2 ? 4 : 8;
+    // Loads that are on their way at once, where a span has up to eight ranks all: each takes as long as some chunks.
+    constexpr int VECTORS = TOKENS * PARTS * 2 / THREADS, MOST = 32 / PIECES;
+    constexpr int TOGETHER = VECTORS < 1 || MOST < 1 ? 1 : VECTORS < MOST ? VECTORS : MOST;
     const size_t apart = size_t(rows) * ranks;
     for (int from = threadIdx.x; from < rows * PARTS * wide; from += THREADS * TOGETHER) {
         float4 some[TOGETHER][PIECES];
@@ -137,7 +138,7 @@ CHANGED: Final = {
                     const uint4* const lines = values + ((its - PARTS) * deep + begin_at) * (OUT / 8) + vector_of;
                     const float* const own_products =
                         reinterpret_cast<const float*>(products + (its_row * PARTS + p) * wide) + begin_at;
-                    #pragma unroll 4
+                    #pragma unroll 8
                     for (int rank = 0; rank < count; ++rank) {
                         const uint4 eight = lines[rank * (OUT / 8)];
                         const T* const v = reinterpret_cast<const T*>(&eight);

@@ -189,6 +189,7 @@ SHARED: Final = {
         latest = atomicAdd(counter, 1) == SPLITS - 1;
         if (latest) *counter = 0;
     }
+    MEANWHILE
     __syncthreads();
     if (!latest) return;
     __threadfence();
@@ -197,7 +198,7 @@ SHARED: Final = {
 }
 """The same where several share it."""
 
-NOTHING_CHANGED: Final = {"APART": "N", "SEEK": "", "BEGIN": "", "AWAIT": "", "CHANGE": ""}
+NOTHING_CHANGED: Final = {"APART": "N", "SEEK": "", "BEGIN": "", "MEANWHILE": "", "AWAIT": "", "CHANGE": ""}
 """What stands at these places of BODY where `wide_changed_source` has nothing."""
 
 PLAIN: Final = {
@@ -212,6 +213,17 @@ PLAIN: Final = {
 }
 """What stands at these places of BODY where the weight's lines are all."""
 
+LEAVE: Final = """
+        float* const to = inner + size_t(split) * rows * ranks + first;
+        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
+            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
+            if (n >= there) continue;
+            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
+                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
+        }
+"""
+"""How a block leaves its sums of lines of `down`."""
+
 CHANGES: Final = {
     "SHARE": """
     const int S = changes_shape[0], ranks = S * ((changes_shape[1] - 64) / (K + N));
@@ -224,13 +236,9 @@ CHANGES: Final = {
     "THERE": "if (line + i < there)",
     "LEAVE": """
     if (beyond >= 0) {
-        float* const to = inner + size_t(split) * rows * ranks + first;
-        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
-            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
-            if (n >= there) continue;
-            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
-                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
-        }
+"""
+    + LEAVE
+    + """
         return;
     }
 """,
