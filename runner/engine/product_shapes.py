@@ -7,14 +7,14 @@ a shape is loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import mlx.core as mx
 import msgspec
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import cuda_kernels, product_kernel, wide_changes, wide_product_kernel
+from runner.engine import cuda_kernels, product_kernel, wide_changed_kernel, wide_changes, wide_product_kernel
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -33,7 +33,10 @@ Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products of few tokens are made: `product_kernel.multiply`, `wide_product_kernel.multiply`."""
 
 MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
-"""How those with changes are: `product_kernel.changed`, `wide_changes.changed`."""
+"""How those with changes are: `product_kernel.changed`, `wide_changed_kernel.changed`, `wide_changes.changed`."""
+
+Fits = Callable[[int, int, mx.Dtype, str, Stack], bool]
+"""Whether they are for such changes: as `wide_changes.fits`."""
 
 AddChanges = Callable[[mx.array, mx.array, Stack, RowSlots, mx.array | None, str], mx.array]
 """From tokens, what a product has made of them, and each row's change and slot: as `adapters.kernel.add_changes`."""
@@ -52,8 +55,8 @@ class Kernels(msgspec.Struct, frozen=True):
     wide: Make | None = None
     """For more tokens than `multiply` takes, up to `wide_product_kernel.MOST_ROWS`; weights that it fits."""
 
-    wide_changed: MakeChanged | None = None
-    """The same with changes."""
+    wide_changed: tuple[tuple[MakeChanged, Fits], ...] = ()
+    """The same with changes: the first that fits them is used."""
 
 
 def kernels() -> Kernels | None:
@@ -63,9 +66,14 @@ def kernels() -> Kernels | None:
     wide = wide_product_kernel.multiply if wide_product_kernel.usable() else None
     if not cuda_kernels.usable(kernel.SWITCH):
         return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
-    wide_changed = wide_changes.changed if wide else None
+    in_one, in_two = ((module.changed, module.fits) for module in (wide_changed_kernel, wide_changes))
     return Kernels(
-        product_kernel.multiply, product_kernel.changed, _add_changes, product_kernel.gate, wide, wide_changed
+        product_kernel.multiply,
+        product_kernel.changed,
+        _add_changes,
+        product_kernel.gate,
+        wide,
+        (in_one, in_two) if wide else (),
     )
 
 
@@ -93,20 +101,26 @@ class Shape:
         self._multiply, self._wide = multiply, wide
         self._outputs = outputs
         self._changed: Changed | None = None
-        self._wide_changed: Changed | None = None
+        self._wide_changed: dict[MakeChanged, Changed] = {}
         self._prepared: set[MakeChanged] = set()
 
     def prepare(self, weight: mx.array, stack: Stack) -> None:
         """Try changes, once."""
         # They are compiled side by side from here on.
         few = self._made(self.kernels.changed, self._fits(stack))
-        many = self._made(self.kernels.wide_changed, self._wide is not None and self._fits_wide(stack))
+        wanted = [*self._fitting(stack)]
+        first = {make: self._made(make) for make in wanted[:1]}
         if few is not None:
             self._changed = _tried_changed(few, self.epilogue, weight, stack, _ROWS)
-        if many is not None:
-            self._wide_changed = _tried_changed(many, self.epilogue, weight, stack, _MORE_ROWS)
+        for make in wanted:
+            if make in self._wide_changed:
+                return
+            many = first.pop(make, None) or self._made(make)
+            if many and (right := _tried_changed(many, self.epilogue, weight, stack, _MORE_ROWS)):
+                self._wide_changed[make] = right
+                return
 
-    def _made(self, make: MakeChanged | None, fits: bool) -> Changed | None:
+    def _made(self, make: MakeChanged | None, fits: bool = True) -> Changed | None:
         """The first time that it fits."""
         if make is None or not fits or make in self._prepared:
             return None
@@ -123,8 +137,10 @@ class Shape:
         """The product with changes, None where it is to be made of several."""
         if self._few(x):
             return self._changed if self._changed is not None and self._fits(stack) else None
-        wide = self._wide_changed if self._many(x) else None
-        return wide if wide is not None and self._fits_wide(stack) else None
+        if not self._wide_changed or not self._many(x):
+            return None
+        right = self._wide_changed
+        return next((right[make] for make in self._fitting(stack) if make in right), None)
 
     def _few(self, x: mx.array) -> bool:
         return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
@@ -136,8 +152,11 @@ class Shape:
         outputs = self._outputs * kernel.parts(self.epilogue)
         return product_kernel.fits_changes(outputs, self.inputs, self.dtype, stack)
 
-    def _fits_wide(self, stack: Stack) -> bool:
-        return wide_changes.fits(self._outputs, self.inputs, self.dtype, self.epilogue, stack)
+    def _fitting(self, stack: Stack) -> Iterator[MakeChanged]:
+        """Those for more tokens; none where such products are MLX's."""
+        if self._wide is not None:
+            what = self._outputs, self.inputs, self.dtype, self.epilogue
+            yield from (make for make, fits in self.kernels.wide_changed if fits(*what, stack))
 
 
 class Shapes:

@@ -7,7 +7,7 @@ bits in any batch of so many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Final
 
@@ -34,11 +34,11 @@ MOST_ROWS: Final = TOKENS[-1]
 _ARCHITECTURE: Final = "sm_90a"
 """Whose tensor cores read shared memory."""
 
-_GROUP: Final = 64
+GROUP: Final = 64
 """Lines of a weight that four warps take."""
 
 _CHUNK: Final = 64
-_GROUP_THREADS: Final = 128
+GROUP_THREADS: Final = 128
 _ALIGNED: Final = 1024
 _ROOM: Final = 227 * 1024
 
@@ -56,9 +56,13 @@ class Way(msgspec.Struct, frozen=True):
     splits: int
     pieces: int = 1
 
+    def ring(self, tokens: int) -> int:
+        """Bytes of shared memory that chunks have."""
+        return self.stages * (self.groups * GROUP + tokens) * _CHUNK * 2
+
     def shared_memory(self, tokens: int) -> int:
         """Bytes of it that a block has."""
-        return self.stages * (self.groups * _GROUP + tokens) * _CHUNK * 2 + _ALIGNED
+        return self.ring(tokens) + _ALIGNED
 
 
 def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
@@ -75,20 +79,20 @@ def _pieces(inputs: int) -> int:
 
 def _way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     lines = outputs * parts(epilogue)
-    if lines >= PROCESSORS * 2 * _GROUP * 4 and lines % (4 * _GROUP) == 0:
+    if lines >= PROCESSORS * 2 * GROUP * 4 and lines % (4 * GROUP) == 0:
         # Tokens are read again by each block, so a block has many lines where that leaves enough of them.
         return Way(4, 5 if tokens == TOKENS[0] else 4, 1)
-    if lines >= (PROCESSORS - 8) * 2 * _GROUP and lines % (2 * _GROUP) == 0:
+    if lines >= (PROCESSORS - 8) * 2 * GROUP and lines % (2 * GROUP) == 0:
         return Way(2, 8 if tokens == TOKENS[0] else 6, 1)
     splits = 1
-    while splits < 4 and lines // _GROUP * splits * 2 <= PROCESSORS and inputs >= splits * 2 * 4 * _CHUNK:
+    while splits < 4 and lines // GROUP * splits * 2 <= PROCESSORS and inputs >= splits * 2 * 4 * _CHUNK:
         splits *= 2
     return Way(1, 8, splits)
 
 
 def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> bool:
     """Whether there is a kernel for a weight [outputs, inputs], as `way` has it."""
-    return dtype in KINDS and outputs * parts(epilogue) % _GROUP == 0 and inputs % _CHUNK == 0
+    return dtype in KINDS and outputs * parts(epilogue) % GROUP == 0 and inputs % _CHUNK == 0
 
 
 Choose = Callable[[int, int, int, str], Way]
@@ -147,7 +151,7 @@ def with_inner(outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose = way)
         rows = x.size // inputs
         way, kernel, (width, _, _), threads, shared, counters = by_rows[rows]
         slots, ranks, _ = stack.down.shape
-        more = -(-slots * ranks // (way.groups * _GROUP)) * way.pieces * threads[0]
+        more = -(-slots * ranks // (way.groups * GROUP)) * way.pieces * threads[0]
         shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, slots, ranks), (shared * rows,)]
         arrays, count = [x, weight, stack.packed], 3 if shared else 2
         y, inner, *_ = kernel.launch(
@@ -167,11 +171,13 @@ def usable() -> bool:
     return cuda_kernels.usable(SWITCH) and kernel_cache.architecture() == _ARCHITECTURE
 
 
-def source(way: Way, epilogue: str) -> str:
-    """The kernel's text."""
+def source(way: Way, epilogue: str, lines: Mapping[str, str] | None = None) -> str:
+    """The kernel's text; `lines` are what stands in it beside the product of a weight's lines."""
     text = BODY
-    shares, lines = SHARED if way.splits > 1 else ALONE, CHANGES if epilogue == "changes" else PLAIN
-    for place, what in (shares | lines | EPILOGUES[epilogue]).items():
+    shares = SHARED if way.splits > 1 else ALONE
+    if lines is None:
+        lines = CHANGES if epilogue == "changes" else PLAIN
+    for place, what in {**shares, **lines, **EPILOGUES[epilogue]}.items():
         text = text.replace(place, what)
     return cuda_kernels.terse(text)
 
@@ -208,8 +214,8 @@ def outputs_of(way: Way, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
 def blocks(outputs: int, way: Way, epilogue: str) -> int:
     """That have outputs of their own, each of which `way.splits` share. A weight's lines have to be whole blocks."""
     lines = outputs * parts(epilogue)
-    assert lines % (way.groups * _GROUP) == 0
-    return lines // (way.groups * _GROUP)
+    assert lines % (way.groups * GROUP) == 0
+    return lines // (way.groups * GROUP)
 
 
 _Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array]]
@@ -218,8 +224,8 @@ _Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array]]
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
     """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches."""
     assert way.shared_memory(tokens) <= _ROOM
-    threads, count = way.groups * _GROUP_THREADS, blocks(outputs, way, epilogue)
-    shared = count * way.splits * way.groups * _GROUP if way.splits > 1 else 0
+    threads, count = way.groups * GROUP_THREADS, blocks(outputs, way, epilogue)
+    shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
     grid = (count * way.splits * threads, 1, 1)
     counters = cuda_kernels.counters(count) if shared else iter(())
     return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, counters

@@ -87,7 +87,7 @@ BODY: Final = """
             uint4* const into = to + (chunk - begin) % STAGES * STAGE;
             #pragma unroll
             for (int i = 0; i < LINES; i += STEP) {
-                THERE copy(into + i * 8, weights + (size_t(i / OUT) * N + i % OUT) * K + chunk * 64, true);
+                THERE copy(into + i * 8, weights + (size_t(i / OUT) * APART + i % OUT) * K + chunk * 64, true);
             }
             #pragma unroll
             for (int i = 0; i < TOKENS; i += STEP) {
@@ -102,6 +102,7 @@ BODY: Final = """
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.0f;
     #pragma unroll
     for (int i = 0; i < STAGES - 2; ++i) fetch(begin + i);
+    SEEK
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_groups<STAGES - 3>();
         publish();
@@ -120,6 +121,7 @@ BODY: Final = """
     // The sums go where chunks were.
     float* const sums = reinterpret_cast<float*>(tiles);
     __syncthreads();
+    BEGIN
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) {
         sums[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
@@ -127,6 +129,7 @@ BODY: Final = """
     __syncthreads();
     LEAVE
     MEET
+    AWAIT
     // What several vectors of outputs are made of is on its way at once.
     constexpr int AT_ONCE = 4;
     const int vectors = rows * (OUT / 8);
@@ -154,6 +157,7 @@ BODY: Final = """
         #pragma unroll
         for (int e = 0; e < AT_ONCE; ++e) {
             if (from + e * THREADS >= vectors) break;
+            CHANGE
             uint4 result;
             T* const written = reinterpret_cast<T*>(&result);
             #pragma unroll
@@ -185,6 +189,7 @@ SHARED: Final = {
         latest = atomicAdd(counter, 1) == SPLITS - 1;
         if (latest) *counter = 0;
     }
+    MEANWHILE
     __syncthreads();
     if (!latest) return;
     __threadfence();
@@ -192,6 +197,9 @@ SHARED: Final = {
     "FOUR": "__ldcg(reinterpret_cast<const float4*>(group + (size_t(s) * rows + r) * LINES + column))",
 }
 """The same where several share it."""
+
+NOTHING_CHANGED: Final = {"APART": "N", "SEEK": "", "BEGIN": "", "MEANWHILE": "", "AWAIT": "", "CHANGE": ""}
+"""What stands at these places of BODY where `wide_changed_source` has nothing."""
 
 PLAIN: Final = {
     "SHARE": """
@@ -201,8 +209,20 @@ PLAIN: Final = {
     "LINES_OF": "w",
     "THERE": "",
     "LEAVE": "",
+    **NOTHING_CHANGED,
 }
 """What stands at these places of BODY where the weight's lines are all."""
+
+LEAVE: Final = """
+        float* const to = inner + size_t(split) * rows * ranks + first;
+        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
+            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
+            if (n >= there) continue;
+            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
+                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
+        }
+"""
+"""How a block leaves its sums of lines of `down`."""
 
 CHANGES: Final = {
     "SHARE": """
@@ -216,16 +236,13 @@ CHANGES: Final = {
     "THERE": "if (line + i < there)",
     "LEAVE": """
     if (beyond >= 0) {
-        float* const to = inner + size_t(split) * rows * ranks + first;
-        for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
-            const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
-            if (n >= there) continue;
-            *reinterpret_cast<float4*>(to + size_t(r) * ranks + n) =
-                *reinterpret_cast<const float4*>(sums + r * PITCH + n);
-        }
+"""
+    + LEAVE
+    + """
         return;
     }
 """,
+    **NOTHING_CHANGED,
 }
 """The same where those of `down` come behind them; their number is a multiple of four."""
 

@@ -149,6 +149,7 @@ static bool __any_sync(unsigned all, bool one) {
     return any;
 }
 template <typename V> V atomicAdd(V* at, V value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+static unsigned atomicInc(unsigned* at, unsigned most) { return std::exchange(*at, *at >= most ? 0 : *at + 1); }
 template <typename V> V __ldcg(const V* at) { return *at; }
 template <typename V> V atomicMax(V* at, V value) { return std::exchange(*at, max(*at, value)); }
 static void __threadfence() {}

@@ -15,7 +15,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from runner.engine import cuda_compiler, cuda_kernels, draw_kernel, kernel_cache, product_kernel, wide_product_kernel
+from runner.engine import (
+    cuda_compiler,
+    cuda_kernels,
+    draw_kernel,
+    kernel_cache,
+    product_kernel,
+    wide_changed_kernel,
+    wide_product_kernel,
+)
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.cuda_compiler import Binary, CompileError
@@ -249,7 +257,8 @@ def test_nothing_is_compiled_without_a_folder(
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is left of another test, and none of this one's is."""
-    made = {"_kernel": [product_kernel, wide_product_kernel, kernel, draw_kernel, attention_kernel, quantised_kernel]}
+    made = {"_kernel": [product_kernel, wide_product_kernel, wide_changed_kernel, kernel, draw_kernel]}
+    made["_kernel"] += [attention_kernel, quantised_kernel]
     made |= {"kernel": [decode_kernel], "_begin": [begin_kernel]}
     made |= {"_gate_kernel": [product_kernel], "_write": [prompt_kernel], "_attend": [prompt_kernel]}
     made |= {"_copy": [copy_kernel], "_put": [copy_kernel]}
@@ -290,6 +299,24 @@ def test_wide_products_are_compiled_as_they_are_called(
         assert multiply(x, weight).shape == (rows, 1, outputs)
         if epilogue == "plain":
             multiply(x, weight, mx.zeros((rows, 1, outputs), dtype))
+    assert sorted(set(launches.modules)) == sorted(compiled)
+    assert len(compiled) == len(wide_product_kernel.TOKENS)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(("epilogue", "splits"), [("plain", 1), ("plain", 2), ("swiglu", 1)])
+def test_wide_products_with_changes_are_compiled_as_they_are_called(
+    launches: Launches, compiled: list[str], epilogue: str, splits: int
+) -> None:
+    outputs, inputs, dtype = 512, 128, mx.bfloat16
+    weight = mx.zeros((outputs * (2 if epilogue == "swiglu" else 1), inputs), dtype)
+    stack = changes(outputs, inputs, dtype, epilogue)
+    changed = wide_changed_kernel.changed(outputs, inputs, dtype, epilogue, lambda *_: WideWay(2, 6, splits, 2))
+    for rows in (33, *wide_product_kernel.TOKENS):
+        x, slots = mx.zeros((rows, 1, inputs), dtype), RowSlots.of([1] * rows)
+        assert changed(x, weight, None, stack, slots).shape == (rows, 1, outputs)
+        if epilogue == "plain":
+            changed(x, weight, mx.zeros((rows, 1, outputs), dtype), stack, slots)
     assert sorted(set(launches.modules)) == sorted(compiled)
     assert len(compiled) == len(wide_product_kernel.TOKENS)
 

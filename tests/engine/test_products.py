@@ -13,13 +13,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import products, wide_product_kernel
+from runner.engine import products, wide_changes, wide_product_kernel
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
 from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply, Way
-from runner.engine.product_shapes import Kernels
+from runner.engine.product_shapes import Fits, Kernels, MakeChanged
 from runner.engine.weights import narrow_model
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
@@ -342,9 +342,9 @@ def test_changes_of_more_tokens_are_a_launch_with_what_follows(
 
 @pytest.mark.usefixtures("gathers_16_bit")
 @pytest.mark.parametrize(("rank", "fits"), [(2, True), (24, False)])
-@pytest.mark.parametrize("broken", [False, True], ids=["right", "broken"])
+@pytest.mark.parametrize("ways", ["right", "broken", "broken, right", "unfit, right"])
 def test_up_to_128_tokens_have_changes_within_their_products(
-    model_folder: ModelFolder, tmp_path: Path, llama: Any, rank: int, fits: bool, broken: bool
+    model_folder: ModelFolder, tmp_path: Path, llama: Any, rank: int, fits: bool, ways: str
 ) -> None:
     """Those that fit, of kernels that are right; to the bit what they are apart."""
     keys = (*ATTENTION, "self_attn.o_proj", *MLP)
@@ -353,12 +353,14 @@ def test_up_to_128_tokens_have_changes_within_their_products(
     rows = wide_product_kernel.MOST_ROWS
 
     def wrong(*what: Any) -> Changed:
-        right = many.changed(*what)
-        return lambda *call: right(*call) * 1.05
+        changed = many.changed(*what)
+        return lambda *call: changed(*call) * 1.05
 
-    for make in (None, wrong if broken else many.changed):
+    right: tuple[MakeChanged, Fits] = (many.changed, wide_changes.fits)
+    of = {"right": right, "broken": (wrong, wide_changes.fits), "unfit": (wrong, lambda *_: False)}
+    for makes in ((), tuple(of[way] for way in ways.split(", "))):
         model = joined(model_folder("llama"))
-        products.install(model, Kernels(few, few.changed, few.add_changes, few.gate, many, make))
+        products.install(model, Kernels(few, few.changed, few.add_changes, few.gate, many, makes))
         bank = AdapterBank(model, mx.bfloat16)
         bank.load(source)
         bank.apply(bank.slots([bank.acquire("a") if row % 2 else None for row in range(rows)]))
@@ -367,7 +369,7 @@ def test_up_to_128_tokens_have_changes_within_their_products(
         said.append(model(mx.arange(rows).reshape(-1, 1) % 64))
     apart = Counter({"then changed plain": 3, "then changed swiglu": 3, "then changed sum": 6})
     within = Counter({"changed plain": 3, "changed swiglu": 3, "changed sum": 6})
-    taken = fits and not broken
+    taken = fits and ways.endswith("right")
     assert few.calls == (Counter() if taken else apart)
     assert many.calls == (within if taken else Counter({"plain": 12}))
     assert mx.array_equal(*said).item()

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from runner.engine import wide_changes, wide_product_kernel
+from runner.engine import wide_changed_kernel, wide_changes, wide_product_kernel
 from runner.engine.adapters import expand, kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -106,6 +107,47 @@ def test_on_the_host_in_all_ways(on_host: WideChangesOnHost, dtype: mx.Dtype, ep
     check(on_host.changed, 512, 640, dtype, epilogue, lambda *_: way, ((40, 1), (20, 2), (128, 1)))
 
 
+AT_ONCE = [
+    (512, 320, mx.bfloat16, "plain", Way(1, 5, 1, 2), ((40, 1),)),  # two blocks of ranks
+    (512, 256, mx.float16, "add", Way(2, 4, 2, 4), ((20, 2), (65, 1))),
+    (256, 192, mx.bfloat16, "swiglu", Way(2, 5, 1, 3), ((34, 1),)),
+    (256, 192, mx.float16, "swiglu", Way(4, 4, 1, 1), ((33, 1),)),
+]
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "dtype", "epilogue", "way", "batches"), AT_ONCE, ids=str)
+def test_one_launch_gives_what_two_do(
+    on_host: WideChangesOnHost,
+    outputs: int,
+    inputs: int,
+    dtype: mx.Dtype,
+    epilogue: str,
+    way: Way,
+    batches: tuple[tuple[int, int], ...],
+) -> None:
+    """To the bit."""
+    choose, kind = lambda *_: way, "plain" if epilogue == "add" else epilogue
+    one, two = (make(outputs, inputs, dtype, kind, choose) for make in (on_host.at_once, on_host.changed))
+    stack, weight = changes(outputs, inputs, dtype, epilogue), draw((outputs * kernel.parts(kind), inputs), 1, dtype)
+    for rows, tokens in batches:
+        x, added = (
+            mx.random.normal((rows, tokens, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs)
+        )
+        more, slots = added if epilogue == "add" else None, RowSlots.of(slots_of(rows))
+        assert mx.array_equal(one(x, weight, more, stack, slots), two(x, weight, more, stack, slots)).item()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", WHAT)
+@pytest.mark.parametrize("way", [Way(1, 8, 4, 5), Way(2, 6, 1, 1), Way(2, 6, 2, 16)], ids=str)
+def test_one_launch_on_the_host_in_all_ways(
+    on_host: WideChangesOnHost, dtype: mx.Dtype, epilogue: str, way: Way
+) -> None:
+    check(on_host.at_once, 512, 1088, dtype, epilogue, lambda *_: way, ((40, 1), (20, 2), (128, 1)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("tiled", [False, True], ids=["by vector", "tiled"])
@@ -159,6 +201,51 @@ def test_what_there_is_a_kernel_for() -> None:
     assert not wide_changes.fits(512, 128, mx.bfloat16, "plain", normed), "DoRA"
 
 
+def test_what_there_is_one_launch_for() -> None:
+    stack = changes(512, 128, mx.bfloat16, "plain")
+    assert wide_changed_kernel.fits(512, 128, mx.bfloat16, "plain", stack)
+    assert not wide_changed_kernel.fits(512, 128, mx.float16, "plain", stack)
+    assert not wide_changed_kernel.fits(448, 128, mx.bfloat16, "plain", changes(448, 128, mx.bfloat16, "plain")), (
+        "a part ends within a block"
+    )
+    odd = stacked(128, [[(1024, 6)]], mx.bfloat16)
+    assert wide_changes.fits(1024, 128, mx.bfloat16, "plain", odd)
+    assert not wide_changed_kernel.fits(1024, 128, mx.bfloat16, "plain", odd), "no whole vectors of ranks"
+    many = stacked(64, [[(1024, 4)]] * 64, mx.bfloat16)
+    assert wide_changes.fits(2048, 64, mx.bfloat16, "plain", stacked(64, [[(2048, 4)]] * 64, mx.bfloat16))
+    assert not wide_changed_kernel.fits(1024, 64, mx.bfloat16, "plain", many), "slots"
+    large = stacked(64, [[(8192, 128)]] * 12, mx.bfloat16)
+    assert wide_changes.fits(8192, 64, mx.bfloat16, "plain", large)
+    assert not wide_changed_kernel.fits(8192, 64, mx.bfloat16, "plain", large), "ranks have no room"
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(3072, 2048), (2048, 8192), (8192, 2048), (28672, 8192)])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, epilogue: str) -> None:
+    """A row without a change has the same bits beside others, and one with one has them in any batch."""
+    for tokens in wide_product_kernel.TOKENS:
+        way = wide_changed_kernel.way(outputs, inputs, tokens, epilogue)
+        assert replace(way, pieces=1) == wide_product_kernel.way(outputs, inputs, tokens, epilogue)
+        assert way.pieces == wide_changed_kernel.way(outputs, inputs, 64, epilogue).pieces
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(3072, 2048), (2048, 8192), (8192, 2048), (28672, 8192)])
+def test_one_launch_compiles_for_the_device(dtype: mx.Dtype, epilogue: str, outputs: int, inputs: int) -> None:
+    for tokens in wide_product_kernel.TOKENS:
+        way = wide_changed_kernel.way(outputs, inputs, tokens, epilogue)
+        needs = compile_kernel(
+            wide_changed_kernel.header(way, tokens, dtype, epilogue),
+            wide_changed_kernel.source(way, epilogue),
+            wide_changed_kernel.inputs_of(way, epilogue, dtype),
+            wide_changed_kernel.outputs_of(way, dtype),
+        )
+        assert needs.local == 0, "nothing has to be put aside"
+        assert needs.registers * way.groups * 128 <= 65536
+
+
 def test_ranks_are_in_shared_memory_where_they_have_room_there() -> None:
     usual = expand.BY_VECTOR_WAY["swiglu"]
     assert expand.way(changes(256, 64, mx.bfloat16, "swiglu"), "swiglu") == expand.TILED_WAY
@@ -174,3 +261,12 @@ def test_ranks_are_in_shared_memory_where_they_have_room_there() -> None:
 def test_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> None:
     batches = ((33, 1), (40, 1), (25, 2), (64, 1), (65, 1), (60, 2), (128, 1))
     check(wide_changes.changed, outputs, inputs, dtype, epilogue, wide_product_kernel.way, batches)
+
+
+@pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", WHAT)
+@pytest.mark.parametrize(("outputs", "inputs"), [(2048, 2048), (2048, 8192), (8192, 1088), (3072, 2048)])
+def test_one_launch_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> None:
+    batches = ((33, 1), (40, 1), (25, 2), (64, 1), (65, 1), (60, 2), (128, 1))
+    check(wide_changed_kernel.changed, outputs, inputs, dtype, epilogue, wide_changed_kernel.way, batches)

@@ -1,4 +1,4 @@
-"""`wide_changes` on the host: the product with inner products, and the launch that follows."""
+"""`wide_changes` on the host: the product with inner products, the launch that follows, and both as one."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class WideChangesOnHost:
             return self.expand(*multiply(x, weight, stack), stack, slots, added, epilogue)
 
         return call
+
+    def at_once(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
+        """As `wide_changed_kernel.changed`."""
+        return self._wide.changed(outputs, inputs, dtype, epilogue, choose)
 
     def expand(
         self,

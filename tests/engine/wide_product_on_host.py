@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.engine import wide_product_kernel
+from runner.engine import wide_changed_kernel, wide_product_kernel
+from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.product_kernel import Multiply
+from runner.engine.product_kernel import Changed, Multiply
 from runner.engine.product_source import SWIGLU
 from runner.engine.wide_product_kernel import TOKENS, Choose, Inner, Way
 from tests.engine.cuda_on_host import Run, compiled
-from tests.engine.product_on_host import arguments_of, launch, on_host
+from tests.engine.product_on_host import arguments_of, board_of, launch, on_host
 from tests.engine.tensor_cores_on_host import TYPES
 
 DEVICE = """
@@ -41,6 +42,8 @@ static void copy(uint4* to, const void* from, bool there) {
 static void close_group() { copies[threadIdx.x].close(); }
 template <int LATEST> void wait_for_groups() { copies[threadIdx.x].wait(LATEST); }
 static void publish() {}
+static int acquire(const int* from) { return *from; }
+static void prefetch(const void*) {}
 
 // As the tensor cores find it: bits 4 to 6 of an address are those of the vector, and 7 to 9 of the line.
 static float element(const uint4* tile, int line, int k) {
@@ -93,6 +96,19 @@ class WideOnHost:
 
         return call
 
+    def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
+        """As `wide_changed_kernel.changed`."""
+
+        def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
+            assert stack.packed is not None
+            way = choose(outputs, inputs, tokens_for(x.size // inputs), epilogue)
+            assert wide_changed_kernel.fits(outputs, inputs, dtype, epilogue, stack, choose)
+            given = {"x": x, "w": weight, "changes": stack.packed, "board": board_of(slots)}
+            given["added"] = mx.zeros((1,), dtype) if added is None else added
+            return self._call(way, epilogue, given, outputs, stack)["out"]
+
+        return call
+
     def _call(
         self, way: Way, epilogue: str, given: dict[str, mx.array], outputs: int, stack: Stack | None = None
     ) -> dict[str, mx.array]:
@@ -100,7 +116,9 @@ class WideOnHost:
         rows, dtype = x.size // x.shape[-1], x.dtype
         count = wide_product_kernel.blocks(outputs, way, epilogue)
         given["counters"] = mx.zeros((count,), mx.int32)
-        views = [on_host(given[name]) for name in wide_product_kernel.inputs_of(way, epilogue, dtype)]
+        whole = "board" in given
+        names = [*(wide_changed_kernel if whole else wide_product_kernel).inputs_of(way, epilogue, dtype)]
+        views = [on_host(given[name]) for name in names]
         results: dict[str, np.ndarray[Any, Any]] = {"out": np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)}
         blocks = count * way.splits
         if stack is not None:
@@ -109,24 +127,29 @@ class WideOnHost:
             blocks += -(-slots * ranks // (way.groups * 64)) * way.pieces
         if way.splits > 1:
             results["partial"] = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
-        run = self._run(way, tokens_for(rows), dtype, epilogue)
+        run = self._run(way, tokens_for(rows), dtype, epilogue, whole)
         launch(run, blocks, way.groups * 128, views, *results.values())
         assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
+        assert not whole or not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"
         found = {name: mx.array(result) for name, result in results.items()}
         return found | {"out": found["out"].view(dtype)}
 
-    def _run(self, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Run:
-        key = (way, tokens, dtype, epilogue)
+    def _run(self, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str, whole: bool) -> Run:
+        key = (way, tokens, dtype, epilogue, whole)
         if key not in self._built:
             folder = self._folder / str(len(self._built))
             folder.mkdir()
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
-            names = [*wide_product_kernel.inputs_of(way, epilogue, dtype)]
-            more = dict.fromkeys([*wide_product_kernel.outputs_of(way, dtype, epilogue)][1:], "float*")
-            arguments = arguments_of(names, kind, more)
-            header = TYPES + wide_product_kernel.constants(way, tokens, dtype, epilogue) + DEVICE
+            kernel = wide_changed_kernel if whole else wide_product_kernel
+            outputs = wide_changed_kernel.outputs_of(way, dtype)
+            if not whole:
+                outputs = wide_product_kernel.outputs_of(way, dtype, epilogue)
+            arguments = arguments_of(
+                [*kernel.inputs_of(way, epilogue, dtype)], kind, dict.fromkeys([*outputs][1:], "float*")
+            )
+            header = TYPES + kernel.constants(way, tokens, dtype, epilogue) + DEVICE
             header += SWIGLU if epilogue == "swiglu" else ""
-            self._built[key] = compiled(folder, header, wide_product_kernel.source(way, epilogue), arguments, "")
+            self._built[key] = compiled(folder, header, kernel.source(way, epilogue), arguments, "")
         return self._built[key]
 
 
