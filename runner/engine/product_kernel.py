@@ -32,11 +32,8 @@ step is longer than one of 128 rows."""
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
-SHARERS: Final = 128
-"""Blocks that share the inner products of rows' changes: not more than run at once."""
-
-PATIENCE: Final = 1 << 14
-"""Looks for them, of a microsecond each, after which a block computes all by itself."""
+RANKS: Final = 8
+"""How many ranks of a row's change one block computes the inner products of."""
 
 GATE_THREADS: Final = 256
 
@@ -137,10 +134,12 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     mx.eval(rest)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-        kernel, grid, threads = by_rows[x.size // inputs]
+        rows = x.size // inputs
+        kernel, (width, _, _), threads = by_rows[rows]
+        first = rows * -(-stack.down.shape[1] // RANKS) * threads[0]
         result: mx.array = kernel.launch(
             inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
-            grid=grid,
+            grid=(first + width, 1, 1),
             threadgroup=threads,
             output_shapes=[(*x.shape[:-1], outputs)],
             output_dtypes=dtypes,
@@ -190,7 +189,7 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts}, RANKS = {RANKS};\n"
     )
 
 
@@ -198,12 +197,7 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: boo
     """What comes before it."""
     texts = [constants(way, tiles, dtype, epilogue), DEVICE]
     texts += [SWIGLU] if epilogue == "swiglu" else []
-    return "".join([*texts, changed_constants(), CHANGED_DEVICE] if changes else texts)
-
-
-def changed_constants(patience: int = PATIENCE) -> str:
-    """What the source with changes does not say."""
-    return f"constexpr int SHARERS = {SHARERS}, PATIENCE = {patience}, TILES_MOST = {TILES[-1]};\n"
+    return "".join([*texts, CHANGED_DEVICE] if changes else texts)
 
 
 def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:

@@ -14,12 +14,12 @@ T, WARPS, STAGES, MTILES, TILES and PARTS (how many weights follow each other in
 are constants. DEVICE is what only a GPU can do; tests on the host have their own in its place.
 
 CHANGED makes another kernel of it, in which each row has the low-rank change of its slot (`adapters/kernel.py`: the
-rounded product, plus what the rank's inner products and `up` give, rounded). The first blocks compute some of the inner
-products each, while their first weights are on their way, into `inner`, the room of a board (`RowSlots`); all need them
-only once their own product is there, and look for them then. Blocks that have to compute some do so before they look,
-but nothing says that all of them run while others wait: who has waited for PATIENCE looks computes all by itself, to
-the same bits. A board's counters are how many have told theirs, and how many blocks have ended; the last to end leaves
-both at zero. The order of an inner product depends on K, R and WARPS only.
+rounded product, plus what the rank's inner products and `up` give, rounded). Its first blocks compute the inner
+products, RANKS of a row each, into `inner`, the room of a board (`RowSlots`). The others meanwhile read their weights,
+and wait before what the sums become. They wait for blocks of a lower index only; blocks start in the order of their
+index, so those run or have ended, whatever the number of multiprocessors, and need nothing from those that wait. A
+board's counters are how many of the first have ended, and how many of the others have seen that all have; the last to
+see it leaves both at zero. The order of an inner product depends on K and WARPS only.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ BODY: Final = """
     };
     #pragma unroll
     for (int round = 0; round < STAGES; ++round) fetch(round);
+    look(0);
     constexpr int THREADS = WARPS * 32, EACH = (TILES * 128 + THREADS - 1) / THREADS, APART = STAGES * MTILES * 512;
     SEEK
-    look(0);
     for (int round = 0; round < rounds; ++round) {
         wait_for_groups<STAGES - 1>();
         const uint4* const a = own + round % STAGES * MTILES * 128;
@@ -227,132 +227,106 @@ CHANGED: Final = {
 """
     + UNPACK
     + """
+    const int shares = (R + RANKS - 1) / RANKS, before = rows * shares;
     int* const ready = const_cast<int*>(board);
     float* const inner = reinterpret_cast<float*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
-    const int blocks = O / (16 * MTILES), products = rows * R, sharers = min(blocks, SHARERS);
-    const int share = (products + sharers - 1) / sharers, before = (products + share - 1) / share;
-    __shared__ float partial[WARPS];
-    __shared__ bool late;
-    // Inner products `from` to `to` - 1, of rows and, for each, all ranks: those of other adapters are zeros for it.
-    auto multiply_inner = [&](int from, int to) {
-        // As many warps for each as there are for all rows that there could be.
-        int splits = 1;
-        while (2 * splits * ((8 * TILES_MOST * R + SHARERS - 1) / SHARERS) <= WARPS) splits *= 2;
-        const int at_once = WARPS / splits, split = warp % splits;
-        for (int begin = from; begin < to; begin += at_once) {
-            const int item = begin + warp / splits, row = item / R, slot = item < to ? slots[row / each] : 0;
-            float sum = 0.0f;
-            if (slot > 0) {
-                const T* const own = down + (size_t(slot) * R + (item - row * R)) * K;
-                const T* const token = x + size_t(row) * K;
-                #pragma unroll 8
-                for (int k = (split * 32 + lane) * 8; k < K; k += splits * 256) {
-                    const uint4 left = *reinterpret_cast<const uint4*>(token + k);
-                    const uint4 right = *reinterpret_cast<const uint4*>(own + k);
-                    const T* l = reinterpret_cast<const T*>(&left);
-                    const T* m = reinterpret_cast<const T*>(&right);
-                    #pragma unroll
-                    for (int i = 0; i < 8; ++i) sum += float(l[i]) * float(m[i]);
+    if (blockIdx.x < before) {
+        // All ranks, those of other adapters included, which are zeros for this one: others wait for this block.
+        const int row = blockIdx.x / shares, lowest = blockIdx.x % shares * RANKS, slot = slots[row / each];
+        if (slot > 0) {
+            const T* const own = down + (size_t(slot) * R + lowest) * K;
+            const T* const token = x + size_t(row) * K;
+            // A warp takes a rank, or, where there are more warps than ranks, an equal part of its product.
+            constexpr int SPLITS = WARPS > RANKS ? WARPS / RANKS : 1;
+            const int ranks = min(R - lowest, RANKS);
+            float* const partial = reinterpret_cast<float*>(ring);
+            for (int from = 0; from < RANKS * SPLITS; from += WARPS) {
+                const int item = from + warp, rank = item / SPLITS, split = item % SPLITS;
+                float sum = 0.0f;
+                if (rank < ranks) {
+                    #pragma unroll 8
+                    for (int k = (split * 32 + lane) * 8; k < K; k += SPLITS * 256) {
+                        const uint4 left = *reinterpret_cast<const uint4*>(token + k);
+                        const uint4 right = *reinterpret_cast<const uint4*>(own + size_t(rank) * K + k);
+                        const T* const l = reinterpret_cast<const T*>(&left);
+                        const T* const m = reinterpret_cast<const T*>(&right);
+                        #pragma unroll
+                        for (int i = 0; i < 8; ++i) sum += float(l[i]) * float(m[i]);
+                    }
                 }
+                #pragma unroll
+                for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
+                if (lane == 0 && rank < ranks) partial[item] = sum;
             }
-            #pragma unroll
-            for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
-            if (lane == 0) partial[warp] = sum;
             __syncthreads();
-            if (threadIdx.x < at_once && begin + threadIdx.x < to) {
-                float total = 0.0f;
-                for (int i = 0; i < splits; ++i) total += partial[threadIdx.x * splits + i];
-                inner[begin + threadIdx.x] = total;
+            if (threadIdx.x < ranks) {
+                float sum = 0.0f;
+                for (int split = 0; split < SPLITS; ++split) sum += partial[threadIdx.x * SPLITS + split];
+                inner[row * R + lowest + threadIdx.x] = sum;
             }
             __syncthreads();
         }
-    };
-""",
-    "BLOCK": "blockIdx.x",
-    "SEEK": """
-    // What a thread has to look up is on its way while the block's share of the inner products is computed.
-    int slot[EACH], ranks[EACH][MTILES], place[MTILES];
-    #pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-        const int r = (threadIdx.x + e * THREADS) / 16;
-        slot[e] = r < rows ? slots[r / each] : 0;
-    }
-    // Parts end at the same outputs in all slots; few layers have more than three.
-    const int ends[2] = {spans[0], spans[3]};
-    #pragma unroll
-    for (int m = 0; m < MTILES; ++m) {
-        const int output = first + m / PARTS * 16 + m % PARTS * N;
-        place[m] = ends[0] > output ? 0 : ends[1] > output ? 3 : 6;
-        #pragma unroll 1
-        while (place[m] > 3 && spans[place[m]] <= output) place[m] += 3;
-    }
-    if (blockIdx.x < before) {
-        multiply_inner(blockIdx.x * share, min(products, (blockIdx.x + 1) * share));
         if (threadIdx.x == 0) {
             __threadfence();
             atomicAdd(ready, 1);
         }
+        return;
     }
-    // A span (Stack.spans) is where a part's outputs end and the ranks [low, high) that reach them, here in one number:
-    // registers are few. What they need of `up` comes into the cache that all blocks share, while the weights do.
-    #pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-        #pragma unroll
-        for (int m = 0; m < MTILES; ++m) {
-            const int* const span = spans + slot[e] * 32 + place[m];
-            const int low = span[1], high = span[2];
-            ranks[e][m] = high << 16 | low;
-            const T* const line = up + size_t(slot[e]) * R * O + first + m / PARTS * 16 + m % PARTS * N;
-            #pragma unroll 1
-            for (int i = low + threadIdx.x % 16; i < high; i += 16) prefetch(line + size_t(i) * O);
-        }
+""",
+    "BLOCK": "(blockIdx.x - before)",
+    "SEEK": """
+    // What the changes need of `up` comes into the cache that all blocks share, while the weights do.
+    for (int at = threadIdx.x; at < TILES * 128; at += THREADS) {
+        const int r = at / 16, m = at % 16;
+        if (r >= rows || m >= MTILES) continue;
+        const int slot = slots[r / each], output = first + m / PARTS * 16 + m % PARTS * N;
+        const int* span = spans + slot * 32;
+        #pragma unroll 1
+        while (span[0] <= output) span += 3;
+        #pragma unroll 1
+        for (int i = span[1]; i < span[2]; ++i) prefetch(up + (size_t(slot) * R + i) * O + output);
     }
 """,
     "WAIT": """
-    if (threadIdx.x == 0) {
-        int looks = 0;
-        while (acquire(ready) < before && ++looks < PATIENCE) {}
-        late = looks == PATIENCE;
-    }
-    __syncthreads();
-    if (late) {
-        // Blocks that should have computed them may not run before this one has ended.
-        multiply_inner(0, products);
-        __threadfence();
-        __syncthreads();
-    }
-    // The first ranks' values of all that a thread changes are on their way at once.
-    float left[EACH][MTILES][8], right[EACH][MTILES][8];
+    int slot[EACH], low[EACH][MTILES], high[EACH][MTILES];
     #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-        const int at = threadIdx.x + e * THREADS, r = at / 16, n = at % 16;
+        const int r = (threadIdx.x + e * THREADS) / 16;
+        slot[e] = r < rows ? slots[r / each] : 0;
         #pragma unroll
         for (int m = 0; m < MTILES; ++m) {
-            const T* const line = up + size_t(slot[e]) * R * O + first + m / PARTS * 16 + m % PARTS * N + n;
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int rank = (ranks[e][m] & 0xffff) + i;
-                const bool there = rank < ranks[e][m] >> 16;
-                left[e][m][i] = there ? __ldcg(inner + r * R + rank) : 0.0f;
-                right[e][m][i] = there ? float(line[size_t(rank) * O]) : 0.0f;
-            }
+            // A span (Stack.spans) is where a part's outputs end and the ranks [low, high) that reach them.
+            const int* span = spans + slot[e] * 32;
+            #pragma unroll 1
+            while (span[0] <= first + m / PARTS * 16 + m % PARTS * N) span += 3;
+            low[e][m] = span[1], high[e][m] = span[2];
         }
+    }
+    if (threadIdx.x == 0) {
+        while (acquire(ready) < before) {}
     }
 """,
     "CHANGE": """
             float changed = float(T(total[m]));
-            const int low = ranks[e][m] & 0xffff, high = ranks[e][m] >> 16;
-            #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (low + i < high) changed += left[e][m][i] * right[e][m][i];
-            }
             const float* const own = inner + r * R;
             const T* const line = up + size_t(slot[e]) * R * O + first + m / PARTS * 16 + m % PARTS * N + n;
-            #pragma unroll 4
-            for (int i = low + 8; i < high; ++i) changed += __ldcg(own + i) * float(line[size_t(i) * O]);
+            // Several ranks' values are on their way at once.
+            for (int from = low[e][m]; from < high[e][m]; from += 8) {
+                float left[8], right[8];
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int rank = min(from + i, high[e][m] - 1);
+                    left[i] = __ldcg(own + rank);
+                    right[i] = float(line[size_t(rank) * O]);
+                }
+                #pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (from + i < high[e][m]) changed += left[i] * right[i];
+                }
+            }
             total[m] = changed;
 """,
     "DONE": """
-    if (threadIdx.x == 0 && atomicAdd(ready + 1, 1) == blocks - 1) ready[0] = ready[1] = 0;
+    if (threadIdx.x == 0 && atomicAdd(ready + 1, 1) == O / (16 * MTILES) - 1) ready[0] = ready[1] = 0;
 """,
 }
