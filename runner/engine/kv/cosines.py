@@ -22,6 +22,7 @@ Table = tuple[mx.array, mx.array]
 """Cosines and sines."""
 
 _BACKWARDS: Final = slice(None, None, -1)
+_TURNINGS: Final = "turnings"
 
 
 class Starts(mx.array):
@@ -66,7 +67,7 @@ class Form(msgspec.Struct, frozen=True):
 
 
 class Turning:
-    """The rotation of a form, with the cosines and sines of the last call."""
+    """The rotation of a form, with the cosines and sines of the call under way."""
 
     def __init__(self, form: Form) -> None:
         self._dims, self._scale, self._factor = form.dims, form.scale, form.factor
@@ -85,6 +86,10 @@ class Turning:
             return self._rotated(x, offset)
         turned, rest = mx.split(x, [self._dims], axis=-1)
         return mx.concatenate([self._rotated(turned, offset), rest], axis=-1)
+
+    def forget(self) -> None:
+        """The call is built."""
+        self._call, self._made = None, {}
 
     def _rotated(self, x: mx.array, offset: int | Starts) -> mx.array:
         shape = x.shape
@@ -153,6 +158,13 @@ def install(model: Any) -> None:
         object.__setattr__(module, "turning", made[form])
         module.__class__ = _sharing(kind)
     mx.eval([turning.frequencies for turning in made.values()])
+    object.__setattr__(model, _TURNINGS, tuple(made.values()))
+
+
+def forget(model: Any) -> None:
+    """Nothing may hold on to what was made for a call of the model: it has been built."""
+    for turning in getattr(model, _TURNINGS, ()):
+        turning.forget()
 
 
 def _usual(rope: Any) -> Form:

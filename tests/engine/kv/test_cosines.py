@@ -17,6 +17,7 @@ from runner.engine.kv import cosines
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.cosines import Starts, fixed
 from runner.engine.kv.layout import Layout
+from tests.engine.drive import active_memory
 from tests.engine.operations import operations
 from tests.engine.tiny import CONFIGS
 
@@ -186,3 +187,14 @@ def test_a_call_makes_them_once(name: str, lengths: list[int], tmp_path: Path) -
     graph = operations(tmp_path, caches.call(model, mx.ones((2, 1), dtype=mx.int32)))
     assert (graph["Cos"], graph["Sin"]) == (FAMILIES[name][2],) * 2
     assert not graph["RoPE"]
+
+
+def test_a_call_leaves_nothing_behind() -> None:
+    model = built("gemma3")
+    cosines.install(model)
+    layout, tokens = Layout(model, slack=4), mx.ones((2, 50), dtype=mx.int32)
+    mx.eval(model.parameters())
+    before = active_memory()
+    for lengths in (None, [50, 20]):
+        mx.eval(layout.new(2).call(model, tokens, lengths))
+        assert active_memory() == before
