@@ -15,7 +15,7 @@ from runner.engine.compatibility import (
     why_not_packed,
     why_not_quantised,
 )
-from runner.engine.kv import attention_kernel, prompt_kernel, quantised_kernel, rotary
+from runner.engine.kv import attention_kernel, cosines, prompt_kernel, quantised_kernel, rotary
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
@@ -30,9 +30,11 @@ def choose(model: Any, slack: int = 0) -> tuple[Layout, int, bool]:
     Launches write and attend at once where there is a device for them and the model lets them. `slack` is how many
     tokens its caches can take back where it has sliding windows.
     """
+    launch = attention_kernel.launch()
+    if launch is None:
+        cosines.install(model)
     layout = Layout(model, slack)
     vocabulary = int(layout.new().call(model, mx.array([[0]])).shape[-1])  # from the shape: nothing is computed
-    launch = attention_kernel.launch()
     if launch is not None and not layout.unknown:
         layout = _launching(model, slack, launch, layout, vocabulary)
     if batches(model, layout, vocabulary):

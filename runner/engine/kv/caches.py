@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
 from runner.engine.arrays import start
+from runner.engine.kv import cosines
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layers import Layer
 from runner.engine.kv.moves import Beginnings, Moves, Whole
@@ -105,6 +106,7 @@ class Caches:
         for leaf in self._leaves:
             leaf.begin()
         answer: mx.array = model(tokens, cache=self.layers)
+        cosines.forget(model)
         for leaf in self._leaves:
             leaf.end()
         self._positions.end()
