@@ -38,7 +38,7 @@ class Table:
         print()
         print(f"{'':3} {'':7} {'':8} {'':6} {'':9}  {'TTFT, ms':^26}  {'inter-token, ms':^26}")
         columns = f"{'p50':>8} {'p90':>8} {'p99':>8}"
-        print(f"{'':3} {'clients':>7} {'requests':>8} {'failed':>6} {'tokens/s':>9}  {columns}  {columns}")
+        print(f"{'':3} {'clients':>7} {'requests':>8} {'failed':>6} {'tokens/s':>9}  {columns}  {columns}", flush=True)
 
     def add(self, measured: Measured) -> None:
         """Takes a measurement; prints a level's rows once all repetitions on all servers are there."""

@@ -68,7 +68,7 @@ def test_ctrl_c_prints_what_there_is(serving: Bench) -> None:
     command = ["bench", serving.url, "-c", "2,4", "--duration", "1h", "--warm-up", "0", *SMALL]
     process = subprocess.Popen(
         [sys.executable, "-m", "runner.cli.main", *command],
-        stdout=subprocess.PIPE, text=True, env=serving.environment,
+        stdout=subprocess.PIPE, text=True, env={**serving.environment, "PYTHONUNBUFFERED": ""},
     )  # fmt: skip
     assert process.stdout is not None
     head = [process.stdout.readline() for _ in range(5)]
