@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from runner.engine import draw_kernel, layouts
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
+from runner.engine.column_major import arrange
 from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
 from runner.engine.kv.layout import Layout
@@ -86,6 +87,7 @@ def load(
         if dtype:
             model.set_dtype(getattr(mx, dtype))
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+        arrange(model)
         # Weights and the trial calls are computed without Python's lock, and what is read here has most need of it.
         reading = Beside(lambda: _read_language(folder, config, tool_parser, chat_template, meanwhile))
         mx.eval(model.parameters())
