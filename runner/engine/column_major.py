@@ -9,10 +9,9 @@ are small enough are laid out anew when they are loaded. Whoever reads them find
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
-import mlx.nn as nn
 
 _DIRECT: Final = 1_000_000
 """Outputs times inputs times tokens."""
@@ -21,18 +20,8 @@ _ROUND: Final = 5
 """Tokens that the target verifies in a call: four proposals, as they are by default, and the one before."""
 
 
-def arrange(model: Any) -> None:
-    """Lay out what linear layers multiply by, and embeddings, which may be the model's head as well.
-
-    What is new is not computed yet.
-    """
-    for module in model.modules():
-        if type(module) in (nn.Linear, nn.Embedding):
-            module.weight = arranged(module.weight)
-
-
 def arranged(weight: mx.array) -> mx.array:
-    """The same weight [outputs, inputs], which lies as its transpose would if that is of use."""
+    """The same weight [outputs, inputs], which lies as its transpose would if that is of use, not computed yet then."""
     return mx.contiguous(weight.T).T if _small(weight, tokens=1) else weight
 
 

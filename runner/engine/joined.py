@@ -24,7 +24,7 @@ class JoinedLayers:
     """Linear layers over one input, as one. `layer` is their product, and may be wrapped or replaced."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        """Raises ValueError when the layers cannot be one, as with other inputs, packings or biases, or had better not."""
+        """Raises ValueError when the layers cannot be one (other inputs, packings, biases), or had better not."""
         self.layer: Any = _join(layers)
         self.outputs = [int(layer.weight.shape[0]) for layer in layers]
         self.products = 0
