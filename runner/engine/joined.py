@@ -14,6 +14,8 @@ from typing import Any, Final
 import mlx.core as mx
 import mlx.nn as nn
 
+from runner.engine.column_major import arranged, parted
+
 _SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that upstream's models give one input, if they have one parent."""
 
@@ -22,7 +24,7 @@ class JoinedLayers:
     """Linear layers over one input, as one. `layer` is their product, and may be wrapped or replaced."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        """Raises ValueError when the layers cannot be one: other inputs, packings or biases."""
+        """Raises ValueError when the layers cannot be one (other inputs, packings, biases), or had better not."""
         self.layer: Any = _join(layers)
         self.outputs = [int(layer.weight.shape[0]) for layer in layers]
         self.products = 0
@@ -143,12 +145,17 @@ def _join(layers: Sequence[Any]) -> Any:
     for name, array in arrays[0].items():
         if any(other[name].shape[1:] != array.shape[1:] or other[name].dtype != array.dtype for other in arrays):
             raise ValueError("of different inputs or types")
+    if kind is nn.Linear and parted([layer.weight for layer in layers]):
+        raise ValueError("small enough to be fast apart, and too large to be so together")
     joined: Any = dict.__new__(kind)
     nn.Module.__init__(joined)
     if kind is nn.QuantizedLinear:
         joined.group_size, joined.bits, joined.mode = first.group_size, first.bits, first.mode
     for name in arrays[0]:
         joined[name] = mx.concatenate([other[name] for other in arrays])
+    if kind is nn.Linear:
+        # Before it is divided: the parts are views of it.
+        joined.weight = arranged(joined.weight)
     return joined
 
 

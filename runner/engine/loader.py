@@ -12,7 +12,7 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten
 
-from runner.engine import draw_kernel, layouts
+from runner.engine import direct, draw_kernel, layouts, norms
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
@@ -86,6 +86,7 @@ def load(
         if dtype:
             model.set_dtype(getattr(mx, dtype))
         join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+        direct.install(model)
         # Weights and the trial calls are computed without Python's lock, and what is read here has most need of it.
         reading = Beside(lambda: _read_language(folder, config, tool_parser, chat_template, meanwhile))
         mx.eval(model.parameters())
@@ -123,6 +124,7 @@ def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple
     """Have the model attend and multiply by what there is for that; returns its layout, the width of its logits, and
     whether rows can share a call."""
     install(model)
+    norms.install(model)
     draw_kernel.prepare(_activation_dtype(model))
     install_products(model)
     layout, vocabulary, together = layouts.choose(model, slack)

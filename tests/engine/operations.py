@@ -16,9 +16,14 @@ VIEWS |= {"View"}
 
 def operations(scratch: Path, *arrays: mx.array) -> Counter[str]:
     """Of what is not computed yet of some arrays, but for views."""
+    whole = with_views(scratch, *arrays)
+    return Counter({label: count for label, count in whole.items() if label not in VIEWS})
+
+
+def with_views(scratch: Path, *arrays: mx.array) -> Counter[str]:
+    """The same with them."""
     mx.export_to_dot(str(scratch / "graph.dot"), *arrays)  # type: ignore[attr-defined]
-    labels = re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "graph.dot").read_text())
-    return Counter(label for label in labels if label not in VIEWS)
+    return Counter(re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "graph.dot").read_text()))
 
 
 def one(call: Call) -> tuple[mx.array, Planes]:

@@ -45,8 +45,13 @@ def adaptable_modules(model: Any) -> AdaptableModules:
         elif isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             refused[path] = "an embedding"
         elif path:
-            refused[path] = f"a {type(module).__name__}"
+            refused[path] = f"a {_name(module)}"
     return AdaptableModules(layers, blocks, refused, len(getattr(model, "layers", ())))
+
+
+def _name(module: Any) -> str:
+    """Of its class as upstream has it, which may be served by one of ours."""
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__module__.split(".")[0] != "runner")
 
 
 def check(adapter: Adapter, modules: AdaptableModules) -> dict[str, LowRank]:

@@ -56,6 +56,6 @@ def attend(
     heads, tokens = queries.shape[1:3]
     few = tokens <= FEW and sinks is None and keys.shape[1] < heads
     if few and not mx.metal.is_available() and (isinstance(mask, mx.array) or (tokens == 1 and not _ON_GPU)):
-        return grouped(queries, keys, values, scale, mask)
+        return grouped(queries, keys, values, scale, mask, cache)
     result: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return result

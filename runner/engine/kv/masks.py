@@ -18,11 +18,16 @@ FEW: Final = 16
 """Tokens a row up to which a call's attention is a small product: its mask is then cheap as an array."""
 
 
+ON_CPU: Final = mx.default_device() == mx.Device(mx.cpu)
+
+
 def straight(positions: Positions, window: int | None, as_array: bool) -> Mask:
     """Keys at positions 0 to reach - 1. A query sees itself and what is before it, `window` of them in all."""
     count, same = positions.count, positions.same
     if window is not None and positions.reach <= window:
         window = None
+    # On the CPU MLX would work out what the word means in every layer.
+    as_array = as_array or (ON_CPU and 1 < count <= FEW)
     if same is not None and window is None and not as_array:
         return None if count == 1 else "causal"
     return visible(queries(positions), mx.arange(positions.reach), window)
@@ -75,6 +80,16 @@ def visible(of: mx.array, keys: mx.array, window: int | None) -> mx.array:
     if window is not None:
         seen = seen & (keys > of - window)
     return seen & (keys >= 0) if keys.ndim > 1 else seen
+
+
+def added(mask: mx.array, shape: tuple[int, int, int, int]) -> mx.array:
+    """What has the same effect as a `mask` [rows or 1, 1, tokens, keys] of booleans once it is added to scores [rows,
+    groups, shared · tokens, keys] of float32; `shape` is (rows, groups, shared, tokens)."""
+    rows, groups, shared, tokens = shape
+    numbers = mx.where(mask, mx.array(0.0), mx.finfo(mx.float32).min)
+    keys = mask.shape[-1]
+    lines = mx.broadcast_to(numbers[:, :, None], (numbers.shape[0], 1, shared, tokens, keys))
+    return mx.broadcast_to(lines.reshape(-1, 1, shared * tokens, keys), (rows, groups, shared * tokens, keys))
 
 
 def masked(scores: mx.array, mask: mx.array, shape: tuple[int, int, int, int]) -> mx.array:
