@@ -19,6 +19,10 @@ _PRELUDE = """
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <vector>
+#include <functional>
+#include <deque>
 #include <ucontext.h>
 #include <utility>
 using std::max;

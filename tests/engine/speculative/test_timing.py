@@ -28,7 +28,7 @@ def test_steps_whose_graphs_are_kept_are_timed_as_such(
     monkeypatch.setattr(loading.TracedCalls, "__call__", call)
     curve = loading.timed(loaded)
     assert sorted(set(called)) == [(1, 1), (4, 8), (5, 8), (8, 1), (8, 8)]
-    assert 0 < curve(1) <= curve(8) <= curve(32) <= curve(40) <= curve(64) < curve(200)
+    assert 0 < curve(1) <= curve(8) <= curve(32) <= curve(40) <= curve(64) <= curve(200)
 
 
 def test_others_are_timed_by_single_calls(model_folder: ModelFolder) -> None:
