@@ -87,29 +87,21 @@ class Decoding:
             self._finish()
             return
         proposals = self._proposals(most)
+        begins, self._begins = self._begins, False
         before, self._in_flight = self._in_flight, None
         self._forward(proposals, under_way=before is not None)
         if not self._batch.constrained:
             self._in_flight = self._batch.sample(None)
-            self._tell(self._read(before, proposals) + self._first())
+            deltas = self._read(before, proposals)
+            # First tokens of rows that found an empty batch: nobody else's steps wait for them, and the next one would
+            # be built before they are looked at.
+            self._tell(deltas + self._finished() if begins else deltas)
             return
         deltas = self._read(before, proposals)
         try:
             self._in_flight = self._batch.sample(self._mask(deltas))
         finally:
             self._tell(deltas)
-
-    def _first(self) -> list[Delta]:
-        """The first tokens of rows that found an empty batch, as soon as they are there: nobody else's steps wait for
-        that, and the next one would be built before they are looked at."""
-        if not self._begins:
-            return []
-        self._begins = False
-        first, self._in_flight = self._in_flight, None
-        deltas = self._read(first, None)
-        for row in self._batch.rows:
-            row.unread = False
-        return deltas
 
     def _proposals(self, most: int) -> int:
         """How many tokens the draft proposes in the next step; it has caught up with the rows then."""
@@ -138,10 +130,14 @@ class Decoding:
 
     def _finish(self) -> None:
         """Read the step under way, if there is one, before another is started."""
+        self._tell(self._finished())
+
+    def _finished(self) -> list[Delta]:
         before, self._in_flight = self._in_flight, None
-        self._tell(self._read(before, None))
+        deltas = self._read(before, None)
         for row in self._batch.rows:
             row.unread = False
+        return deltas
 
     def _mask(self, deltas: list[Delta]) -> Mask | None:
         """What grammars allow next. Rows whose grammar has ended do as well, and their last delta is added."""

@@ -167,10 +167,11 @@ class Engine:
         What a larger batch makes of the same seconds is more there than what a round does, and rows that a round brings
         to their ends sooner leave before the others have come.
         """
-        decoding, free = len(self._batch.rows), self._free
-        coming = self._prefiller.coming(free, self.limits.prefill_step_size) if free > 0 else 0
-        filling = coming > decoding * _FILLING and not self._decoding.ahead
-        return 0 if filling else self.limits.num_draft_tokens
+        most, free = self.limits.num_draft_tokens, self._free
+        if self._speculation is None or self._decoding.ahead or free <= 0:
+            return most
+        coming = self._prefiller.coming(free, self.limits.prefill_step_size)
+        return 0 if coming > len(self._batch.rows) * _FILLING else most
 
     @property
     def _free(self) -> int:
