@@ -21,7 +21,7 @@ from runner.engine.cuda_kernels import KINDS, Kernel, Size
 from runner.engine.product_kernel import Changed
 from runner.engine.product_source import CHANGED_DEVICE
 from runner.engine.wide_changed_source import CHANGED
-from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, MOST_ROWS, TOKENS, Choose, Way
+from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, TOKENS, Choose, Way
 
 MOST_SLOTS: Final = 64
 
@@ -70,7 +70,7 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     """The product with one weight in which each row has its own change, prepared."""
     ways = [choose(outputs, inputs, most, epilogue) for most in TOKENS]
     prepared = [_prepare(outputs, way, most, dtype, epilogue) for way, most in zip(ways, TOKENS, strict=True)]
-    by_rows = [prepared[sum(rows > most for most in TOKENS[:-1])] for rows in range(MOST_ROWS + 1)]
+    by_rows = wide_product_kernel.each_number(prepared)
     rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
     mx.eval(rest)
     dtypes = [dtype, mx.float32, mx.float32]
