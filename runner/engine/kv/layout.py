@@ -10,13 +10,14 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Caches, Foreign, leaves_of
 from runner.engine.kv.kept import Beginning
-from runner.engine.kv.layers import Straight, Window
+from runner.engine.kv.layers import Straight
 from runner.engine.kv.planes import Form
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
 from runner.engine.kv.recurrent import Recurrent
 from runner.engine.kv.sizes import AS_NEEDED, FEW, Sizes
+from runner.engine.kv.window import Window
 
 
 class Layout:

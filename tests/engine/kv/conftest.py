@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
+from tests.engine.kv.copies_on_host import CopiesOnHost
 from tests.engine.kv.launches import OnDevice, OnHost, only_with_arrays_on_the_host
 
 
@@ -15,3 +18,15 @@ def in_place(tmp_path_factory: pytest.TempPathFactory) -> OnHost | OnDevice:
         return OnDevice()
     only_with_arrays_on_the_host()
     return OnHost(tmp_path_factory.mktemp("attention"))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    only_with_arrays_on_the_host()
+    return tmp_path_factory.mktemp("copies")
+
+
+@pytest.fixture
+def on_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> CopiesOnHost:
+    """Rows are copied, moved and begun as if there were a device."""
+    return CopiesOnHost(scratch / request.node.name, monkeypatch)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,32 +10,12 @@ import pytest
 from runner.engine.kv import begin_kernel, copy_kernel, planes
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layout import Layout
-from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.copies_on_host import CopiesOnHost
-from tests.engine.kv.launches import only_with_arrays_on_the_host, packed_separately, separately
-from tests.engine.kv.test_moves import filled, held, same
-
-LAYOUTS: dict[str, Callable[[Any], Layout]] = {
-    "plain": lambda model: Layout(model, launch=separately),
-    "packed": lambda model: Layout(
-        model, quantisation=Quantisation(8, 64), launch=separately, packed_launch=packed_separately
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("begun")
-
-
-@pytest.fixture
-def on_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> CopiesOnHost:
-    """As if there were a device."""
-    return CopiesOnHost(scratch / request.node.name, monkeypatch)
+from tests.engine.kv.launches import separately
+from tests.engine.kv.test_moves import LAYOUTS, filled, held, same
 
 
 def check(dtype: mx.Dtype, count: int, heads: int, width: int, tokens: list[int]) -> None:

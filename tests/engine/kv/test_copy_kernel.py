@@ -23,7 +23,6 @@ from tests.engine.conftest import ModelFolder
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.copies_on_host import CopiesOnHost
-from tests.engine.kv.launches import only_with_arrays_on_the_host
 from tests.engine.kv.test_unwritten import Recorded
 from tests.engine.tiny import encode
 
@@ -72,18 +71,6 @@ def check_puts(shape: Shape, dtype: mx.Dtype, count: int) -> None:
                     plane[row, :, start + tokens : end] = 0
             mx.eval(expected, copy_kernel.put(made, stack, rows, start, tokens, end))
             assert all(mx.array_equal(*both).item() for both in zip(made, expected, strict=True))
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("copies")
-
-
-@pytest.fixture
-def on_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> CopiesOnHost:
-    """As if there were a device."""
-    return CopiesOnHost(scratch / request.node.name, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.uint16, mx.uint8], ids=str)

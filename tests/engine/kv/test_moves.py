@@ -23,7 +23,6 @@ from tests.engine.kv.copies_on_host import CopiesOnHost
 from tests.engine.kv.launches import (
     OnDevice,
     OnHost,
-    only_with_arrays_on_the_host,
     packed_separately,
     separately,
 )
@@ -33,18 +32,6 @@ from tests.engine.speculative.drafts import draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("moves")
-
-
-@pytest.fixture
-def on_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> CopiesOnHost:
-    """As if there were a device."""
-    return CopiesOnHost(scratch / request.node.name, monkeypatch)
 
 
 def filled(model: LoadedModel, layout: Layout, lengths: list[int], room: int = 0) -> Caches:

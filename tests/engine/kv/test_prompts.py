@@ -14,10 +14,11 @@ from runner.engine.batch import DecodeBatch
 from runner.engine.kv import attention_kernel, masks, planes, prompt_kernel
 from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
-from runner.engine.kv.layers import Straight, Window
+from runner.engine.kv.layers import Straight
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.window import Window
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate

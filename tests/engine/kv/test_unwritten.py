@@ -16,9 +16,10 @@ from runner.engine.kv.attention import attend
 from runner.engine.kv.attention_kernel import Call, Planes
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
-from runner.engine.kv.layers import Straight, Window
+from runner.engine.kv.layers import Straight
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.window import Window
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
