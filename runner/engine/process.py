@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL: Final = 0.5
 _WATCH_INTERVAL: Final = 0.1
+_REST: Final = 1.0
+"""Seconds without work after which the allocators give back what they keep for reuse."""
+
 _FLUSH_TIMEOUT: Final = 2.0
 """Seconds that frames under way get when the process ends."""
 
@@ -73,6 +76,7 @@ class EngineProcess:
         self._stats: Stats | None = None
         self._watchdog: Watchdog | None = None
         self._watched_at = 0.0
+        self._worked_at: float | None = None
 
     def run(self) -> int:
         """Load, serve, and return the exit code: 0, 1 when the model cannot be loaded, 3 when it cannot go on."""
@@ -134,7 +138,7 @@ class EngineProcess:
         )
         from runner.engine.loop import Engine  # noqa: PLC0415
         from runner.engine.startup import warm_up  # noqa: PLC0415
-        from runner.engine.watchdog import Watchdog, in_use_beside, resident  # noqa: PLC0415
+        from runner.engine.watchdog import Watchdog, in_use_beside, resident, trim  # noqa: PLC0415
 
         speculation, notes = (
             speculate(Path(spec.draft), model, slack, trust_remote_code=spec.trust_draft_code)
@@ -155,8 +159,9 @@ class EngineProcess:
         self._load_first_adapters(engine)
         self._stage("warmup")
         device, active_bytes = warm_up(engine)
+        trim()
         base = resident() - active_bytes  # Python and the libraries, all of which have been used by now
-        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base))
+        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base), trim)
         self._loaded = Loaded(
             weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
             active_bytes=active_bytes,
@@ -213,7 +218,9 @@ class EngineProcess:
                 return
             if engine.busy:
                 engine.step()
+                self._worked_at = time.monotonic()
             self._watch(engine)
+            self._rest()
             self._report(engine)
 
     def _watch(self, engine: Engine) -> None:
@@ -232,13 +239,24 @@ class EngineProcess:
             engine.fail_all(f"the engine starts again: {reason}")
             raise EngineDied(reason)
 
+    def _rest(self) -> None:
+        """Give back what the allocators keep for reuse, once, when there was nothing to do for a moment."""
+        if self._worked_at is not None and time.monotonic() >= self._worked_at + _REST:
+            from runner.engine.watchdog import trim  # noqa: PLC0415 - with MLX, long after the start
+
+            trim()
+            self._worked_at = None
+
     def _patience(self) -> float | None:
         """Seconds to wait for an event, None for as long as it takes."""
+        ends = []
+        if self._worked_at is not None:
+            ends.append(self._worked_at + _REST)
         if self._stop_at is not None:
-            return max(0.0, self._stop_at - time.monotonic())
-        if self._connected:
-            return None
-        return max(0.0, self._orphaned_at + self._spec.orphan_grace - time.monotonic())
+            ends.append(self._stop_at)
+        elif not self._connected:
+            ends.append(self._orphaned_at + self._spec.orphan_grace)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _must_stop(self, engine: Engine) -> bool:
         now = time.monotonic()

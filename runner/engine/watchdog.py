@@ -1,8 +1,9 @@
 """What the process really takes, against what it may: the arithmetic of admission can be wrong.
 
-Over its limit an engine takes up no more requests, and gives back what it keeps for later. What it works on goes on,
-and ends. If that was not enough once there is nothing left to do, or the limit is passed by far, the process asks to be
-replaced: only its end surely returns the memory.
+Over its limit a process gives back what its allocators keep for reuse. If that is not enough, the engine takes up no
+more requests, and gives back what it keeps for later. What it works on goes on, and ends. If that was not enough once
+there is nothing left to do, or the limit is passed by far, the process asks to be replaced: only its end surely returns
+the memory.
 """
 
 from __future__ import annotations
@@ -30,19 +31,26 @@ _FINE: Final = 0.95
 
 
 class Watchdog:
-    """`limit` gives what may be used now, in bytes, 0 for no limit; `release` gives back what is kept for later.
+    """`limit` gives what may be used now, in bytes, 0 for no limit; `trim` gives back what allocators keep, and
+    `release` so many bytes of what is kept for later.
 
     `closed`: nothing is to be taken up. `over` has what was in use when it was too much, and does not go down again.
     """
 
     def __init__(
-        self, limit: Callable[[], int], release: Callable[[int], int], used: Callable[[], int], slack: int = SLACK
+        self,
+        limit: Callable[[], int],
+        release: Callable[[int], int],
+        used: Callable[[], int],
+        trim: Callable[[], None],
+        slack: int = SLACK,
     ) -> None:
         self.closed = False
         self.over = 0
         self._limit = limit
         self._release = release
         self._used = used
+        self._trim = trim
         self._slack = slack
 
     def look(self, *, busy: bool) -> bool:
@@ -50,6 +58,9 @@ class Watchdog:
         limit = self._limit()
         limit += self._slack if limit else 0
         used = self._used() if limit else 0
+        if limit and used > limit:
+            self._trim()
+            used = self._used()
         if not limit or used <= limit * (_FINE if self.closed else 1.0):
             self.closed = False
             return True
@@ -57,7 +68,7 @@ class Watchdog:
             logger.warning("over the memory limit", extra={"used": used, "limit": limit})
         self.closed = True
         self._release(used - limit)
-        trim()
+        self._trim()
         used = self._used()
         if used <= limit:
             self.closed = used > limit * _FINE

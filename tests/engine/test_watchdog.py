@@ -18,11 +18,16 @@ PROMPT = encode("the quick brown fox, hello world. def main")
 
 
 class Usage:
-    """What a process uses, of which some can be given back."""
+    """What a process uses, of which some is `kept` for later, and some `unused` by its allocators."""
 
-    def __init__(self, used: int, kept: int = 0) -> None:
+    def __init__(self, used: int, kept: int = 0, unused: int = 0) -> None:
         self.used = used
         self.kept = kept
+        self.unused = unused
+
+    def trim(self) -> None:
+        self.used -= self.unused
+        self.unused = 0
 
     def release(self, nbytes: int) -> int:
         given = min(self.kept, nbytes)
@@ -32,7 +37,7 @@ class Usage:
 
 
 def watchdog(usage: Usage, limit: int = 100) -> Watchdog:
-    return Watchdog(lambda: limit, usage.release, lambda: usage.used, slack=0)
+    return Watchdog(lambda: limit, usage.release, lambda: usage.used, usage.trim, slack=0)
 
 
 def test_below_the_limit_nothing_happens() -> None:
@@ -42,8 +47,15 @@ def test_below_the_limit_nothing_happens() -> None:
     assert watchdog(Usage(10**12), limit=0).look(busy=True)
 
 
-def test_what_is_kept_is_given_back_first() -> None:
-    usage = Usage(130, kept=50)
+def test_what_allocators_keep_is_given_back_first() -> None:
+    usage = Usage(130, kept=50, unused=40)
+    dog = watchdog(usage)
+    assert dog.look(busy=True)
+    assert (usage.used, usage.kept, dog.closed, dog.over) == (90, 50, False, 0)
+
+
+def test_then_what_is_kept_for_later_is_given_back() -> None:
+    usage = Usage(140, kept=50, unused=10)
     dog = watchdog(usage)
     assert dog.look(busy=True)
     assert (usage.used, usage.kept, dog.over) == (100, 20, 0)

@@ -68,14 +68,15 @@ def test_two_hundred_clients_that_leave_at_random_points(bench: Bench) -> None:
     bench.write()
     with bench.serving() as runner:
         engine = psutil.Process(bench.model()["pid"])
+        loaded = engine.memory_info().rss
         _leave_early(bench, 100, seed=1)
         until(lambda: _idle(bench))
-        before = (psutil.Process(runner.pid).memory_info().rss, engine.memory_info().rss)
+        before = psutil.Process(runner.pid).memory_info().rss
         _leave_early(bench, 200, seed=2)
         until(lambda: _idle(bench))
-        after = (psutil.Process(runner.pid).memory_info().rss, engine.memory_info().rss)
-        assert after[0] - before[0] < 4 * 2**20
-        assert after[1] - before[1] < 32 * 2**20
+        assert psutil.Process(runner.pid).memory_info().rss - before < 4 * 2**20
+        # Some 45 MB in which its allocator left room: it gives them back when it rests.
+        until(lambda: engine.memory_info().rss - loaded < 12 * 2**20)
         assert bench.ask(LONG) == long_answer("base")
 
 
