@@ -14,6 +14,7 @@ from runner.engine.arrays import start
 from runner.engine.loader import LoadedModel, load
 from runner.engine.memory import cache_bytes_per_token
 from runner.engine.speculative.costs import Costs, Curve
+from runner.engine.speculative.lean import lean
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.speculation import Speculation
 from runner.engine.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def load_draft(folder: Path, target: LoadedModel, slack: int, *, trust_remote_co
     except EngineLoadError as error:
         raise EngineLoadError(f"draft {folder}: {error.message}", hint=error.hint) from error
     _require_same_tokens(folder, draft.tokenizer, target.tokenizer)
-    return draft
+    return lean(draft, slack)
 
 
 def refusal(target: LoadedModel, draft: LoadedModel) -> str | None:
