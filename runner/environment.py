@@ -1,7 +1,8 @@
 """What the process environment must hold before MLX is imported on Linux.
 
-The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slower than OpenBLAS's, and `mx.compile`
-on the CPU calls a C++ compiler (14 s for the first sampled token). MLX's CUDA backend keeps a few hundred CUDA graphs
+The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slower than OpenBLAS's, and `mx.compile` on
+the CPU calls a C++ compiler (14 s for the first sampled token). Each operation's result is allocated by one thread and
+freed by another, where the C library has both wait for each other. MLX's CUDA backend keeps a few hundred CUDA graphs
 and attention plans, and by default ends with an exception once it has missed them twice as often as it has room, which
 a server of many shapes does some day. Nothing of this can be changed once MLX is imported, so it is decided here, from
 the files of the installation alone: the runner starts its engines so. What the user has set stays.
@@ -68,11 +69,16 @@ def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if "OPENBLAS_NUM_THREADS" not in environ:
         # The products of a decode step are small: more threads mostly wait for each other, and take the runner's core.
         added["OPENBLAS_NUM_THREADS"] = str(min(8, max(1, (os.cpu_count() or 1) // 2)))
-    if "blas" not in environ.get("LD_PRELOAD", "") and (library := find_openblas()):
-        preloaded = environ.get("LD_PRELOAD")
-        added["LD_PRELOAD"] = f"{library}:{preloaded}" if preloaded else library
+    present = environ.get("LD_PRELOAD", "")
+    preloaded = [present] if present else []
+    if "malloc" not in present and (library := find_allocator()):
+        preloaded.insert(0, library)
+    if "blas" not in present and (library := find_openblas()):
+        preloaded.insert(0, library)
         if "OPENBLAS_CORETYPE" not in environ and (kernels := openblas_kernels()):
             added["OPENBLAS_CORETYPE"] = kernels
+    if (libraries := ":".join(preloaded)) != present:
+        added["LD_PRELOAD"] = libraries
     return added
 
 
@@ -91,10 +97,19 @@ def openblas_kernels(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 def find_openblas() -> str | None:
     """Path of a system OpenBLAS, the threaded build first, or None."""
-    triplet = f"{os.uname().machine}-linux-gnu"
-    for folder in (f"/usr/lib/{triplet}", "/usr/lib64", "/usr/lib", "/usr/local/lib"):
-        for name in ("openblas-pthread/libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so"):
-            path = Path(folder, name)
-            if path.exists():
-                return str(path)
-    return None
+    return _found("openblas-pthread/libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so")
+
+
+def find_allocator() -> str | None:
+    """Path of a system jemalloc, or None.
+
+    Only for x86-64: elsewhere it may have been built for pages of another size, and ends the process that loads it.
+    """
+    return _found("libjemalloc.so.2") if os.uname().machine == "x86_64" else None
+
+
+def _found(*names: str) -> str | None:
+    """The first of these libraries that the system has."""
+    folders = (f"/usr/lib/{os.uname().machine}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
+    paths = (Path(folder, name) for folder in folders for name in names)
+    return next((str(path) for path in paths if path.exists()), None)

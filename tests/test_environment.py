@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,12 +16,36 @@ linux_cpu = pytest.mark.skipif(not environment.cpu_backend(), reason="for MLX on
 @linux_cpu
 def test_adds_what_a_bare_environment_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "find_openblas", lambda: "/lib/libopenblas.so.0")
+    monkeypatch.setattr(environment, "find_allocator", lambda: "/lib/libjemalloc.so.2")
 
     added = environment.engine_environment({"LD_PRELOAD": "/lib/other.so"})
 
     assert added["MLX_DISABLE_COMPILE"] == "1"
-    assert added["LD_PRELOAD"] == "/lib/libopenblas.so.0:/lib/other.so"
+    assert added["LD_PRELOAD"] == "/lib/libopenblas.so.0:/lib/libjemalloc.so.2:/lib/other.so"
     assert int(added["OPENBLAS_NUM_THREADS"]) >= 1
+
+
+@linux_cpu
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [("/opt/libopenblas.so", "/lib/libjemalloc.so.2:/opt/libopenblas.so"), ("/opt/libtcmalloc.so", None)],
+)
+def test_adds_one_of_a_kind(present: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "find_openblas", lambda: None)
+    monkeypatch.setattr(environment, "find_allocator", lambda: "/lib/libjemalloc.so.2")
+    assert environment.engine_environment({"LD_PRELOAD": present}).get("LD_PRELOAD") == expected
+
+
+@linux_cpu
+def test_an_allocator_is_taken_where_it_is_known_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(name: str) -> os.uname_result:
+        return os.uname_result(("Linux", "", "", "", name))
+
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == "libjemalloc.so.2")
+    monkeypatch.setattr(os, "uname", lambda: machine("x86_64"))
+    assert environment.find_allocator() == "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2"
+    monkeypatch.setattr(os, "uname", lambda: machine("aarch64"))
+    assert environment.find_allocator() is None
 
 
 @linux_cpu
@@ -58,7 +83,8 @@ def test_without_such_a_list_openblas_knows_by_itself(tmp_path: Path) -> None:
 
 @linux_cpu
 def test_leaves_alone_what_the_user_has_set() -> None:
-    environ = {"MLX_DISABLE_COMPILE": "0", "LD_PRELOAD": "/opt/libmyblas.so", "OPENBLAS_NUM_THREADS": "3"}
+    libraries = "/opt/libmyblas.so /opt/libmimalloc.so"
+    environ = {"MLX_DISABLE_COMPILE": "0", "LD_PRELOAD": libraries, "OPENBLAS_NUM_THREADS": "3"}
     assert environment.engine_environment(environ) == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from runner.environment import PREPARED, engine_environment, prepared
 from runner.machine import cpu_backend
 
-_DEBIAN: Final = "sudo apt-get install libopenblas0-pthread"
+_DEBIAN: Final = "sudo apt-get install"
 
 
 def cores() -> int:
@@ -24,10 +25,14 @@ def notes(environ: Mapping[str, str]) -> list[str]:
     """What the user should know about the libraries this process runs with."""
     if not cpu_backend():
         return []
-    preloaded = [entry for entry in environ.get("LD_PRELOAD", "").split(":") if "blas" in entry]
-    if preloaded:
-        return [f"matrix products use {preloaded[0]}"]
-    return [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {_DEBIAN}"]
+    preloaded = environ.get("LD_PRELOAD", "").split(":")
+    found = [f"matrix products use {entry}" for entry in preloaded if "blas" in entry][:1]
+    if not found:
+        package = f"{_DEBIAN} libopenblas0-pthread"
+        found = [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {package}"]
+    if platform.machine() == "x86_64" and not any("malloc" in entry for entry in preloaded):
+        found.append(f"no jemalloc found: steps of small models are slower without it; {_DEBIAN} libjemalloc2")
+    return found
 
 
 def stay_offline() -> None:

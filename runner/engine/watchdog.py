@@ -26,6 +26,9 @@ _FAR: Final = 1.25
 SLACK: Final = 16 * 2**20
 """Bytes that a process comes to beside what is counted: the C library's heap, threads, Python's own."""
 
+_ALL_ARENAS: Final = b"arena.4096.purge"
+"""What jemalloc is told; the number stands for all of them (MALLCTL_ARENAS_ALL)."""
+
 _FINE: Final = 0.95
 """Of the limit, below which requests are taken up again."""
 
@@ -78,12 +81,15 @@ class Watchdog:
 
 
 def trim() -> None:
-    """Return to the system what is not in use: MLX's buffers, and what the C library keeps."""
+    """Return to the system what is not in use: MLX's buffers, and what the C library keeps, or jemalloc."""
     mx.clear_cache()
-    if sys.platform == "linux":
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-        if malloc_trim is not None:
-            malloc_trim(0)
+    if sys.platform != "linux":
+        return
+    loaded = ctypes.CDLL(None)
+    if hasattr(loaded, "mallctl"):
+        loaded.mallctl(_ALL_ARENAS, None, None, None, ctypes.c_size_t(0))
+    elif hasattr(loaded, "malloc_trim"):  # glibc has it, musl has not
+        loaded.malloc_trim(0)
 
 
 def resident() -> int:

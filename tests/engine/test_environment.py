@@ -25,12 +25,16 @@ def test_cores_are_those_that_the_process_may_run_on() -> None:
 
 
 @linux_cpu
-def test_notes_say_which_blas_runs_or_how_to_get_one() -> None:
-    assert environment.notes({"LD_PRELOAD": "/a.so:/lib/libopenblas.so.0"}) == [
+def test_notes_say_which_blas_runs_and_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert environment.notes({"LD_PRELOAD": "/a.so:/lib/libopenblas.so.0:/lib/libjemalloc.so.2"}) == [
         "matrix products use /lib/libopenblas.so.0"
     ]
-    (note,) = environment.notes({})
-    assert "apt-get install libopenblas0-pthread" in note
+    blas, allocator = environment.notes({})
+    assert "apt-get install libopenblas0-pthread" in blas
+    assert "apt-get install libjemalloc2" in allocator
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert environment.notes({}) == [blas]
 
 
 @linux_cpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from runner.engine.loader import LoadedModel, load
 from runner.engine.memory import cache_bytes_per_token
 from runner.engine.watchdog import Watchdog, in_use_beside, resident
+from runner.environment import engine_environment
 from runner.protocol import Configure
 from tests.engine.drive import Driver, generate
 from tests.engine.tiny import build_model, encode
@@ -94,6 +97,25 @@ def test_what_is_in_use_is_the_process(llama: LoadedModel) -> None:
     assert resident() > llama.weights_bytes
     assert in_use_beside(0) == pytest.approx(resident(), rel=0.1)
     assert in_use_beside(1 << 60) >= llama.weights_bytes, "what MLX counts"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such allocators")
+@pytest.mark.parametrize("prepared", [False, True], ids=["the C library's", "the engine's"])
+def test_what_is_freed_between_what_stays_goes_back_to_the_system(prepared: bool) -> None:
+    script = (
+        "import mlx.core as mx\n"
+        "from runner.engine.watchdog import resident, trim\n"
+        "arrays = [mx.ones((100, 100 + i % 100)) for i in range(1000)]\n"
+        "mx.eval(arrays)\n"
+        "del arrays[::2]\n"
+        "before = resident()\n"
+        "trim()\n"
+        "print(before - resident())\n"
+    )
+    environ = {"PYTHONPATH": str(Path(__file__).parents[2]), **(engine_environment({}) if prepared else {})}
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert int(output) > 20 * 2**20, "of 30 MB"
 
 
 def room_for(llama: LoadedModel, tokens: int) -> int:
