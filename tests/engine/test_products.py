@@ -84,8 +84,8 @@ def gathers_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's CPU has this product in float32 only."""
     gather = mx.gather_mm
 
-    def wider(x: mx.array, weights: mx.array, rhs_indices: mx.array) -> mx.array:
-        found = gather(x.astype(mx.float32), weights.astype(mx.float32), rhs_indices=rhs_indices)
+    def wider(x: mx.array, weights: mx.array, **indices: mx.array) -> mx.array:
+        found = gather(x.astype(mx.float32), weights.astype(mx.float32), **indices)
         return found.astype(x.dtype)
 
     monkeypatch.setattr(mx, "gather_mm", wider)
