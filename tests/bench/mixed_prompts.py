@@ -1,4 +1,4 @@
-"""What it takes to prefill prompts of different adapters in one call: beside the base's, one adapter's, and by each way.
+"""What it takes to prefill prompts of different adapters in one call: beside the base's, one adapter's, by each way.
 
     python tests/bench/mixed_prompts.py [--geometry llama-1b] [--rows 1 4 8] [--tokens 256] [--adapters 9] [--rank 8]
         [--repeat 9] [--seconds 60]
@@ -83,7 +83,8 @@ class Prompts:
         self._loaded, self._way = loaded, way
         # Kept graphs are of one way.
         self._call = TracedCalls(loaded.model, bank)
-        keys = bank.keys[:1] * rows if way == "one adapter" else [bank.keys[row % len(bank.keys)] for row in range(rows)]
+        several = 1 if way == "one adapter" else len(bank.keys)
+        keys = [bank.keys[row % several] for row in range(rows)]
         self._slots: RowSlots | None = None if way == "base" else bank.slots([bank.acquire(key) for key in keys])
         self._tokens = mx.random.randint(0, loaded.vocabulary, (rows, tokens), key=mx.random.key(rows))
         mx.eval(self._tokens)
