@@ -8,7 +8,7 @@ sum is part of the product before it. Where adapters change a layer for the rows
 its product as well; DoRA's are not, and that layer's part of the block is as before.
 
 Products of more tokens are MLX's, which takes the residual sum into them, and an MLP's gate is a launch. Changes of
-more than MOST_ROWS tokens are a launch as well, with the sum or the gate in it.
+more than MOST_ROWS tokens are a launch as well, with the sum or the gate in it, or MLX's products after the layer's.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ class _Product:
             return changed(x, weight, self._taken(), stack, rows)
         add_changes = shape.kernels.add_changes
         if add_changes is None or x.dtype != shape.dtype or not kernel.fits(x, stack):
+            if stack.magnitude is None and x.dtype == shape.dtype and shape.product(x) is None:
+                # MLX's product of the base takes it; DoRA's factor is for the product alone.
+                self.added = self._taken()
             return None
         return add_changes(x, self.plain(x, weight), stack, rows, self._taken(), shape.epilogue)
 
@@ -148,7 +151,7 @@ def _sum(x: mx.array, layer: Any, branch: Callable[[], mx.array]) -> mx.array:
     try:
         y = branch()
     finally:
-        left = product.added_to_changed if changed else product.added
+        left = product.added if product.added_to_changed is None else product.added_to_changed
         product.added = product.added_to_changed = None
     return y if left is None else x + y
 

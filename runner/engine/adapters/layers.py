@@ -1,9 +1,8 @@
 """Linear layers that add each row's own low-rank change.
 
-One `gather_mm` picks every row's matrices by its slot, so a batch with any mix of adapters costs two products a layer.
-Where all rows have the same adapter they are plain products, and the last of them also adds. On CUDA a decode step may
-have a kernel of its own (`kernel.py`). While no row of the batch has an adapter, a wrapped layer is its base and
-nothing else.
+A batch with any mix of adapters costs two products and what picks each row's matrices for them (`mixed.py`). Where all
+rows have the same adapter they are plain products, and the last of them also adds. On CUDA a decode step may have a
+kernel of its own (`kernel.py`). While no row of the batch has an adapter, a wrapped layer is its base and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import mlx.nn as nn
 import msgspec
 
 from runner.engine import cuda_kernels
-from runner.engine.adapters import kernel
+from runner.engine.adapters import kernel, mixed
 from runner.engine.adapters.stack import Stack
 
 _AT_ONCE: Final = 8
@@ -44,6 +43,8 @@ class RowSlots(msgspec.Struct, frozen=True):
     _numbers: tuple[int, ...] = ()
     _boards: list[tuple[mx.array, ...]] = msgspec.field(default_factory=list)
     _turns: list[Iterator[mx.array]] = msgspec.field(default_factory=list)
+    _places: list[tuple[mx.array, mx.array]] = msgspec.field(default_factory=list)
+    _own: dict[tuple[int, int], mx.array] = msgspec.field(default_factory=dict)
 
     @classmethod
     def of(cls, numbers: list[int]) -> RowSlots:
@@ -68,6 +69,22 @@ class RowSlots(msgspec.Struct, frozen=True):
     def of_arrays(cls, arrays: list[mx.array], only: int | None) -> RowSlots:
         """The same, or what stands for it in a graph."""
         return cls(arrays[0], only, _boards=[tuple(arrays[1:])])
+
+    @property
+    def places(self) -> tuple[mx.array, mx.array]:
+        """The rows' numbers and their slots, as a gathering product takes them. Made once."""
+        if not self._places:
+            self._places.append((mx.arange(self.slots.shape[0], dtype=mx.uint32), self.slots.astype(mx.uint32)))
+        return self._places[0]
+
+    def own(self, stack: Stack) -> mx.array:
+        """Which of the ranks of `stack.beside` are those of a row's slot, [rows, 1, slots · r] bool. Made once for all
+        stacks of a shape."""
+        slots, rank, _ = stack.down.shape
+        if (slots, rank) not in self._own:
+            its = mx.arange(1, slots) == self.slots[:, None]
+            self._own[slots, rank] = mx.repeat(its, rank, axis=1)[:, None]
+        return self._own[slots, rank]
 
     def board(self) -> mx.array:
         """One for a launch."""
@@ -141,27 +158,24 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
         if rows.only is not None:
             a, b, factor = stack.slot(rows.only)
             return self._scaled(mx.addmm(y, x @ a, b), factor)
-        return self._adapt_each(stack, x, y, rows.slots)
+        return self._adapt_each(stack, x, y, rows)
 
-    def _adapt_each(self, stack: Stack, x: mx.array, y: mx.array, slots: mx.array) -> mx.array:
-        flat = x.ndim == 2
-        if flat:
-            # Some models join rows and tokens into one axis.
-            slots = mx.repeat(slots, x.shape[0] // slots.shape[0])
-            x = x[:, None]
-        elif x.ndim > 3:
-            slots = slots.reshape(-1, *[1] * (x.ndim - 3))
-        if mx.cuda.is_available() and x.shape[-2] > 1:
-            # MLX's gathering product of many tokens is compiled on the way, for a minute and more.
-            change = (x @ stack.a[slots]) @ stack.b[slots]
-        else:
-            change = mx.gather_mm(x, stack.a, rhs_indices=slots)
-            change = mx.gather_mm(change, stack.b, rhs_indices=slots)
-        y = y + (change[:, 0] if flat else change).astype(y.dtype)
-        if stack.magnitude is None:
-            return y
-        factor = stack.magnitude[slots]
-        return self._scaled(y, factor if flat else mx.expand_dims(factor, -2))
+    def _adapt_each(self, stack: Stack, x: mx.array, y: mx.array, rows: RowSlots) -> mx.array:
+        if x.ndim != 3:
+            # Some models join rows and tokens into one axis, others have several of tokens.
+            count = rows.slots.shape[0]
+            by_row = self._adapt_each(stack, x.reshape(count, -1, x.shape[-1]), y.reshape(count, -1, y.shape[-1]), rows)
+            return by_row.reshape(y.shape)
+        match mixed.way(x, stack):
+            case "together":
+                changed = mixed.together(x, y, stack, rows.own(stack))
+            case "copied":
+                changed = mixed.copied(x, y, stack, rows.slots)
+            case "gathered":
+                changed = mixed.gathered(x, y, stack, *rows.places)
+        changed = changed.astype(y.dtype)
+        factor = None if stack.magnitude is None else stack.magnitude[rows.slots][:, None]
+        return self._scaled(changed, factor)
 
     def _scaled(self, y: mx.array, factor: mx.array | None) -> mx.array:
         """y with DoRA's factor, from which the bias is exempt."""

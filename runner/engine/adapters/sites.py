@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import msgspec
 
-from runner.engine.adapters.formats import LowRank
+from runner.engine.adapters.formats import AdapterRefusal, LowRank
 from runner.engine.adapters.stack import Change, Span
+from runner.engine.arrays import to_list
 from runner.engine.joined import JoinedLayers, joined_of
 
 
@@ -39,10 +41,12 @@ class Sites:
             self._sites.update(dict.fromkeys(site.paths, site))
 
     def changes(self, layers: Mapping[str, LowRank], dtype: mx.Dtype) -> dict[Site, Change]:
-        """An adapter's changes by site, in `dtype`."""
+        """An adapter's changes by site, in `dtype`. Raises AdapterRefusal: too large for that."""
+        changes = {path: self._change(path, change, dtype) for path, change in layers.items()}
+        _require_finite(changes)
         by_site: dict[Site, dict[str, Change]] = {}
-        for path, change in layers.items():
-            by_site.setdefault(self._sites[path], {})[path] = self._change(path, change, dtype)
+        for path, change in changes.items():
+            by_site.setdefault(self._sites[path], {})[path] = change
         return {
             site: parts[site.paths[0]] if site.joined is None else _join(site, parts) for site, parts in by_site.items()
         }
@@ -53,6 +57,17 @@ class Sites:
             factor = (change.magnitude / _adapted_norms(self._layers[path], change)).astype(dtype)
         spans = ((int(change.b.shape[-1]), 0, change.rank),)
         return Change(change.a.astype(dtype), change.b.astype(dtype), factor, spans)
+
+
+def _require_finite(changes: Mapping[str, Change]) -> None:
+    """Rows of other adapters are multiplied by these as well, by zeros (`mixed.py`), which would be no numbers."""
+    names = "lora_a", "lora_b, times its scale,"
+    # 0 unless there is a value that times 0 is none. In few operations: rows that decode wait for an adapter.
+    left = [mx.sum(0 * matrix) for change in changes.values() for matrix in (change.a, change.b)]
+    for (path, name), value in zip(product(changes, names), to_list(mx.stack(left)), strict=True):
+        if value != 0:
+            dtype = str(changes[path].b.dtype).rpartition(".")[2]
+            raise AdapterRefusal(f"{path}: {name} holds a value that is not finite in {dtype}, the model's type")
 
 
 def _join(site: Site, parts: Mapping[str, Change]) -> Change:

@@ -49,6 +49,8 @@ class Stack(msgspec.Struct, frozen=True):
     spans: tuple[tuple[Span, ...], ...]
     packed: mx.array | None = None
     _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = msgspec.field(default_factory=dict)
+    _turned: list[mx.array] = msgspec.field(default_factory=list)
+    _beside: list[tuple[mx.array, mx.array]] = msgspec.field(default_factory=list)
 
     @classmethod
     def of(cls, down: mx.array, b: mx.array, magnitude: mx.array | None, spans: tuple[tuple[Span, ...], ...]) -> Stack:
@@ -71,8 +73,21 @@ class Stack(msgspec.Struct, frozen=True):
 
     @property
     def a(self) -> mx.array:
-        """[slots, in, r]: the first product."""
-        return self.down.swapaxes(-1, -2)
+        """[slots, in, r]: the first product. A view, made once."""
+        if not self._turned:
+            self._turned.append(self.down.swapaxes(-1, -2))
+        return self._turned[0]
+
+    @property
+    def beside(self) -> tuple[mx.array, mx.array]:
+        """`a` and `b` of all slots but the first side by side, [in, slots · r] and [slots · r, out]. Views, made once.
+
+        Not for a layer of experts.
+        """
+        if not self._beside:
+            down, b = (array[1:].reshape(-1, array.shape[-1]) for array in (self.down, self.b))
+            self._beside.append((down.T, b))
+        return self._beside[0]
 
     @property
     def arrays(self) -> list[mx.array]:

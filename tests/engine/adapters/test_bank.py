@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from runner.engine.adapters import mixed
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.loader import LoadedModel, load
 from runner.protocol import AdapterSource
@@ -71,11 +72,13 @@ def test_rows_with_different_adapters_equal_upstream_runs(
     assert not mx.allclose(mixed[0], plain(mx.array([prompts[0]]))[0, -1], atol=0.5), "the adapter changes nothing"
 
 
-def test_prompts_on_cuda_are_multiplied_by_copies_of_their_adapters(
-    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranks", [256, 0], ids=["together", "by copies"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3"])
+def test_prompts_on_cuda_need_no_gathering_product(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, ranks: int
 ) -> None:
-    """Which need no kernel that is compiled for a minute when the first prompt comes."""
-    loaded = load(model_folder("llama"))
+    """Which would be compiled for a minute when the first prompt comes."""
+    loaded = load(model_folder(model_type))
     bank = AdapterBank(loaded.model, loaded.dtype)
     shapes = linear_shapes(loaded, EVERY_LINEAR)
     for seed, name in enumerate("ab"):
@@ -85,6 +88,7 @@ def test_prompts_on_cuda_are_multiplied_by_copies_of_their_adapters(
     expected = batch_logits(loaded, bank, ["a", "", "b"], prompts)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "gather_mm", None)
+    monkeypatch.setattr(mixed, "_MOST_RANKS", ranks)
     assert mx.allclose(batch_logits(loaded, bank, ["a", "", "b"], prompts), expected, rtol=1e-4, atol=1e-4)
 
 

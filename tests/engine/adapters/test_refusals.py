@@ -195,3 +195,31 @@ def test_a_refusal_leaves_the_resident_adapters_as_they_are(model_folder: ModelF
 
     assert bank.keys == ["good"]
     assert bank.nbytes == held
+
+
+@pytest.mark.parametrize(
+    ("scale", "a", "dtype", "reason"),
+    [
+        (1.0, 1e5, mx.float16, f"{Q0}: lora_a holds a value that is not finite in float16"),
+        (1e6, 1.0, mx.float16, f"{Q0}: lora_b, times its scale, holds a value that is not finite in float16"),
+        (1e39, 1.0, mx.bfloat16, f"{Q0}: lora_b, times its scale, holds a value that is not finite in bfloat16"),
+        (float("inf"), 1.0, mx.float32, f"{Q0}: lora_b, times its scale, holds a value that is not finite in float32"),
+        (1e6, 1.0, mx.float32, None),
+        (1.0, 1e5, mx.bfloat16, None),
+    ],
+)
+def test_values_that_the_model_s_type_does_not_hold_are_refused(
+    model_folder: ModelFolder, tmp_path: Path, scale: float, a: float, dtype: mx.Dtype, reason: str | None
+) -> None:
+    """Finite as they are in the file: others' rows are multiplied by them too."""
+    pairs = {Q0: (mx.full((64, 4), a), mx.ones((4, 64)))}
+    source = AdapterSource("a", str(write_mlx(tmp_path / "a", pairs, keys=None, scale=scale)))
+    bank = AdapterBank(load(model_folder("llama")).model, dtype)
+    if reason is None:
+        bank.load(source)
+        assert bank.keys == ["a"]
+        return
+    with pytest.raises(AdapterRefusal) as refusal:
+        bank.load(source)
+    assert reason in refusal.value.message
+    assert bank.nbytes == 0
