@@ -12,7 +12,7 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten
 
-from runner.engine import direct, draw_kernel, layouts, norms
+from runner.engine import direct, draw_kernel, exponentials, layouts, norms
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
@@ -125,6 +125,7 @@ def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple
     whether rows can share a call."""
     install(model)
     norms.install(model)
+    exponentials.install(model)
     draw_kernel.prepare(_activation_dtype(model))
     install_products(model)
     layout, vocabulary, together = layouts.choose(model, slack)

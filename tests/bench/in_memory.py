@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from msgspec.structs import replace
 
-from runner.engine import kernel_cache, layouts
+from runner.engine import exponentials, kernel_cache, layouts
 from runner.engine.chat import ChatTemplate, jinja_render
 from runner.engine.joined import join_siblings
 from runner.engine.kv.attention import install
@@ -52,6 +52,7 @@ def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisati
     join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
     mx.eval(model.parameters())
     install(model)
+    exponentials.install(model)
     install_products(model)
     return LoadedModel(
         model=model,

@@ -14,7 +14,7 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models import base
 
-from runner.engine.kv import quantised
+from runner.engine.kv import blocks, quantised
 from runner.engine.kv.grouped import grouped
 from runner.engine.kv.masks import FEW, Mask
 from runner.engine.kv.quantised import Quantised
@@ -57,5 +57,8 @@ def attend(
     few = tokens <= FEW and sinks is None and keys.shape[1] < heads
     if few and not mx.metal.is_available() and (isinstance(mask, mx.array) or (tokens == 1 and not _ON_GPU)):
         return grouped(queries, keys, values, scale, mask, cache)
+    in_blocks = blocks.attend(queries, keys, values, scale, mask, cache) if sinks is None else None
+    if in_blocks is not None:
+        return in_blocks
     result: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return result

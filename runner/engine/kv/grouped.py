@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.engine import exponentials
 from runner.engine.kv.masks import ON_CPU, Mask, masked
 
 
@@ -27,7 +28,7 @@ def grouped(
         scores = (queries * scale).reshape(lines) @ keys.swapaxes(-1, -2)
         if isinstance(mask, mx.array):
             scores = masked(scores, mask, shape)
-    attended = mx.softmax(scores, axis=-1, precise=True) @ values
+    attended = exponentials.weighted(scores, lambda weights: weights @ values)
     return attended.reshape(rows, heads, tokens, values.shape[-1])
 
 

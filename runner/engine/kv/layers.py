@@ -189,12 +189,14 @@ class Straight:
 
         return self._planes.launch(run)
 
-    def added(self, mask: mx.array, shape: tuple[int, int, int, int]) -> mx.array | None:
-        """`masks.added` of a mask that a cache has made for the call under way, made once for all layers; else None."""
+    def added(self, mask: mx.array, shape: tuple[int, int, int, int] | None = None) -> mx.array | None:
+        """`masks.added` of a mask that a cache has made for the call under way, or `masks.numbers` where there is no
+        shape, made once for all layers; else None."""
         positions = self._positions
         if not any(known is mask for known, _ in _given_masks(positions)):
             return None
-        return positions.once(("added", id(mask), shape), lambda: masks.added(mask, shape))
+        made = lambda: masks.numbers(mask) if shape is None else masks.added(mask, shape)  # noqa: E731
+        return positions.once(("added", id(mask), shape), made)
 
     def _given(self, mask: masks.Mask, window: int | None) -> masks.Mask:
         """A mask that a model gets, of which is remembered during the call what it means."""

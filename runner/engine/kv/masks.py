@@ -82,13 +82,19 @@ def visible(of: mx.array, keys: mx.array, window: int | None) -> mx.array:
     return seen & (keys >= 0) if keys.ndim > 1 else seen
 
 
+def numbers(mask: mx.array) -> mx.array:
+    """What has the same effect as a `mask` of booleans once it is added to scores of float32."""
+    hidden: mx.array = mx.where(mask, mx.array(0.0), mx.finfo(mx.float32).min)
+    return hidden
+
+
 def added(mask: mx.array, shape: tuple[int, int, int, int]) -> mx.array:
-    """What has the same effect as a `mask` [rows or 1, 1, tokens, keys] of booleans once it is added to scores [rows,
-    groups, shared · tokens, keys] of float32; `shape` is (rows, groups, shared, tokens)."""
+    """`numbers` of a `mask` [rows or 1, 1, tokens, keys] for scores [rows, groups, shared · tokens, keys]; `shape` is
+    (rows, groups, shared, tokens)."""
     rows, groups, shared, tokens = shape
-    numbers = mx.where(mask, mx.array(0.0), mx.finfo(mx.float32).min)
+    hidden = numbers(mask)
     keys = mask.shape[-1]
-    lines = mx.broadcast_to(numbers[:, :, None], (numbers.shape[0], 1, shared, tokens, keys))
+    lines = mx.broadcast_to(hidden[:, :, None], (hidden.shape[0], 1, shared, tokens, keys))
     return mx.broadcast_to(lines.reshape(-1, 1, shared * tokens, keys), (rows, groups, shared * tokens, keys))
 
 

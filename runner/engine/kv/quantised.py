@@ -15,6 +15,7 @@ from typing import Any, Final
 import mlx.core as mx
 import msgspec
 
+from runner.engine import exponentials
 from runner.engine.kv import masks, quantised_kernel, unpacked, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
@@ -162,5 +163,5 @@ def attend(
     scores = quantisation.product(grouped, keys, transpose=True)
     if mask is not None:
         scores = masks.masked(scores, mask, (rows, groups, shared, tokens))
-    attended = quantisation.product(mx.softmax(scores, axis=-1, precise=True), values, transpose=False)
+    attended = exponentials.weighted(scores, lambda weights: quantisation.product(weights, values, transpose=False))
     return attended.reshape(rows, heads, tokens, -1)

@@ -10,6 +10,7 @@ from typing import Final
 
 import mlx.core as mx
 
+from runner.engine.kv import blocks
 from runner.engine.kv.grouped import grouped
 from runner.engine.kv.masks import FEW, Mask
 from runner.engine.kv.widened import Packed
@@ -71,6 +72,9 @@ def _plain(
     few = queries.shape[2] <= FEW and sinks is None and keys.shape[1] < queries.shape[1]
     if few and isinstance(mask, mx.array):
         return grouped(queries, keys, values, scale, mask)
+    in_blocks = blocks.attend(queries, keys, values, scale, mask) if sinks is None else None
+    if in_blocks is not None:
+        return in_blocks
     attended: mx.array = mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=scale, mask=mask, sinks=sinks
     )
