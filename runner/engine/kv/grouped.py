@@ -25,7 +25,8 @@ def grouped(
     if added is not None:
         scores = mx.addmm(added, queries.reshape(lines), keys.swapaxes(-1, -2), alpha=scale)
     else:
-        scores = (queries * scale).reshape(lines) @ keys.swapaxes(-1, -2)
+        scaled = queries if scale == 1.0 else queries * scale
+        scores = scaled.reshape(lines) @ keys.swapaxes(-1, -2)
         if isinstance(mask, mx.array):
             scores = masked(scores, mask, shape)
     attended = exponentials.weighted(scores, lambda weights: weights @ values)
