@@ -19,8 +19,10 @@ import msgspec
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.changed_source import CHANGED, CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
-from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
+from runner.engine.product_source import BODY, GATE, PLAIN, STORES, SWIGLU
+from runner.engine.tensor_cores import DEVICE
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""

@@ -17,9 +17,9 @@ from runner.engine import cuda_kernels, wide_product_kernel
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.changed_source import CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, Kernel, Size
 from runner.engine.product_kernel import Changed
-from runner.engine.product_source import CHANGED_DEVICE
 from runner.engine.wide_changed_source import CHANGED
 from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, TOKENS, Choose, Way
 

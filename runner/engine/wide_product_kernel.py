@@ -20,7 +20,8 @@ from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
-from runner.engine.product_source import DEVICE, SWIGLU
+from runner.engine.product_source import SWIGLU
+from runner.engine.tensor_cores import DEVICE
 from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, PLAIN, SHARED, device
 
 T = TypeVar("T")
