@@ -82,8 +82,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return OnHost(tmp_path_factory.mktemp("changes")).changed
+def on_host() -> Make:
+    return OnHost().changed
 
 
 @pytest.mark.parametrize(

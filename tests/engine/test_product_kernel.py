@@ -63,8 +63,8 @@ def exact(array: mx.array) -> np.ndarray:  # type: ignore[type-arg]
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return OnHost(tmp_path_factory.mktemp("product")).multiply
+def on_host() -> Make:
+    return OnHost().multiply
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> WideChangesOnHost:
-    return WideChangesOnHost(tmp_path_factory.mktemp("changes"))
+def on_host() -> WideChangesOnHost:
+    return WideChangesOnHost()
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_what_follows_is_what_add_changes_gives(
 
 
 @pytest.fixture(scope="module")
-def add_changes(tmp_path_factory: pytest.TempPathFactory) -> ChangesOnHost:
-    return ChangesOnHost(tmp_path_factory.mktemp("apart"))
+def add_changes() -> ChangesOnHost:
+    return ChangesOnHost()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -51,8 +51,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return WideOnHost(tmp_path_factory.mktemp("product")).multiply
+def on_host() -> Make:
+    return WideOnHost().multiply
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,13 +22,12 @@ _TYPES = {4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 class CopiesOnHost:
     """Launches of `copy_kernel`, as if there were a device."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, threads: int = 2, each: int = 64) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, threads: int = 2, each: int = 64) -> None:
         """Blocks of so many threads, of which each has so many vectors."""
         self.launches: list[tuple[str, int]] = []
         """What each has done, with how many planes."""
         self.aligned = True
         """Whether planes begin at whole vectors: MLX's own memory begins 8 bytes behind a multiple of 16 here."""
-        self._folder = folder
         self._built: dict[tuple[str, int, int], Run] = {}
         patch.setattr(copy_kernel, "applies", lambda _: True)
         patch.setattr(copy_kernel, "THREADS", threads)
@@ -74,14 +72,12 @@ class CopiesOnHost:
             names = begin_kernel.inputs(dtype)
             arguments = {each: "const int*" if each == "span" else "const T*" for each in names}
             arguments |= dict.fromkeys(begin_kernel.outputs(planes, dtype), "T*")
-            self._built[key] = self._compiled(key, dtype, begin_kernel.source(planes), arguments)
+            self._built[key] = self._compiled(dtype, begin_kernel.source(planes), arguments)
         return self._built[key]
 
-    def _compiled(self, key: tuple[str, int, int], dtype: mx.Dtype, source: str, arguments: Mapping[str, str]) -> Run:
-        folder = self._folder / "-".join(map(str, key))
-        folder.mkdir(parents=True)
+    def _compiled(self, dtype: mx.Dtype, source: str, arguments: Mapping[str, str]) -> Run:
         given = "".join(f"constexpr int {each} = {value};" for each, value in copy_kernel.constants().items())
-        return compiled(folder, f"using T = {_TYPES[dtype.size]};\n{given}\n", source, arguments, "")
+        return compiled(f"using T = {_TYPES[dtype.size]};\n{given}\n", source, arguments, "")
 
     def run(self, name: str, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]) -> Array:
         """What the launch returns. What it is to write to is written to."""
@@ -112,7 +108,7 @@ class CopiesOnHost:
             arguments |= {f"{each}_shape": "const int*" for each in ("plane0", *[*names][planes:])}
             arguments |= {f"plane{i}_strides": "const int64_t*" for i in range(planes)}
             arguments |= {"out": "T*"} if name == "copy" else {"done": "int*"}
-            self._built[key] = self._compiled(key, dtype, copy_kernel.source(of, planes), arguments)
+            self._built[key] = self._compiled(dtype, copy_kernel.source(of, planes), arguments)
         return self._built[key]
 
 

@@ -216,9 +216,10 @@ def test_rows_compute_what_they_compute_alone(
     assert len(on_host.put) > 3
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])
 def test_an_engine_says_the_same(
-    model_folder: ModelFolder, scratch: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_type: str
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_type: str
 ) -> None:
     """With a draft, where there can be one: its caches are moved as well."""
     folder = model_folder(model_type)
@@ -241,14 +242,13 @@ def test_an_engine_says_the_same(
 
     expected = answers()
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
-    on_host = CopiesOnHost(scratch / f"engine {model_type}", monkeypatch)
+    on_host = CopiesOnHost(monkeypatch)
     assert answers() == expected
     assert len(on_host.put) > 4
 
 
-def test_an_engine_with_packed_keys_says_the_same(
-    model_folder: ModelFolder, scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("arrays_on_the_host")
+def test_an_engine_with_packed_keys_says_the_same(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
     monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
 
@@ -261,6 +261,6 @@ def test_an_engine_with_packed_keys_says_the_same(
         return [answer.text for _, answer in sorted(driver.answers.items())]
 
     expected = answers()
-    on_host = CopiesOnHost(scratch / "packed engine", monkeypatch)
+    on_host = CopiesOnHost(monkeypatch)
     assert answers() == expected
     assert {6, 12} <= {*on_host.put}

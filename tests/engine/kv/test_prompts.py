@@ -31,11 +31,11 @@ Launched = OnDevice | PromptsOnHost
 
 
 @pytest.fixture(scope="module")
-def prompts_in_place(tmp_path_factory: pytest.TempPathFactory, in_place: OnHost | OnDevice) -> Launched:
+def prompts_in_place(in_place: OnHost | OnDevice) -> Launched:
     """The kernels, where they can run; else their sources on the host."""
     if isinstance(in_place, OnDevice):
         return OnDevice(prompt_kernel.write_and_attend)
-    return PromptsOnHost(tmp_path_factory.mktemp("prompts"))
+    return PromptsOnHost()
 
 
 @pytest.fixture
