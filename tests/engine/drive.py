@@ -86,6 +86,11 @@ class Driver:
             steps -= 1
         return self.answers
 
+    @property
+    def texts(self) -> list[str]:
+        """What all requests got, by their ids."""
+        return [answer.text for _, answer in sorted(self.answers.items())]
+
     def one(self, **fields: Any) -> Answer:
         """One request, alone."""
         request = generate(len(self.answers) + 1_000_000, **fields)

@@ -246,7 +246,7 @@ def test_an_engine_says_the_same(model_folder: ModelFolder, on_host: CopiesOnHos
         driver = Driver(model, max_rows=4, prefix_cache_bytes=prefix_cache_bytes, prefill_step_size=16)
         for first in (0, 10):
             driver.run([generate(first + i, prompt=[*text, 9 + first], max_tokens=9) for i, text in enumerate(texts)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers(0)
     assert not on_host.copied

@@ -28,7 +28,7 @@ from tests.engine.kv.launches import (
 )
 from tests.engine.kv.test_caches import SLACK, Rows, follow
 from tests.engine.kv.test_unwritten import Recorded
-from tests.engine.speculative.drafts import draft_folder, erratic, speculating
+from tests.engine.speculative.drafts import draft_folder, of_four_rows
 from tests.engine.tiny import encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
@@ -227,18 +227,11 @@ def test_an_engine_says_the_same(
 
     def answers() -> list[str]:
         loaded = load(folder, slack=SLACK)
-        driver = Driver(
-            loaded,
-            speculation=speculating(loaded, draft, erratic()) if loaded.layout.trimmable else None,
-            max_rows=4,
-            prefill_step_size=16,
-            prefix_cache_bytes=1 << 24,
-            num_draft_tokens=5,
-        )
+        driver = of_four_rows(loaded, draft, 16)
         requests = [generate(i, prompt=TEXT[: 9 + 11 * i], max_tokens=6 + 5 * (i % 3)) for i in range(6)]
         driver.run(requests)
         driver.run([generate(10 + i, prompt=TEXT[: 42 + 11 * i], max_tokens=9) for i in range(2)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers()
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
@@ -258,7 +251,7 @@ def test_an_engine_with_packed_keys_says_the_same(model_folder: ModelFolder, mon
         driver = Driver(loaded, max_rows=3, prefill_step_size=32, prefix_cache_bytes=1 << 24)
         for first in (0, 10):
             driver.run([generate(first + i, prompt=TEXT[: 9 + 11 * i], max_tokens=4 + 3 * (i % 3)) for i in range(5)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers()
     on_host = CopiesOnHost(monkeypatch)
