@@ -27,11 +27,8 @@ from tests.engine.kv.launches import (
     separately,
 )
 from tests.engine.kv.test_caches import SLACK, Rows, follow
-from tests.engine.kv.test_unwritten import Recorded
+from tests.engine.kv.test_unwritten import TEXT, Recorded
 from tests.engine.speculative.drafts import draft_folder, of_four_rows
-from tests.engine.tiny import encode
-
-TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
 
 
 def filled(model: LoadedModel, layout: Layout, lengths: list[int], room: int = 0) -> Caches:
