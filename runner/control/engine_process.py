@@ -10,17 +10,16 @@ import secrets
 import shlex
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
-from itertools import chain
 
 import msgspec
 
+from runner.control.adapter_answers import AdapterAnswers, fail
 from runner.control.atomic import write_atomically
 from runner.control.backstop import Backstop
 from runner.control.bounds import Bounds
 from runner.control.connection import EngineConnection
-from runner.control.postmortem import lack_of_memory, oom_kills
+from runner.control.postmortem import describe_exit, lack_of_memory, oom_kills
 from runner.control.state_folder import StateFolder
 from runner.environment import prepared
 from runner.errors import EngineDied, EngineLoadError
@@ -89,7 +88,7 @@ class EngineProcess:
         self._exited = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters: dict[str, deque[asyncio.Future[None]]] = {}
+        self._answers = AdapterAnswers()
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -205,17 +204,15 @@ class EngineProcess:
         if self._connection is not None:
             self._connection.close()
         why = f": {self.lacked_memory}" if self.lacked_memory else ""
-        self._fail(EngineDied(f"the engine of {self.spec.model} {_describe_exit(code)}{why}", hint=self._log_hint()))
+        self._fail(EngineDied(f"the engine of {self.spec.model} {describe_exit(code)}{why}", hint=self._log_hint()))
         self._gone()
 
     def _log_hint(self) -> str:
         return f"Its output: `mlx-run logs {self.spec.model}`."
 
     def _fail(self, error: EngineDied | EngineLoadError) -> None:
-        for waiter in (self._outcome, *chain.from_iterable(self._adapter_waiters.values())):
-            if not waiter.done():
-                waiter.set_exception(error)
-                waiter.exception()  # retrieved here, for when nobody waits any more
+        fail(self._outcome, error)
+        self._answers.fail(error)
 
     def _lost(self) -> None:
         # An engine whose socket is gone is of no use, even if the process hangs on; and the next request must not
@@ -250,9 +247,9 @@ class EngineProcess:
             case LoadFailed(reason=reason, hint=hint):
                 self._fail(EngineLoadError(f"{self.spec.model}: {reason}", hint=hint))
             case AdapterLoaded(key=key) | AdapterDropped(key=key):
-                self._settle(key, None)
+                self._answers.settle(key)
             case AdapterRefused(key=key, reason=reason):
-                self._settle(key, EngineLoadError(reason))
+                self._answers.settle(key, EngineLoadError(reason))
             case Stats():
                 self.stats = message
                 self.bounds.kept_to(message.budget_bytes)
@@ -260,17 +257,6 @@ class EngineProcess:
                 self.overrun = message
             case _:
                 pass
-
-    def _settle(self, key: str, error: EngineLoadError | None) -> None:
-        # An engine answers in the order it was asked: an adapter that goes may be wanted back before it has gone.
-        waiters = self._adapter_waiters.get(key)
-        waiter = waiters.popleft() if waiters else None
-        if waiter is None or waiter.done():
-            return
-        if error is None:
-            waiter.set_result(None)
-        else:
-            waiter.set_exception(error)
 
     async def load_adapter(self, adapter: AdapterSource) -> None:
         """Make an adapter resident. Raises EngineLoadError (refused, with the reason) and EngineDied."""
@@ -283,10 +269,9 @@ class EngineProcess:
     async def _ask(self, key: str, message: LoadAdapter | DropAdapter) -> None:
         if not self.alive:
             raise EngineDied(f"the engine of {self.spec.model} is gone", hint=self._log_hint())
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._adapter_waiters.setdefault(key, deque()).append(waiter)
+        answer = self._answers.expect(key)
         self.connection.send(message)
-        await waiter
+        await answer
 
     def rename(self, model: str) -> None:
         """Serve as `model` from now on; a later runner finds it under that name. Raises OSError."""
@@ -349,13 +334,3 @@ class EngineProcess:
 
 def _nothing() -> None:
     """Nobody is to be told any more."""
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was ended by {name}"

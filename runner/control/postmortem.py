@@ -1,4 +1,4 @@
-"""Why an engine's process ended, where memory was the reason: the exit code alone does not say it."""
+"""How an engine's process ended, and whether memory was the reason, which the exit code alone does not say."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ _ALLOCATION: Final = re.compile(
     re.IGNORECASE,
 )
 """What MLX, CUDA, C++ and Python say when there is none left."""
+
+
+def describe_exit(code: int) -> str:
+    """In words, which go on after what has ended. `code` is negative for a signal."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}"
 
 
 def oom_kills() -> int:

@@ -18,18 +18,16 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from runner.control.backstop import Backstop
+from runner.control.budgets import share_out
 from runner.control.engine_process import EngineProcess
+from runner.control.holding import Holding
 from runner.errors import EngineDied
-from runner.machine import available_memory, resident_bytes
-from runner.plan.forecast import ENGINE_BYTES, least, most
+from runner.machine import available_memory
+from runner.plan.forecast import with_process
 from runner.plan.spec import ModelSpec
 
 _LOOK: Final = 0.1
 """Seconds between two looks while somebody waits: processes grow and shrink without saying so."""
-
-_STAY_LOADS: Final = 2.0
-_STAY_MOST: Final = 10.0
-"""An engine stays for as long as it took to load, so many times over, and no longer than so many seconds."""
 
 _PATIENCE: Final = 1.0
 """Seconds that a claim waits for somebody to fall idle before one that is busy is asked to finish."""
@@ -68,26 +66,6 @@ class Tenant(Protocol):
     def unload(self, reason: str) -> None:
         """End the engine once it has finished what it works on; the next request loads it again."""
         ...
-
-
-@dataclass(eq=False, slots=True)
-class Holding:
-    """An engine's place in memory. `budget` is what it was told to keep to, in bytes, `since` when it had loaded, by
-    `time.monotonic`."""
-
-    spec: ModelSpec
-    engine: EngineProcess | None = None
-    leaving: bool = False
-    budget: int = 0
-    since: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """What counts of it now."""
-        stats = self.engine.stats if self.engine is not None else None
-        pid = self.engine.pid if self.engine is not None else None
-        held = max(least(self.spec), 0 if stats is None else stats.reserved_bytes) + ENGINE_BYTES
-        return max(held, resident_bytes(pid) if pid is not None else 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -144,7 +122,7 @@ class Room:
         finally:
             self._claims.remove(claim)
             self._changed.set()
-        if (needed := _needed(spec)) > (left := available_memory()):
+        if (needed := with_process(spec)) > (left := available_memory()):
             self._emit("memory_short", target=f"models.{spec.name}", needed=needed, available=left)
         holding = Holding(spec, budget=self._budgets(spec).get(id(spec), 0))
         self._held.append(holding)
@@ -220,7 +198,7 @@ class Room:
     def _never(self, claim: _Claim) -> bool:
         """Whether it would not fit if all that can ever give way had."""
         fixed = [h for h in self._held if h.spec.load != "on_demand"]
-        return _needed(claim.spec) + sum(holding.bytes for holding in fixed) > self._usable
+        return with_process(claim.spec) + sum(holding.bytes for holding in fixed) > self._usable
 
     def _candidates(self, claim: _Claim) -> list[tuple[Tenant, Holding]]:
         """Who may ever give way to a claim, those that are least missed first."""
@@ -231,7 +209,7 @@ class Room:
             for tenant in self._tenants()
             if tenant is not claim.tenant and tenant.spec.load == "on_demand" and id(tenant.engine) in places
         ]
-        return sorted(found, key=lambda one: (one[0].spec.priority, _load_seconds(one[1]) / (now - one[0].used_at + 1)))
+        return sorted(found, key=lambda one: (one[0].spec.priority, one[1].load_seconds / (now - one[0].used_at + 1)))
 
     def _first(
         self, candidates: list[tuple[Tenant, Holding]], short: int, claim: _Claim
@@ -240,7 +218,7 @@ class Room:
         the claim has waited for a while; nobody who came just now, and nobody at all where they are not enough."""
         now = time.monotonic()  # not by the clock on the wall, which may be set back
         patient = now - claim.began < _PATIENCE
-        stayed = [one for one in candidates if now - one[1].since >= _stay(one[1])]
+        stayed = [one for one in candidates if now - one[1].since >= one[1].stay]
         idle = [one for one in stayed if not one[0].busy]
         chosen: list[tuple[Tenant, Holding]] = []
         for one in [*idle, *([] if patient else [one for one in stayed if one not in idle])]:
@@ -256,13 +234,13 @@ class Room:
 
     def _short(self, spec: ModelSpec) -> int:
         """Bytes that are lacking for an engine of `spec`, by the manifest's limit and by what the machine has now."""
-        needed = _needed(spec)
+        needed = with_process(spec)
         return max(needed + sum(holding.bytes for holding in self._held) - self._usable, needed - available_memory())
 
     def _why(self, spec: ModelSpec) -> str:
         held = ", ".join(f"{holding.spec.name} {holding.bytes:,}" for holding in self._held) or "nothing"
         limit = f"{self.limit:,} may be used" if self.limit else f"the machine has {available_memory():,} left"
-        return f"no room for {spec.name}: it needs {_needed(spec):,} bytes, held are {held}, and {limit}"
+        return f"no room for {spec.name}: it needs {with_process(spec):,} bytes, held are {held}, and {limit}"
 
     # ------------------------------------------------------------- what each may come to
 
@@ -283,7 +261,7 @@ class Room:
         budgets = self._budgets(coming)
         told = [h for h in self._held if self._tell(h, budgets.get(id(h.spec), 0))]
         until = time.monotonic() + _ANSWER
-        while time.monotonic() < until and not all(map(_keeps_to_it, told)):
+        while time.monotonic() < until and not all(holding.keeps_to_budget for holding in told):
             await self._change()
 
     def _tell(self, holding: Holding, budget: int) -> bool:
@@ -296,42 +274,5 @@ class Room:
 
     def _budgets(self, coming: ModelSpec | None) -> dict[int, int]:
         """Bytes by the spec's id, for all that stay and the one that comes. Empty without a declared limit."""
-        if not self.limit:
-            return {}
         specs = [holding.spec for holding in self._held if not holding.leaving]
-        specs += [coming] if coming is not None else []
-        spare = self.limit - sum(map(_needed, specs))
-        if spare <= 0:  # old and new side by side: plans count models alone then, and so does this
-            spare = max(0, self.limit - sum(map(least, specs)))
-        growth = {id(spec): _growth(spec, self.limit) for spec in specs}
-        whole = sum(growth.values()) or 1
-        return {id(s): least(s) + min(growth[id(s)], spare * growth[id(s)] // whole) for s in specs}
-
-
-def _needed(spec: ModelSpec) -> int:
-    return least(spec) + ENGINE_BYTES
-
-
-def _growth(spec: ModelSpec, limit: int) -> int:
-    """Bytes that an engine can come to beyond what it needs at least: all there is where its rows' length is not
-    known."""
-    can_come_to = most(spec)
-    if not spec.memory.context or not spec.memory.exact:
-        can_come_to = spec.memory_limit_bytes or limit
-    return max(0, can_come_to - least(spec))
-
-
-def _keeps_to_it(holding: Holding) -> bool:
-    engine = holding.engine
-    return (
-        engine is None or not engine.alive or (engine.stats is not None and engine.stats.budget_bytes <= holding.budget)
-    )
-
-
-def _load_seconds(holding: Holding) -> float:
-    loaded = holding.engine.loaded if holding.engine is not None else None
-    return max(0.01, loaded.seconds) if loaded is not None else 0.01
-
-
-def _stay(holding: Holding) -> float:
-    return min(_STAY_LOADS * _load_seconds(holding), _STAY_MOST)
+        return share_out(self.limit, [*specs, coming] if coming is not None else specs)

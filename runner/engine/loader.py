@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from runner.engine.tokenizer import Tokenizer
 
 _CONSENT: Final = "Read it; if you trust it, write trust_remote_code: true beside the source in the manifest."
-
-
-logger = logging.getLogger(__name__)
 
 
 class LoadedModel(msgspec.Struct, frozen=True):
@@ -81,43 +77,33 @@ def load(
     notes: list[str] = []
     try:
         model, config = load_weights(folder, config, notes, trust_remote_code=trust_remote_code)
-        if not dtype and mx.default_device() == mx.Device(mx.cpu):
-            dtype = "float32"
-        if dtype:
-            model.set_dtype(getattr(mx, dtype))
-        join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
-        direct.install(model)
+        _arrange(model, dtype)
+        text = _Text(folder, config, tool_parser, chat_template, trust_remote_code)
         # Weights and the trial calls are computed without Python's lock, and what is read here has most need of it.
-        reading = Beside(lambda: _read_language(folder, config, tool_parser, chat_template, meanwhile))
+        reading = Beside(lambda: text.read(meanwhile))
         mx.eval(model.parameters())
-        layout, vocabulary, together = _install(model, slack, quantisation)
+        served = _install(model, slack, quantisation)
         try:
             language = reading.result()
         except NotNarrow as reason:
             notes.append(f"tokenizer loaded by transformers: {reason}")
-            language = _full_language(folder, config, tool_parser, chat_template, trust_remote_code=trust_remote_code)
+            language = text.read_in_full()
     except EngineLoadError:
         raise
     except Exception as error:
         # Upstream raises whatever its model code trips over; all of it means that this folder cannot be served.
         raise EngineLoadError(f"{folder.name} cannot be loaded: {error}") from error
-    notes += _notes(layout, together=together)
-    parameters = [array for _, array in tree_flatten(model.parameters())]
-    architectures = config.get("architectures") or [config.get("model_type", "")]
-    return LoadedModel(
-        model=model,
-        tokenizer=language.tokenizer,
-        chat=language.chat,
-        architecture=str(architectures[0]),
-        layout=layout,
-        batches=together,
-        vocabulary=vocabulary,
-        max_context=_max_context(config),
-        dtype=_activation_dtype(model),
-        weights_bytes=sum(array.nbytes for array in parameters),
-        notes=tuple(notes),
-        conventions=language.conventions,
-    )
+    return _loaded(model, config, language, served, notes)
+
+
+def _arrange(model: Any, dtype: str) -> None:
+    """Have the model's weights, which are not evaluated yet, in the type and the order that they are multiplied in."""
+    if not dtype and mx.default_device() == mx.Device(mx.cpu):
+        dtype = "float32"
+    if dtype:
+        model.set_dtype(getattr(mx, dtype))
+    join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    direct.install(model)
 
 
 def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple[Layout, int, bool]:
@@ -132,6 +118,27 @@ def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple
     if quantisation is not None:
         layout = layouts.quantised(model, quantisation, layout, vocabulary)
     return layout, vocabulary, together
+
+
+def _loaded(
+    model: Any, config: Mapping[str, Any], language: Language, served: tuple[Layout, int, bool], notes: Sequence[str]
+) -> LoadedModel:
+    layout, vocabulary, together = served
+    architectures = config.get("architectures") or [config.get("model_type", "")]
+    return LoadedModel(
+        model=model,
+        tokenizer=language.tokenizer,
+        chat=language.chat,
+        architecture=str(architectures[0]),
+        layout=layout,
+        batches=together,
+        vocabulary=vocabulary,
+        max_context=_max_context(config),
+        dtype=_activation_dtype(model),
+        weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        notes=(*notes, *_notes(layout, together=together)),
+        conventions=language.conventions,
+    )
 
 
 def _notes(layout: Layout, *, together: bool) -> list[str]:
@@ -182,30 +189,37 @@ def load_weights(
     return full_model(folder, trust_remote_code=trust_remote_code)
 
 
-def _read_language(
-    folder: Path, config: Mapping[str, Any], tool_parser: str, chat_template: str, then: Callable[[], object]
-) -> Language:
-    # Imported here: jinja and tokenizers are a tenth of a start, and the weights need neither.
-    from runner.engine.language import narrow_language  # noqa: PLC0415
+class _Text(msgspec.Struct, frozen=True):
+    """What is read of a folder beside its weights, and what the manifest says in its place."""
 
-    language = narrow_language(folder, config, tool_parser, chat_template)
-    then()
-    return language
+    folder: Path
+    config: Mapping[str, Any]
+    tool_parser: str
+    chat_template: str
+    trust_remote_code: bool
 
+    def read(self, then: Callable[[], object]) -> Language:
+        """By the narrow way; `then` is called behind it. Raises as `narrow_language`."""
+        # Imported here: jinja and tokenizers are a tenth of a start, and the weights need neither.
+        from runner.engine.language import narrow_language  # noqa: PLC0415
 
-def _full_language(
-    folder: Path, config: Mapping[str, Any], tool_parser: str, chat_template: str, *, trust_remote_code: bool
-) -> Language:
-    from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
-    from runner.engine.language import eos_ids, spoken  # noqa: PLC0415
+        language = narrow_language(self.folder, self.config, self.tool_parser, self.chat_template)
+        then()
+        return language
 
-    try:
-        tokenizer, render = full_tokenizer(folder, eos_ids(config), trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if trust_remote_code or "trust_remote_code" not in str(error):
-            raise
-        raise EngineLoadError(f"{folder.name} brings its tokenizer as Python code", hint=_CONSENT) from None
-    return spoken(tokenizer, render, tool_parser, chat_template)
+    def read_in_full(self) -> Language:
+        """By upstream's loader. Raises EngineLoadError, and what upstream does."""
+        from runner.engine.full import full_tokenizer  # noqa: PLC0415 - see above
+        from runner.engine.language import eos_ids, spoken  # noqa: PLC0415
+
+        try:
+            ends = eos_ids(self.config)
+            tokenizer, render = full_tokenizer(self.folder, ends, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            if self.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise EngineLoadError(f"{self.folder.name} brings its tokenizer as Python code", hint=_CONSENT) from None
+        return spoken(tokenizer, render, self.tool_parser, self.chat_template)
 
 
 def _max_context(config: Mapping[str, Any]) -> int:

@@ -29,7 +29,7 @@ from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
 from runner.engine.speculative.policy import lengths
 from runner.engine.speculative.speculation import Speculation
-from runner.errors import EngineDied, InvalidRequest, NotServed, RequestError, Unavailable
+from runner.errors import EngineDied, NotServed, RequestError, Unavailable
 from runner.protocol import (
     AdapterLoaded,
     AdapterSource,
@@ -245,12 +245,7 @@ class Engine:
         if waiting >= self.limits.max_queue:
             raise Unavailable(f"{waiting} requests are waiting already", code="queue_full")
         row = self._admission.row(request, self.max_context)
-        if (excess := self.budget.excess([row], self._bank.nbytes)) > 0:
-            needs = f"{len(row.prompt)} tokens and the answer need {max(1, excess >> 20)} MiB more than"
-            if self.budget.never([row], self._bank.nbytes):
-                message = f"{needs} memory_limit leaves"
-                raise InvalidRequest(message, param="max_tokens", code="memory_limit_exceeded")
-            raise Unavailable(f"{needs} other models leave now", param="max_tokens", code="memory_full")
+        self.room.require(row)
         if request.adapter:
             row.adapter = self._bank.acquire(request.adapter)
             if row.adapter is None:

@@ -12,14 +12,12 @@ import logging
 import os
 import signal
 import time
-from importlib import import_module
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from runner.engine import environment
 from runner.engine.arrivals import Arrivals
 from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
@@ -109,85 +107,17 @@ class EngineProcess:
     # ------------------------------------------------------------- loading
 
     def _load(self) -> Engine:
-        # Imported here: the socket is there, and the runner connected, while this takes its time.
-        from runner.engine import cuda_kernels  # noqa: PLC0415
-        from runner.engine.kv.quantised import Quantisation  # noqa: PLC0415
-        from runner.engine.limits import Limits  # noqa: PLC0415
-        from runner.engine.loader import load  # noqa: PLC0415
-        from runner.engine.memory import ask_for  # noqa: PLC0415
+        # Imported here, with MLX: the socket is there, and the runner connected, while this takes its time.
+        from runner.engine.startup import start  # noqa: PLC0415
 
-        spec = self._spec
-        self._stage("weights")
-        cuda_kernels.settle()
-        ask_for(spec.memory_limit_bytes)
-        quantisation = Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None
-        slack = 0
-        if spec.draft:
-            from runner.engine.speculative.loading import slack_for, speculate  # noqa: PLC0415
-
-            slack = slack_for(spec.num_draft_tokens)
-        model = load(
-            Path(spec.path),
-            spec.tool_parser,
-            slack,
-            quantisation,
-            spec.chat_template,
-            spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-            meanwhile=lambda: import_module("runner.engine.loop"),
-        )
-        from runner.engine.loop import Engine  # noqa: PLC0415
-        from runner.engine.startup import warm_up  # noqa: PLC0415
-        from runner.engine.watchdog import Watchdog, in_use_beside, resident, trim  # noqa: PLC0415
-
-        speculation, notes = (
-            speculate(Path(spec.draft), model, slack, trust_remote_code=spec.trust_draft_code)
-            if spec.draft
-            else (None, [])
-        )
-        engine = Engine(
-            model,
-            Limits.of(spec),
-            self._transport.send,
-            spec.memory_limit_bytes,
-            lambda: self._transport.inbox.put(Woken()),
-            speculation,
-        )
-        engine.budget.granted, engine.budget.working = spec.budget_bytes, spec.working_bytes
-        engine.budget.row_bytes = spec.row_bytes
-        self._stage("adapters")
-        self._load_first_adapters(engine)
-        self._stage("warmup")
-        device, active_bytes = warm_up(engine)
-        trim()
-        base = resident() - active_bytes  # Python and the libraries, all of which have been used by now
-        self._watchdog = Watchdog(lambda: engine.budget.most, engine.release, lambda: in_use_beside(base), trim)
-        self._loaded = Loaded(
-            weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
-            active_bytes=active_bytes,
-            seconds=time.monotonic() - self._started,
-            max_context=engine.max_context,
-            device=device,
-            architecture=model.architecture,
-            notes=[*environment.notes(os.environ), *model.notes, *notes, *self._context_note(model.max_context)],
-        )
+        transport = self._transport
+        ready = start(self._spec, self._started, self._stage, transport.send, lambda: transport.inbox.put(Woken()))
+        engine, self._watchdog, self._loaded = ready.engine, ready.watchdog, ready.loaded
         gc.freeze()  # what is here now stays: no collection looks through it
         gc.enable()
-        self._transport.announce(self._loaded, *self._greeting(engine))
+        transport.announce(self._loaded, *self._greeting(engine))
         logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
         return engine
-
-    def _load_first_adapters(self, engine: Engine) -> None:
-        for adapter in self._spec.adapters:
-            try:
-                engine.load_adapter(adapter)
-            except EngineLoadError as refusal:
-                raise EngineLoadError(f"adapter {adapter.path}: {refusal.message}", hint=refusal.hint) from refusal
-
-    def _context_note(self, own: int) -> list[str]:
-        if own and self._spec.max_context > own:
-            return [f"max_context {self._spec.max_context} is beyond the model's {own} tokens, which hold"]
-        return []
 
     def _stage(self, stage: str) -> None:
         self._transport.announce(Loading(stage), self._hello(), Loading(stage))

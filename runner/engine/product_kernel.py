@@ -19,8 +19,10 @@ import msgspec
 from runner.engine import cuda_kernels
 from runner.engine.adapters.layers import ROOM, RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.changed_source import CHANGED, CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
-from runner.engine.product_source import BODY, CHANGED, CHANGED_DEVICE, DEVICE, GATE, PLAIN, STORES, SWIGLU
+from runner.engine.product_source import BODY, GATE, PLAIN, STORES, SWIGLU
+from runner.engine.tensor_cores import DEVICE
 
 SWITCH: Final = "MLX_RUN_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
@@ -85,12 +87,8 @@ inputs], and there is no third."""
 
 def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Multiply:
     """The product with one weight, prepared: a call costs the host little."""
-    prepared = [_prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue) for tiles in TILES]
-    by_rows = [prepared[_place(rows)] for rows in range(MOST_ROWS + 1)]
-    dtypes = [dtype]
-    # One kernel is both with and without a sum, since each takes a second to compile: a single axis is none.
-    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
-    mx.eval(rest)
+    by_rows = _by_rows(outputs, inputs, dtype, epilogue, choose)
+    dtypes, rest = [dtype], no_sum(dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         kernel, grid, threads = by_rows[x.size // inputs]
@@ -124,14 +122,8 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
 
 def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Changed:
     """The product with one weight in which each row has its own low-rank change, prepared."""
-    prepared = [
-        _prepare(outputs, choose(outputs, inputs, tiles, epilogue), tiles, dtype, epilogue, changes=True)
-        for tiles in TILES
-    ]
-    by_rows = [prepared[_place(rows)] for rows in range(MOST_ROWS + 1)]
-    dtypes = [dtype]
-    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
-    mx.eval(rest)
+    by_rows = _by_rows(outputs, inputs, dtype, epilogue, choose, changes=True)
+    dtypes, rest = [dtype], no_sum(dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         rows = x.size // inputs
@@ -149,9 +141,21 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     return call
 
 
-def _place(rows: int) -> int:
-    """Which of TILES takes so many."""
-    return sum(rows > 8 * tiles for tiles in TILES[:-1])
+def no_sum(dtype: mx.Dtype, epilogue: str) -> list[mx.array]:
+    """What a kernel gets in the place of what is to be added: one kernel is both with and without a sum, since each
+    takes a second to compile, and a single axis is none."""
+    given = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
+    mx.eval(given)
+    return given
+
+
+def _by_rows(
+    outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose, *, changes: bool = False
+) -> list[tuple[Kernel, Size, Size]]:
+    """What `_prepare` has for each number of rows."""
+    ways = {tiles: choose(outputs, inputs, tiles, epilogue) for tiles in TILES}
+    prepared = [_prepare(outputs, way, tiles, dtype, epilogue, changes=changes) for tiles, way in ways.items()]
+    return [prepared[sum(rows > 8 * tiles for tiles in TILES[:-1])] for rows in range(MOST_ROWS + 1)]
 
 
 def gate(y: mx.array) -> mx.array:

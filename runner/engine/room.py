@@ -9,6 +9,7 @@ from runner.engine.batch import DecodeBatch
 from runner.engine.memory import MemoryBudget, longest, open_ended
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row import Row
+from runner.errors import InvalidRequest, Unavailable
 
 
 class Room:
@@ -29,6 +30,17 @@ class Room:
         self._bank = bank
         self._prefixes = prefixes
         self._active = active
+
+    def require(self, row: Row) -> None:
+        """Raises InvalidRequest where a row would not even fit alone, and Unavailable where that may change."""
+        excess = self._budget.excess([row], self._bank.nbytes)
+        if excess <= 0:
+            return
+        needs = f"{len(row.prompt)} tokens and the answer need {max(1, excess >> 20)} MiB more than"
+        if self._budget.never([row], self._bank.nbytes):
+            message = f"{needs} memory_limit leaves"
+            raise InvalidRequest(message, param="max_tokens", code="memory_limit_exceeded")
+        raise Unavailable(f"{needs} other models leave now", param="max_tokens", code="memory_full")
 
     def takes(self, row: Row, tokens: int, chunk: int) -> bool:
         """Whether there is memory for one more row, in a model call of so many tokens with those before it.

@@ -17,9 +17,9 @@ from runner.engine import cuda_kernels, wide_product_kernel
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.changed_source import CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, Kernel, Size
-from runner.engine.product_kernel import Changed
-from runner.engine.product_source import CHANGED_DEVICE
+from runner.engine.product_kernel import Changed, no_sum
 from runner.engine.wide_changed_source import CHANGED
 from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, TOKENS, Choose, Way
 
@@ -71,8 +71,7 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     ways = [choose(outputs, inputs, most, epilogue) for most in TOKENS]
     prepared = [_prepare(outputs, way, most, dtype, epilogue) for way, most in zip(ways, TOKENS, strict=True)]
     by_rows = wide_product_kernel.each_number(prepared)
-    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
-    mx.eval(rest)
+    rest = no_sum(dtype, epilogue)
     dtypes = [dtype, mx.float32, mx.float32]
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:

@@ -20,7 +20,8 @@ from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
-from runner.engine.product_source import DEVICE, SWIGLU
+from runner.engine.product_source import SWIGLU
+from runner.engine.tensor_cores import DEVICE
 from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, PLAIN, SHARED, device
 
 T = TypeVar("T")
@@ -104,8 +105,7 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
     """The product with one weight, prepared, for up to MOST_ROWS tokens."""
     prepared = [_prepare(outputs, choose(outputs, inputs, most, epilogue), most, dtype, epilogue) for most in TOKENS]
     by_rows = each_number(prepared)
-    rest = [] if epilogue == "swiglu" else [mx.zeros((1,), dtype)]
-    mx.eval(rest)
+    rest = product_kernel.no_sum(dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         rows = x.size // inputs

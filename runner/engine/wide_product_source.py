@@ -20,7 +20,7 @@ K. Each leaves its sums as they are in `inner` [PIECES, tokens, slots, ranks] (`
 so none waits for another.
 
 T, KIND, GROUPS, STAGES, SPLITS, TOKENS, PARTS and PIECES are constants. DEVICE is what only a GPU can do, beside that
-of `product_source`; tests on the host have their own in its place.
+of `tensor_cores`; tests on the host have their own in its place.
 """
 
 from __future__ import annotations

@@ -159,11 +159,16 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def content_digest(path: Path) -> str:
     """Of all bytes of a file. Raises BadFolder."""
-    digest = hashlib.blake2b(digest_size=16)
+    return hashed(path, hashlib.blake2b(digest_size=16))
+
+
+def hashed(path: Path, digest: Any) -> str:
+    """What one of `hashlib`'s digests comes to with all bytes of a file. Raises BadFolder."""
     try:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
         raise BadFolder("E603", f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+    said: str = digest.hexdigest()
+    return said

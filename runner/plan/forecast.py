@@ -33,10 +33,15 @@ def least(spec: ModelSpec) -> int:
     return spec.memory.least or spec.weights_bytes
 
 
+def with_process(spec: ModelSpec) -> int:
+    """The same and its process."""
+    return least(spec) + ENGINE_BYTES
+
+
 def footprint(spec: ModelSpec) -> int:
     """Bytes that a plan reckons with, process and all. A model that is loaded on demand has none: it comes when there
     is room, and gives way (`runner.control.room`)."""
-    return 0 if spec.load == "on_demand" else least(spec) + ENGINE_BYTES
+    return 0 if spec.load == "on_demand" else with_process(spec)
 
 
 def most(spec: ModelSpec) -> int:

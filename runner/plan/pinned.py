@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from runner.hub.needs import CODE, needed
-from runner.inspect.files import BadFolder, DigestCache, FileVersion, list_files
+from runner.inspect.files import BadFolder, DigestCache, FileVersion, hashed, list_files
 from runner.manifest.load import Loaded
 from runner.manifest.lock import LockedFile, LockedSource, lock_path
 from runner.manifest.tree import Problem
@@ -121,12 +121,6 @@ def digest_of(version: FileVersion, kind: str, cache: DigestCache) -> str:
         digest: Any = hashlib.sha256()
         if kind == "git":
             digest = hashlib.sha1(b"blob %d\0" % version.size)  # noqa: S324 - git's
-        try:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except OSError as error:
-            raise BadFolder("E603", f"{path} cannot be read: {error.strerror}") from None
-        return f"{kind}:{digest.hexdigest()}"
+        return f"{kind}:{hashed(path, digest)}"
 
     return cache.remember(kind, version, read)

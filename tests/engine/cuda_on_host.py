@@ -7,7 +7,9 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -182,9 +184,6 @@ Run = Callable[..., None]
 
 Array = np.ndarray[Any, Any]
 
-_BUILT: dict[str, Run] = {}
-"""By their text: compiling takes most of the time of tests that run kernels, and many run the same."""
-
 
 def described(arrays: Mapping[str, Array], kinds: Mapping[str, str]) -> tuple[dict[str, str], list[Array]]:
     """A kernel's parameters for arrays of such C types, and what is passed: each with its shape, and its strides in
@@ -199,13 +198,12 @@ def described(arrays: Mapping[str, Array], kinds: Mapping[str, str]) -> tuple[di
     return arguments, passed
 
 
-def compiled(folder: Path, header: str, source: str, arguments: Mapping[str, str], constants: str) -> Run:
+def compiled(header: str, source: str, arguments: Mapping[str, str], constants: str) -> Run:
     """`run(blocks, threads, *arguments)`: the kernel over so many blocks.
 
     `arguments` are names and C types of the kernel's parameters. Skips the test without a compiler.
     """
-    compiler = shutil.which("g++")
-    if compiler is None:
+    if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     declared = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
     passed = ", ".join(arguments)
@@ -219,16 +217,17 @@ extern "C" void run(int blocks, int threads, {declared}) {{
     launch(blocks, threads, [&] {{ kernel({passed}); }});
 }}
 """
-    if code not in _BUILT:
-        _BUILT[code] = _built(compiler, folder, code)
-    return _BUILT[code]
+    return _built(code)
 
 
-def _built(compiler: str, folder: Path, code: str) -> Run:
-    (folder / "kernel.cpp").write_text(code)
-    library = folder / "kernel.so"
-    # A jump from one thread's stack to another's is what some distributions' _FORTIFY_SOURCE takes for a fault.
-    command = [compiler, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", "-o", str(library)]
-    subprocess.run([*command, str(folder / "kernel.cpp")], check=True, timeout=60)
-    run: Run = ctypes.CDLL(str(library)).run
+@cache
+def _built(code: str) -> Run:
+    """Kept: compiling takes most of the time of tests that run kernels, and many run the same."""
+    with TemporaryDirectory() as folder:
+        source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        source.write_text(code)
+        # A jump from one thread's stack to another's is what some distributions' _FORTIFY_SOURCE takes for a fault.
+        command = ["g++", "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-shared", "-fPIC", "-o", str(library)]
+        subprocess.run([*command, str(source)], check=True, timeout=60)
+        run: Run = ctypes.CDLL(str(library)).run
     return run

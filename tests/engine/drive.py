@@ -86,6 +86,19 @@ class Driver:
             steps -= 1
         return self.answers
 
+    def most_rows(self) -> int:
+        """Step until nothing is left to do; returns how many rows there were at once, at most."""
+        most = 0
+        while self.engine.busy:
+            self.engine.step()
+            most = max(most, self.engine.stats().rows)
+        return most
+
+    @property
+    def texts(self) -> list[str]:
+        """What all requests got, by their ids."""
+        return [answer.text for _, answer in sorted(self.answers.items())]
+
     def one(self, **fields: Any) -> Answer:
         """One request, alone."""
         request = generate(len(self.answers) + 1_000_000, **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,8 +23,7 @@ Array = np.ndarray[Any, Any]
 class OnHost:
     """Makes products as `product_kernel.multiply` and `product_kernel.changed` do. Each is computed at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._built: dict[tuple[Any, ...], Run] = {}
 
     def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
@@ -63,14 +61,12 @@ class OnHost:
     def _run(self, way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Run:
         key = (way, tiles, dtype, epilogue, changes)
         if key not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir()
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             arguments = arguments_of(product_kernel.inputs_of(epilogue, changes=changes), kind)
             constants = product_kernel.constants(way, tiles, dtype, epilogue)
             header = TYPES + constants + DEVICE + (SWIGLU if epilogue == "swiglu" else "")
             source = product_kernel.source(epilogue, changes=changes)
-            self._built[key] = compiled(folder, header, source, arguments, "")
+            self._built[key] = compiled(header, source, arguments, "")
         return self._built[key]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -71,8 +70,7 @@ DEVICE = "static int processors() { return %d; }\n"
 class OnHost:
     """Launches the kernel's source here, in blocks of so many threads."""
 
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._built: dict[tuple[str, int, int], Run] = {}
         self.shared = 0
         """How many blocks left something for the last of those that shared a row."""
@@ -103,7 +101,6 @@ class OnHost:
         if key not in self._built:
             types = [f"const {kind}*", "const float*", "const uint32_t*", "const uint32_t*", "const int*"]
             self._built[key] = compiled(
-                self._folder(),
                 f"constexpr int THREADS = {threads};\n{DEVICE % processors}{draw_source.HEADER}",
                 draw_source.SOURCE,
                 {
@@ -118,8 +115,8 @@ class OnHost:
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
-    return OnHost(lambda: tmp_path_factory.mktemp("kernel"))
+def on_host() -> OnHost:
+    return OnHost()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])

@@ -356,6 +356,8 @@ class Told:
 
     def close(self, _: float) -> None: ...
 
+    def send(self, _: object) -> None: ...
+
     def announce(self, latest: object, *_: object) -> None:
         self.told.append(latest)
 

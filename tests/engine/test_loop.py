@@ -127,11 +127,7 @@ def test_a_full_queue_refuses_and_rows_are_limited(llama: LoadedModel) -> None:
         driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=4))
     assert driver.answers[3].rejected is not None
     assert (driver.answers[3].rejected.status, driver.answers[3].rejected.code) == (503, "queue_full")
-    most = 0
-    while driver.engine.busy:
-        driver.engine.step()
-        most = max(most, driver.engine.stats().rows)
-    assert most == 2
+    assert driver.most_rows() == 2
     assert [driver.answers[i].finish_reason for i in range(3)] == ["length"] * 3
 
 

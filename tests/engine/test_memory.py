@@ -35,11 +35,7 @@ def test_rows_wait_for_room_and_are_answered(llama: LoadedModel, token_bytes: fl
     driver = limited(llama, token_bytes, 2 * STEP)
     for i in range(6):
         driver.engine.submit(generate(i, prompt=PROMPT, max_tokens=10))
-    most = 0
-    while driver.engine.busy:
-        driver.engine.step()
-        most = max(most, driver.engine.stats().rows)
-    assert most == 2
+    assert driver.most_rows() == 2
     assert [driver.answers[i].tokens for i in range(6)] == [10] * 6
 
 

@@ -15,7 +15,7 @@ from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import TILES, Changed, Way
-from tests.engine.adapters.stacks import draw, stacked
+from tests.engine.adapters.stacks import draw, of_two_parts, stacked, weight_of
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.product_on_host import OnHost
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, SHAPES, WHAT, exact
@@ -27,13 +27,9 @@ ROWS = [0, 1, 2, 3, 4, 2]
 
 
 def changes(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Stack:
-    """Slots: none, a rank, more than a block computes, no rank in one part, nothing."""
-    if epilogue == "swiglu":
-        ranks = [(3, 3), (16, 8), (0, 5)]
-    else:
-        outputs, ranks = outputs // 2, [(2, 1), (11, 8), (0, 4)]
-    parts = [[(outputs, first), (outputs, second)] for first, second in ranks]
-    return stacked(inputs, [*parts, []], dtype)
+    """One slot has more ranks than a block computes."""
+    most = (16, 8) if epilogue == "swiglu" else (11, 8)
+    return of_two_parts(outputs, inputs, dtype, epilogue, most)
 
 
 def expected(
@@ -61,8 +57,7 @@ def check(
     choose = product_kernel.way if way is None else lambda *_: way
     changed = make(outputs, inputs, dtype, "plain" if epilogue == "add" else epilogue, choose)
     stack = changes(outputs, inputs, dtype, epilogue)
-    weight = draw((outputs * (2 if epilogue == "swiglu" else 1), inputs), 1, dtype)
-    weight = (weight * (weight.shape[0] / inputs) ** 0.5).astype(dtype)
+    weight = weight_of(outputs, inputs, dtype, epilogue)
     for tokens in tokens_a_row:
         shape = (len(ROWS), tokens)
         x, added = (mx.random.normal((*shape, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs))
@@ -82,8 +77,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return OnHost(tmp_path_factory.mktemp("changes")).changed
+def on_host() -> Make:
+    return OnHost().changed
 
 
 @pytest.mark.parametrize(

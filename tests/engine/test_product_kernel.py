@@ -48,6 +48,19 @@ def check(make: Make, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str,
     assert mx.array_equal(of(2, 30)[0], all_rows[30:]).item(), "wherever the rows are in the batch"
 
 
+def check_epilogues(
+    make: Callable[[int, int, mx.Dtype, str], Multiply], count: int, dtype: mx.Dtype, outputs: int = 512
+) -> None:
+    """They are the separate operations to the bit, given the same sums, for four rows of so many tokens."""
+    inputs = 2 * outputs
+    weight, tokens = draw((2 * outputs, inputs), 1, dtype, 4 * inputs**-0.5), draw((4, count, inputs), 2, dtype)
+    added = draw((4, count, outputs), 3, dtype)
+    plain, gated = (make(outputs, inputs, dtype, kind) for kind in EPILOGUES)
+    gate, up = plain(tokens, weight[:outputs]), plain(tokens, weight[outputs:])
+    assert mx.array_equal(plain(tokens, weight[:outputs], added), added + gate).item()
+    assert mx.array_equal(gated(tokens, weight), swiglu(gate, up)).item()
+
+
 def expected(tokens: mx.array, weight: mx.array, added: mx.array, epilogue: str) -> np.ndarray:  # type: ignore[type-arg]
     sums = exact(tokens) @ exact(weight).T
     if epilogue == "add":
@@ -63,8 +76,8 @@ def exact(array: mx.array) -> np.ndarray:  # type: ignore[type-arg]
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return OnHost(tmp_path_factory.mktemp("product")).multiply
+def on_host() -> Make:
+    return OnHost().multiply
 
 
 @pytest.mark.parametrize(
@@ -100,15 +113,7 @@ def test_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_epilogues_are_the_separate_operations_on_the_device(dtype: mx.Dtype) -> None:
-    """To the bit, given the same sums."""
-    outputs, inputs = 512, 1024
-    weight, tokens = draw((2 * outputs, inputs), 1, dtype, 4 * inputs**-0.5), draw((4, 5, inputs), 2, dtype)
-    added = draw((4, 5, outputs), 3, dtype)
-    fixed = lambda *_: Way(8, 2, 2)  # noqa: E731
-    plain, gated = (product_kernel.multiply(outputs, inputs, dtype, kind, fixed) for kind in EPILOGUES)
-    gate, up = plain(tokens, weight[:outputs]), plain(tokens, weight[outputs:])
-    assert mx.array_equal(plain(tokens, weight[:outputs], added), added + gate).item()
-    assert mx.array_equal(gated(tokens, weight), swiglu(gate, up)).item()
+    check_epilogues(lambda *shape: product_kernel.multiply(*shape, lambda *_: Way(8, 2, 2)), 5, dtype)
 
 
 SHAPES = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (48, 64), (4864, 896)]

@@ -451,10 +451,10 @@ def test_off_without_a_device(model_folder: ModelFolder) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-def test_a_model_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_a_model_through_the_kernel_itself(model_folder: ModelFolder) -> None:
     model = joined(model_folder("llama"))
     expected = model(PROMPT).astype(mx.float32)
-    host = OnHost(tmp_path)
+    host = OnHost()
     count = products.install(model, Kernels(lambda *what: host.multiply(*what, lambda *_: Way(1, 2, 2))))
     assert count == 12
     found = model(PROMPT).astype(mx.float32)
@@ -466,7 +466,7 @@ def test_a_model_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("gathers_16_bit")
 def test_a_model_with_adapters_through_the_kernel_itself(model_folder: ModelFolder, tmp_path: Path, llama: Any) -> None:
-    host, found = OnHost(tmp_path), []
+    host, found = OnHost(), []
     shapes = linear_shapes(llama, (*ATTENTION, *MLP))
     source = AdapterSource("a", str(write_mlx(tmp_path / "a", draw(shapes, 4, 1), keys=(*ATTENTION, *MLP))))
     for make in (None, lambda *what: host.changed(*what, lambda *_: Way(1, 2, 2))):

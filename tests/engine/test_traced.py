@@ -101,7 +101,7 @@ def answers(loaded: LoadedModel, draft: Path | None, adapters: list[AdapterSourc
         for source in adapters[:1]:
             driver.engine.drop_adapter(source.key)
             keys = [key for key in keys if key != source.key]
-    return [answer.text for _, answer in sorted(driver.answers.items())]
+    return driver.texts
 
 
 def sources(loaded: LoadedModel, scratch: Path) -> list[AdapterSource]:
@@ -226,7 +226,7 @@ def answers_of_many(loaded: LoadedModel, adapters: list[AdapterSource], keys: in
         for i in range(9)
     )
     driver.run(generate(20 + i, prompt=TEXT[i : i + 9], max_tokens=40 - 3 * i, adapter=known[-1]) for i in range(9))
-    return [answer.text for _, answer in sorted(driver.answers.items())]
+    return driver.texts
 
 
 @pytest.mark.usefixtures("keeping")
@@ -262,7 +262,7 @@ def answers_to_prompts(loaded: LoadedModel, adapters: list[AdapterSource]) -> li
         driver.run(generate(10 * i + j, prompt=prompt, max_tokens=8, adapter=keys[-j]) for j, prompt in pair)
     for i in range(5):
         driver.run([generate(100 + i, prompt=text[i : 150 + 3 * i], max_tokens=8)])
-    return [answer.text for _, answer in sorted(driver.answers.items())]
+    return driver.texts
 
 
 @pytest.mark.usefixtures("keeping")

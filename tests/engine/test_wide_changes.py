@@ -16,7 +16,7 @@ from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import Changed
 from runner.engine.wide_product_kernel import Way
 from tests.engine.adapters.changes_on_host import ChangesOnHost
-from tests.engine.adapters.stacks import draw, stacked
+from tests.engine.adapters.stacks import draw, of_two_parts, stacked, weight_of
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.test_product_changes import expected
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, WHAT, exact
@@ -26,13 +26,9 @@ Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Changed]
 
 
 def changes(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Stack:
-    """Slots: none, a rank, more than are loaded at once, no rank in one part, nothing."""
-    if epilogue == "swiglu":
-        ranks = [(3, 3), (12, 8), (0, 5)]
-    else:
-        outputs, ranks = outputs // 2, [(2, 1), (11, 9), (0, 4)]
-    parts = [[(outputs, first), (outputs, second)] for first, second in ranks]
-    return stacked(inputs, [*parts, []], dtype)
+    """One slot has more ranks than are loaded at once."""
+    most = (12, 8) if epilogue == "swiglu" else (11, 9)
+    return of_two_parts(outputs, inputs, dtype, epilogue, most)
 
 
 def slots_of(rows: int) -> list[int]:
@@ -51,8 +47,7 @@ def check(
     """Against float64; a row gives the same bits whatever is beside it, and so does one without changes."""
     changed = make(outputs, inputs, dtype, "plain" if epilogue == "add" else epilogue, choose)
     stack = changes(outputs, inputs, dtype, epilogue)
-    weight = draw((outputs * (2 if epilogue == "swiglu" else 1), inputs), 1, dtype)
-    weight = (weight * (weight.shape[0] / inputs) ** 0.5).astype(dtype)
+    weight = weight_of(outputs, inputs, dtype, epilogue)
     close = 4e-2 if dtype == mx.bfloat16 else 6e-3
     most = max(rows * tokens for rows, tokens in batches)
     all_x, all_added = (mx.random.normal((most, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs))
@@ -73,8 +68,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> WideChangesOnHost:
-    return WideChangesOnHost(tmp_path_factory.mktemp("changes"))
+def on_host() -> WideChangesOnHost:
+    return WideChangesOnHost()
 
 
 @pytest.mark.parametrize(
@@ -171,8 +166,8 @@ def test_what_follows_is_what_add_changes_gives(
 
 
 @pytest.fixture(scope="module")
-def add_changes(tmp_path_factory: pytest.TempPathFactory) -> ChangesOnHost:
-    return ChangesOnHost(tmp_path_factory.mktemp("apart"))
+def add_changes() -> ChangesOnHost:
+    return ChangesOnHost()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,13 +8,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.activations import swiglu
 
 from runner.engine import wide_product_kernel
 from runner.engine.product_kernel import Multiply
 from runner.engine.wide_product_kernel import TOKENS, Way
 from tests.engine.cuda_compiler import compile_kernel
-from tests.engine.test_product_kernel import DTYPES, EPILOGUES, SHAPES, WHAT, draw, exact, expected
+from tests.engine.test_product_kernel import DTYPES, EPILOGUES, SHAPES, WHAT, check_epilogues, draw, exact, expected
 from tests.engine.wide_product_on_host import WideOnHost
 
 Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Multiply]
@@ -51,8 +50,8 @@ def check(
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return WideOnHost(tmp_path_factory.mktemp("product")).multiply
+def on_host() -> Make:
+    return WideOnHost().multiply
 
 
 @pytest.mark.parametrize(
@@ -88,15 +87,7 @@ def test_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str
 @pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_epilogues_are_the_separate_operations_on_the_device(dtype: mx.Dtype) -> None:
-    """To the bit, given the same sums."""
-    outputs, inputs = 512, 1024
-    weight, tokens = draw((2 * outputs, inputs), 1, dtype, 4 * inputs**-0.5), draw((4, 15, inputs), 2, dtype)
-    added = draw((4, 15, outputs), 3, dtype)
-    fixed = lambda *_: Way(2, 6, 2)  # noqa: E731
-    plain, gated = (wide_product_kernel.multiply(outputs, inputs, dtype, kind, fixed) for kind in EPILOGUES)
-    gate, up = plain(tokens, weight[:outputs]), plain(tokens, weight[outputs:])
-    assert mx.array_equal(plain(tokens, weight[:outputs], added), added + gate).item()
-    assert mx.array_equal(gated(tokens, weight), swiglu(gate, up)).item()
+    check_epilogues(lambda *shape: wide_product_kernel.multiply(*shape, lambda *_: Way(2, 6, 2)), 15, dtype)
 
 
 FITTING = [shape for shape in SHAPES if shape[0] % 64 == 0]

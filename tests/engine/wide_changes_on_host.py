@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 
@@ -28,9 +26,8 @@ TILED = Way(64, 3, 32, 4)
 class WideChangesOnHost:
     """Makes products as `wide_changes.changed` does. Each is computed at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._wide = WideOnHost(folder)
+    def __init__(self) -> None:
+        self._wide = WideOnHost()
         self._built: dict[str, Run] = {}
 
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
@@ -72,10 +69,8 @@ class WideChangesOnHost:
     def _run(self, dtype: mx.Dtype, epilogue: str, way: Way) -> Run:
         key = f"{dtype}{epilogue}{way}"
         if key not in self._built:
-            folder = self._folder / f"expand{len(self._built)}"
-            folder.mkdir()
             header = TYPES + expand.constants(dtype, epilogue, way) + "static uint4 room[6 * 1024];\n"
             header += SWIGLU if epilogue == "swiglu" else ""
             names = [*expand.inputs_of(epilogue, dtype)]
-            self._built[key] = compiled(folder, header, expand.source(epilogue, way), arguments_of(names, "T"), "")
+            self._built[key] = compiled(header, expand.source(epilogue, way), arguments_of(names, "T"), "")
         return self._built[key]

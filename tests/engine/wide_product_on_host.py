@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -73,8 +72,7 @@ template <int LATEST> void wait_for_products() { products[threadIdx.x].wait(LATE
 class WideOnHost:
     """Makes products as `wide_product_kernel.multiply` does. Each is computed at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._built: dict[tuple[Any, ...], Run] = {}
 
     def multiply(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Multiply:
@@ -137,8 +135,6 @@ class WideOnHost:
     def _run(self, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str, whole: bool) -> Run:
         key = (way, tokens, dtype, epilogue, whole)
         if key not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir()
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             kernel = wide_changed_kernel if whole else wide_product_kernel
             outputs = wide_changed_kernel.outputs_of(way, dtype)
@@ -149,7 +145,7 @@ class WideOnHost:
             )
             header = TYPES + kernel.constants(way, tokens, dtype, epilogue) + DEVICE
             header += SWIGLU if epilogue == "swiglu" else ""
-            self._built[key] = compiled(folder, header, kernel.source(way, epilogue), arguments, "")
+            self._built[key] = compiled(header, kernel.source(way, epilogue), arguments, "")
         return self._built[key]
 
 

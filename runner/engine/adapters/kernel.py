@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.adapters.stack import Stack
+from runner.engine.changed_source import UNPACK
 from runner.engine.cuda_kernels import KINDS, Kernel
-from runner.engine.product_source import SWIGLU, UNPACK
+from runner.engine.product_source import SWIGLU
 
 SWITCH: Final = "MLX_RUN_ADAPTER_KERNEL"
 """Environment variable that turns the kernel off, with 0."""

@@ -7,6 +7,7 @@ kernel of its own (`kernel.py`). While no row of the batch has an adapter, a wra
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any, Final
@@ -113,16 +114,16 @@ class CurrentSlots:
         self.rows: RowSlots | None = None
 
 
-class ChangingLinear(nn.Linear):  # type: ignore[misc]
+class ChangingLinear(nn.Linear, ABC):  # type: ignore[misc]
     """A linear layer that can have each row's change in its own product."""
 
+    @abstractmethod
     def changed(self, x: mx.array, stack: Stack, rows: RowSlots) -> mx.array | None:
         """What an AdaptedLinear over it gives, [rows, …, out], or None where that is to be computed apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, stack: Stack) -> None:
         """For changes such as those of a stack."""
-        raise NotImplementedError
 
 
 class AdaptedLinear(nn.Module):  # type: ignore[misc]

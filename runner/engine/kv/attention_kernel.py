@@ -105,19 +105,26 @@ Launch = Callable[[Call], tuple[mx.array, Planes]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
 
 
-def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether a launch can do it: few tokens, whole vectors."""
+def few_alike(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether they are of few tokens, of one type that kernels take, and heads that share keys are whole numbers."""
     _, heads, tokens, width = queries.shape
-    groups = keys.shape[1]
     return (
         tokens <= FEW
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in (mx.bfloat16, mx.float16, mx.float32)
         and keys.shape == values.shape
         and keys.shape[3] == width
-        and heads % groups == 0
+        and heads % keys.shape[1] == 0
+    )
+
+
+def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether a launch can do it: few tokens, whole vectors."""
+    heads, width = queries.shape[1], queries.shape[3]
+    return (
+        few_alike(queries, keys, values)
         and width * queries.dtype.size % _VECTOR == 0
-        and shape(width, queries.dtype.size, heads // groups) is not None
+        and shape(width, queries.dtype.size, heads // keys.shape[1]) is not None
     )
 
 

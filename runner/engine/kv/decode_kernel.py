@@ -18,7 +18,7 @@ from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
 from runner.engine.kv.decode_source import DEVICE, SOURCE
 from runner.engine.kv.prompt_source import DEVICE as MATRICES
-from runner.engine.product_source import DEVICE as PRODUCTS
+from runner.engine.tensor_cores import DEVICE as PRODUCTS
 
 _SET: Final = 8
 """Queries of a product."""

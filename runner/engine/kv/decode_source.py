@@ -18,7 +18,7 @@ T, D (a head's width, whole 64), GROUPS (key heads), PARTS and HEADS (query head
 (eights of queries of a block), WARPS, STAGES, FEW (tokens of a row at most), WINDOW and RING (0 for none), ROTATED
 (values of a line, 0 for none) and TRADITIONAL are constants, and so are SCALE, of powers of two, CROWD (blocks that
 keep a GPU busy) and SHARE (tiles that are worth a block where there are so many). DEVICE is what only a GPU can do,
-beside that of `product_source` and `prompt_source`.
+beside that of `tensor_cores` and `prompt_source`.
 """
 
 from __future__ import annotations

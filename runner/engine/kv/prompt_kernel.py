@@ -25,7 +25,7 @@ from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
 from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, power, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
-from runner.engine.product_source import DEVICE as PRODUCTS
+from runner.engine.tensor_cores import DEVICE as PRODUCTS
 
 WARPS: Final = 4
 """Of a block that attends."""

@@ -11,7 +11,7 @@ operand of the product with the values, in 16 bits (PTX ISA, mma.m16n8k16). Line
 values, so that eight of them, of which each gives 16 bytes, lie in different banks. Several blocks may share the keys,
 as in `attention_source`. T, D, WARPS, KEYS and WINDOW (0 for
 none) are constants, and so is SCALE, of powers of two. DEVICE is what only a GPU can do, beside that of
-`product_source`; tests on the host have their own in its place.
+`tensor_cores`; tests on the host have their own in its place.
 """
 
 from __future__ import annotations

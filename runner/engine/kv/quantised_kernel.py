@@ -17,7 +17,7 @@ import msgspec
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, partial, rotating, splits
+from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, few_alike, partial, rotating, splits
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_device import DEVICE, HEADER
 from runner.engine.kv.quantised_source import SOURCE
@@ -75,20 +75,15 @@ PackedLaunch = Callable[[PackedCall], tuple[mx.array, Sequence[mx.array]]]
 
 def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, group_size: int) -> bool:
     """Whether a launch can do it: few tokens, whole vectors."""
-    _, heads, tokens, width = queries.shape
-    groups = keys.shape[1]
+    heads, width = queries.shape[1], queries.shape[3]
     return (
-        tokens <= FEW
-        and queries.dtype == keys.dtype == values.dtype
-        and queries.dtype in (mx.bfloat16, mx.float16, mx.float32)
-        and keys.shape == values.shape
-        and keys.shape[3] == width <= _WIDEST
+        few_alike(queries, keys, values)
+        and width <= _WIDEST
         and bits in (4, 8)
         and group_size >= 32
         and width % group_size == 0
         and width * bits % 128 == 0
-        and heads % groups == 0
-        and shape(width, queries.dtype.size, bits, group_size, heads // groups) is not None
+        and shape(width, queries.dtype.size, bits, group_size, heads // keys.shape[1]) is not None
     )
 
 

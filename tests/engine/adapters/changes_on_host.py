@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 
@@ -22,8 +20,7 @@ THREADS, TILE = 64, 128
 class ChangesOnHost:
     """`kernel.add_changes` by blocks of fewer threads, and `product_kernel.gate`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._built: dict[str, Run] = {}
 
     def __call__(
@@ -53,8 +50,6 @@ class ChangesOnHost:
     def _run(self, header: str, source: str, names: list[str], gated: bool) -> Run:
         key = header + source
         if key not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir()
             whole = TYPES + header + (SWIGLU if gated else "")
-            self._built[key] = compiled(folder, whole, source, arguments_of(names, "T"), "")
+            self._built[key] = compiled(whole, source, arguments_of(names, "T"), "")
         return self._built[key]

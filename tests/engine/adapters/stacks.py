@@ -31,3 +31,22 @@ def stacked(inputs: int, changes: list[list[tuple[int, int]]], dtype: mx.Dtype) 
     for seed, parts in enumerate(changes):
         stack = stack.appended(joined(inputs, parts, 10 * seed, dtype)) if parts else stack.appended_nothing()
     return stack
+
+
+def of_two_parts(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, most: tuple[int, int]) -> Stack:
+    """A stack for a gate and its input of so many outputs each ("swiglu"), or for halves of the outputs.
+
+    Slots: none, few ranks, the `most`, no rank in one part, nothing.
+    """
+    if epilogue == "swiglu":
+        ranks = [(3, 3), most, (0, 5)]
+    else:
+        outputs, ranks = outputs // 2, [(2, 1), most, (0, 4)]
+    parts = [[(outputs, first), (outputs, second)] for first, second in ranks]
+    return stacked(inputs, [*parts, []], dtype)
+
+
+def weight_of(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> mx.array:
+    """Of the layer itself: sums of its products with normal tokens are about 1."""
+    weight = draw((outputs * (2 if epilogue == "swiglu" else 1), inputs), 1, dtype)
+    return (weight * (weight.shape[0] / inputs) ** 0.5).astype(dtype)

@@ -53,8 +53,8 @@ def draws(dtype: mx.Dtype) -> tuple[mx.array, mx.array, Stack]:
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory: pytest.TempPathFactory) -> ChangesOnHost:
-    return ChangesOnHost(tmp_path_factory.mktemp("changes"))
+def on_host() -> ChangesOnHost:
+    return ChangesOnHost()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,20 +23,21 @@ _TYPES = {4: "uint32_t", 2: "uint16_t", 1: "uint8_t"}
 class CopiesOnHost:
     """Launches of `copy_kernel`, as if there were a device."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, threads: int = 2, each: int = 64) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, threads: int = 2, each: int = 64) -> None:
         """Blocks of so many threads, of which each has so many vectors."""
         self.launches: list[tuple[str, int]] = []
         """What each has done, with how many planes."""
         self.aligned = True
         """Whether planes begin at whole vectors: MLX's own memory begins 8 bytes behind a multiple of 16 here."""
-        self._folder = folder
         self._built: dict[tuple[str, int, int], Run] = {}
         patch.setattr(copy_kernel, "applies", lambda _: True)
         patch.setattr(copy_kernel, "THREADS", threads)
         patch.setattr(copy_kernel, "_EACH", each)
         for name in ("copy", "put"):
-            patch.setattr(copy_kernel, f"_{name}", lambda planes, dtype, name=name: _Made(self.run, name, dtype))
-        patch.setattr(begin_kernel, "_begin", lambda planes, dtype: _Begun(self, planes, dtype))
+            patch.setattr(copy_kernel, f"_{name}", lambda _, dtype, name=name: self._launched(name, dtype))
+        patch.setattr(
+            begin_kernel, "_begin", lambda planes, dtype: _Launched(dtype, partial(self.begin, planes, dtype))
+        )
 
     @property
     def copied(self) -> list[int]:
@@ -53,10 +54,13 @@ class CopiesOnHost:
         """Planes that each launch has made."""
         return [planes for name, planes in self.launches if name == "begin"]
 
+    def _launched(self, name: str, dtype: mx.Dtype) -> _Launched:
+        return _Launched(dtype, lambda *given: [self.run(name, dtype, *given)])
+
     def begin(
         self, planes: int, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]
-    ) -> Array:
-        """What such a launch returns, one after the other."""
+    ) -> list[Array]:
+        """What such a launch returns."""
         mx.eval(*inputs)
         mx.synchronize()
         self.launches.append(("begin", planes))
@@ -66,7 +70,7 @@ class CopiesOnHost:
         assert not self.aligned or out.ctypes.data % 16 == 0
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*arrays, *out)]
         self._begins(planes, dtype)(ctypes.c_int(blocks), ctypes.c_int(copy_kernel.THREADS), *pointers)
-        return out
+        return [*out]
 
     def _begins(self, planes: int, dtype: mx.Dtype) -> Run:
         key = "begin", planes, dtype.size
@@ -74,14 +78,12 @@ class CopiesOnHost:
             names = begin_kernel.inputs(dtype)
             arguments = {each: "const int*" if each == "span" else "const T*" for each in names}
             arguments |= dict.fromkeys(begin_kernel.outputs(planes, dtype), "T*")
-            self._built[key] = self._compiled(key, dtype, begin_kernel.source(planes), arguments)
+            self._built[key] = self._compiled(dtype, begin_kernel.source(planes), arguments)
         return self._built[key]
 
-    def _compiled(self, key: tuple[str, int, int], dtype: mx.Dtype, source: str, arguments: Mapping[str, str]) -> Run:
-        folder = self._folder / "-".join(map(str, key))
-        folder.mkdir(parents=True)
+    def _compiled(self, dtype: mx.Dtype, source: str, arguments: Mapping[str, str]) -> Run:
         given = "".join(f"constexpr int {each} = {value};" for each, value in copy_kernel.constants().items())
-        return compiled(folder, f"using T = {_TYPES[dtype.size]};\n{given}\n", source, arguments, "")
+        return compiled(f"using T = {_TYPES[dtype.size]};\n{given}\n", source, arguments, "")
 
     def run(self, name: str, dtype: mx.Dtype, inputs: Sequence[mx.array], blocks: int, shape: Sequence[int]) -> Array:
         """What the launch returns. What it is to write to is written to."""
@@ -112,17 +114,17 @@ class CopiesOnHost:
             arguments |= {f"{each}_shape": "const int*" for each in ("plane0", *[*names][planes:])}
             arguments |= {f"plane{i}_strides": "const int64_t*" for i in range(planes)}
             arguments |= {"out": "T*"} if name == "copy" else {"done": "int*"}
-            self._built[key] = self._compiled(key, dtype, copy_kernel.source(of, planes), arguments)
+            self._built[key] = self._compiled(dtype, copy_kernel.source(of, planes), arguments)
         return self._built[key]
 
 
-class _Made:
-    """In the place of a Kernel."""
+class _Launched:
+    """In the place of a Kernel: `run` has what it is given, how many blocks there are, and the shape of the first of
+    what it returns."""
 
-    def __init__(self, run: Callable[..., Array], name: str, dtype: mx.Dtype) -> None:
+    def __init__(self, dtype: mx.Dtype, run: Callable[[Sequence[mx.array], int, Sequence[int]], list[Array]]) -> None:
+        self._dtype = dtype
         self._run = run
-        self._name = name
-        self._dtype = dtype
 
     def launch(
         self,
@@ -132,30 +134,8 @@ class _Made:
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        assert inputs[0].dtype == self._dtype
-        out = self._run(self._name, self._dtype, inputs, grid[0] // threadgroup[0], output_shapes[0])
-        result = mx.array(out)
-        assert [result.dtype] == output_dtypes
-        return [result]
-
-
-class _Begun:
-    """The same of `begin_kernel`."""
-
-    def __init__(self, on_host: CopiesOnHost, planes: int, dtype: mx.Dtype) -> None:
-        self._on_host = on_host
-        self._planes = planes
-        self._dtype = dtype
-
-    def launch(
-        self,
-        inputs: Sequence[mx.array],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        output_shapes: Sequence[Sequence[int]],
-        output_dtypes: Sequence[mx.Dtype],
-    ) -> list[mx.array]:
-        assert {array.dtype for array in inputs[:-1]} == {self._dtype} == {*output_dtypes}
-        assert output_shapes == output_shapes[:1] * self._planes
-        blocks = grid[0] // threadgroup[0]
-        return [*map(mx.array, self._on_host.begin(self._planes, self._dtype, inputs, blocks, output_shapes[0]))]
+        assert {array.dtype for array in inputs[:-1]} == {self._dtype}
+        assert [*output_shapes] == [output_shapes[0]] * len(output_shapes)
+        found = [*map(mx.array, self._run(inputs, grid[0] // threadgroup[0], output_shapes[0]))]
+        assert [array.dtype for array in found] == [*output_dtypes]
+        return found

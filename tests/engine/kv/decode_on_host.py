@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +26,7 @@ class DecodeOnHost:
     There are never enough blocks (`crowd`), or always. Planes lie `apart` bytes from where 16 could be copied at once.
     """
 
-    def __init__(self, folder: Path, splits: int = 1, warps: int = 4, *, crowd: int = 1 << 20, apart: int = 0) -> None:
-        self._folder = folder
+    def __init__(self, splits: int = 1, warps: int = 4, *, crowd: int = 1 << 20, apart: int = 0) -> None:
         self._splits = splits
         self._warps = warps
         self._crowd = crowd
@@ -68,9 +66,7 @@ class DecodeOnHost:
         arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
         arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
         if header not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir(parents=True)
-            self._built[header] = compiled(folder, header, SOURCE, arguments, "")
+            self._built[header] = compiled(header, SOURCE, arguments, "")
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in [*passed, *outputs.values()]]
         self._built[header](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -107,9 +106,9 @@ class OnHost:
     By one thread a block, or by several, which share keys as those on the device do; and by one block, or `splits`.
     """
 
-    def __init__(self, folder: Path, threads: int = 1, splits: int = 1) -> None:
+    def __init__(self, threads: int = 1, splits: int = 1) -> None:
         self.launches = 0
-        self._compiled = Compiled(folder, threads, splits)
+        self._compiled = Compiled(threads, splits)
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         self.launches += 1
@@ -133,8 +132,7 @@ class OnHost:
 class Compiled:
     """Sources of kernels that attend, compiled when they are first run."""
 
-    def __init__(self, folder: Path, threads: int, splits: int) -> None:
-        self._folder = folder
+    def __init__(self, threads: int, splits: int) -> None:
         self._threads = threads
         self._splits = splits
         self._built: dict[Any, Run] = {}
@@ -191,11 +189,9 @@ class Compiled:
     def _of(self, kind: str, source: tuple[str, str], arguments: dict[str, str], constants: dict[str, int]) -> Run:
         key = (kind, *constants.items())
         if key not in self._built:
-            folder = self._folder / "-".join([kind, *(str(value) for value in constants.values())])
-            folder.mkdir(parents=True)
             text = f"using T = {kind}; constexpr int "
             text += ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";"
-            self._built[key] = compiled(folder, *source, arguments, text)
+            self._built[key] = compiled(*source, arguments, text)
         return self._built[key]
 
 

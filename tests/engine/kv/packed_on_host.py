@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import mlx.core as mx
@@ -81,9 +80,8 @@ class PackedOnHost:
     Scales and biases lie `apart` bytes from where 16 of them could be copied at once.
     """
 
-    def __init__(self, folder: Path, warps: int = 1, splits: int = 1, apart: int = 0) -> None:
+    def __init__(self, warps: int = 1, splits: int = 1, apart: int = 0) -> None:
         self.launches = 0
-        self._folder = folder
         self._warps = warps
         self._splits = splits
         self._apart = apart
@@ -132,12 +130,10 @@ class PackedOnHost:
         arguments |= {"out": f"{kinds['queries']}*", "partial": "float*", "WINDOW": "int", "SCALE": "float"}
         key = (str(dtype), *sizes.items())
         if key not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir(parents=True)
             text = f"using T = {kinds['queries']}; constexpr int "
             text += ", ".join(f"{name} = {value}" for name, value in sizes.items()) + ";"
             header = DEVICE + attention_source.HEADER + HEADER
-            self._built[key] = compiled(folder, header, SOURCE, arguments, text)
+            self._built[key] = compiled(header, SOURCE, arguments, text)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*passed, *results)]
         self._built[key](ctypes.c_int(blocks), ctypes.c_int(self._warps * 32), *pointers, *numbers.values())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,9 +23,8 @@ _TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial":
 class PromptsOnHost:
     """Does what `prompt_kernel.write_and_attend` does, in blocks of so many warps, of which `splits` share keys."""
 
-    def __init__(self, folder: Path, warps: int = 1, splits: int = 1) -> None:
+    def __init__(self, warps: int = 1, splits: int = 1) -> None:
         self.launches = 0
-        self._folder = folder
         self._warps = warps
         self._splits = splits
         self._built: dict[tuple[Any, ...], Run] = {}
@@ -77,9 +75,7 @@ class PromptsOnHost:
         passed += outputs.values()
         key = (header, *outputs)
         if key not in self._built:
-            folder = self._folder / str(len(self._built))
-            folder.mkdir(parents=True)
-            self._built[key] = compiled(folder, header, source, arguments, "")
+            self._built[key] = compiled(header, source, arguments, "")
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in passed]
         self._built[key](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -15,7 +14,7 @@ from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, Launch
 from runner.engine.kv.rotary import Rotation
 from tests.engine.cuda_compiler import compile_kernel
-from tests.engine.kv.launches import OnHost, only_with_arrays_on_the_host, separately
+from tests.engine.kv.launches import OnHost, separately
 
 Geometry = tuple[int, int, int]
 """Query heads, key heads, width."""
@@ -73,25 +72,20 @@ def check(launch: Launch, geometry: Geometry, dtype: mx.Dtype, rows: int = 3, lo
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("attention")
+def one_thread(arrays_on_the_host: None) -> OnHost:
+    return OnHost()
 
 
 @pytest.fixture(scope="module")
-def one_thread(scratch: Path) -> OnHost:
-    return OnHost(scratch)
+def two_warps(arrays_on_the_host: None) -> OnHost:
+    return OnHost(threads=64)
 
 
-@pytest.fixture(scope="module")
-def two_warps(scratch: Path) -> OnHost:
-    return OnHost(scratch, threads=64)
-
-
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("splits", [pytest.param(2, marks=pytest.mark.nightly), 8])
-def test_several_blocks_share_keys_on_the_host(scratch: Path, splits: int) -> None:
+def test_several_blocks_share_keys_on_the_host(splits: int) -> None:
     """Also where a row has fewer keys than there are blocks."""
-    check(OnHost(scratch / str(splits), splits=splits), (4, 2, 64), mx.float32)
+    check(OnHost(splits=splits), (4, 2, 64), mx.float32)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 
@@ -35,9 +33,10 @@ def check(dtype: mx.Dtype, count: int, heads: int, width: int, tokens: list[int]
             assert all(mx.array_equal(*both).item() for both in zip(made, expected, strict=True))
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.uint16, mx.uint8], ids=str)
-def test_on_the_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
-    on_host = CopiesOnHost(scratch / str(dtype), monkeypatch, threads=8, each=4)
+def test_on_the_host(monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
+    on_host = CopiesOnHost(monkeypatch, threads=8, each=4)
     check(dtype, 3, 2, 16, [5, 1, 9])
     check(dtype, 3, 1, 6, [7])
     check(dtype, 3, 3, 8, [2] * begin_kernel.PIECES)

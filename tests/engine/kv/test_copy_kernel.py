@@ -73,9 +73,10 @@ def check_puts(shape: Shape, dtype: mx.Dtype, count: int) -> None:
             assert all(mx.array_equal(*both).item() for both in zip(made, expected, strict=True))
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.uint16, mx.uint8], ids=str)
-def test_on_the_host(scratch: Path, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
-    on_host = CopiesOnHost(scratch / str(dtype), monkeypatch, threads=8, each=4)
+def test_on_the_host(monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
+    on_host = CopiesOnHost(monkeypatch, threads=8, each=4)
     for shape in SHAPES:
         check_copies(shape, dtype, 4, [[0], [*reversed(range(shape[0]))]])
         check_puts(shape, dtype, 4)
@@ -245,7 +246,7 @@ def test_an_engine_says_the_same(model_folder: ModelFolder, on_host: CopiesOnHos
         driver = Driver(model, max_rows=4, prefix_cache_bytes=prefix_cache_bytes, prefill_step_size=16)
         for first in (0, 10):
             driver.run([generate(first + i, prompt=[*text, 9 + first], max_tokens=9) for i, text in enumerate(texts)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers(0)
     assert not on_host.copied

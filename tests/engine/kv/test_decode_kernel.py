@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 from msgspec.structs import replace
@@ -14,19 +12,14 @@ from runner.engine.kv.decode_source import SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.decode_on_host import DecodeOnHost
-from tests.engine.kv.launches import only_with_arrays_on_the_host, separately
+from tests.engine.kv.launches import separately
 from tests.engine.kv.test_attention_kernel import Geometry, cases, check, rotations
 
 BUSY, IDLE = 1, 1 << 20
 """What makes any number of blocks enough, or too few."""
 
 
-@pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path
-
-
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize(
     ("tokens", "rotation", "splits", "crowd", "apart"),
     [
@@ -37,7 +30,7 @@ def scratch(tmp_path: Path) -> Path:
     ],
 )
 def test_what_is_behind_a_row_may_be_no_numbers(
-    scratch: Path, tokens: int, rotation: int, splits: int, crowd: int, apart: int
+    tokens: int, rotation: int, splits: int, crowd: int, apart: int
 ) -> None:
     """And rows with less to read than there are blocks are read by fewer."""
     (plain,) = (
@@ -50,7 +43,7 @@ def test_what_is_behind_a_row_may_be_no_numbers(
     places = mx.arange(call.planes[0].shape[2])[None, None, :, None]
     starts = mx.concatenate([call.starts, mx.array([0, 0])])[:, None, None, None]
     poisoned = [mx.where(places >= starts, float("nan"), plane).astype(mx.bfloat16) for plane in call.planes]
-    launch = DecodeOnHost(scratch, splits, crowd=crowd, apart=apart)
+    launch = DecodeOnHost(splits, crowd=crowd, apart=apart)
     attended, written = launch(replace(call, planes=(poisoned[0], poisoned[1])))
     assert mx.allclose(attended, expected, rtol=2e-2, atol=2e-2).item()
     for mine, its in zip(written, right, strict=True):
@@ -59,15 +52,17 @@ def test_what_is_behind_a_row_may_be_no_numbers(
         assert mx.all((places < starts + tokens) | mx.isnan(mine)).item(), "nothing else is written"
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("ring", [8, pytest.param(9, marks=pytest.mark.nightly)])
-def test_a_window_in_a_ring(scratch: Path, ring: int) -> None:
+def test_a_window_in_a_ring(ring: int) -> None:
     (call,) = (call for call in cases((4, 1, 64), mx.float16, rows=3, longest=60) if call.ring == ring)
     expected, right = separately(call)
-    attended, written = DecodeOnHost(scratch, splits=2)(call)
+    attended, written = DecodeOnHost(splits=2)(call)
     assert mx.allclose(attended, expected, rtol=3e-3, atol=3e-3).item()
     assert all(mx.array_equal(mine, its).item() for mine, its in zip(written, right, strict=True))
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("geometry", "dtype", "splits", "crowd", "apart"),
@@ -83,8 +78,8 @@ def test_a_window_in_a_ring(scratch: Path, ring: int) -> None:
     ],
     ids=str,
 )
-def test_on_the_host(scratch: Path, geometry: Geometry, dtype: mx.Dtype, splits: int, crowd: int, apart: int) -> None:
-    check(DecodeOnHost(scratch, splits, crowd=crowd, apart=apart), geometry, dtype, rows=3, longest=150)
+def test_on_the_host(geometry: Geometry, dtype: mx.Dtype, splits: int, crowd: int, apart: int) -> None:
+    check(DecodeOnHost(splits, crowd=crowd, apart=apart), geometry, dtype, rows=3, longest=150)
 
 
 def test_tokens_share_a_block() -> None:

@@ -27,11 +27,8 @@ from tests.engine.kv.launches import (
     separately,
 )
 from tests.engine.kv.test_caches import SLACK, Rows, follow
-from tests.engine.kv.test_unwritten import Recorded
-from tests.engine.speculative.drafts import draft_folder, erratic, speculating
-from tests.engine.tiny import encode
-
-TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
+from tests.engine.kv.test_unwritten import TEXT, Recorded
+from tests.engine.speculative.drafts import draft_folder, of_four_rows
 
 
 def filled(model: LoadedModel, layout: Layout, lengths: list[int], room: int = 0) -> Caches:
@@ -216,9 +213,10 @@ def test_rows_compute_what_they_compute_alone(
     assert len(on_host.put) > 3
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])
 def test_an_engine_says_the_same(
-    model_folder: ModelFolder, scratch: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_type: str
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_type: str
 ) -> None:
     """With a draft, where there can be one: its caches are moved as well."""
     folder = model_folder(model_type)
@@ -226,29 +224,21 @@ def test_an_engine_says_the_same(
 
     def answers() -> list[str]:
         loaded = load(folder, slack=SLACK)
-        driver = Driver(
-            loaded,
-            speculation=speculating(loaded, draft, erratic()) if loaded.layout.trimmable else None,
-            max_rows=4,
-            prefill_step_size=16,
-            prefix_cache_bytes=1 << 24,
-            num_draft_tokens=5,
-        )
+        driver = of_four_rows(loaded, draft, 16)
         requests = [generate(i, prompt=TEXT[: 9 + 11 * i], max_tokens=6 + 5 * (i % 3)) for i in range(6)]
         driver.run(requests)
         driver.run([generate(10 + i, prompt=TEXT[: 42 + 11 * i], max_tokens=9) for i in range(2)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers()
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
-    on_host = CopiesOnHost(scratch / f"engine {model_type}", monkeypatch)
+    on_host = CopiesOnHost(monkeypatch)
     assert answers() == expected
     assert len(on_host.put) > 4
 
 
-def test_an_engine_with_packed_keys_says_the_same(
-    model_folder: ModelFolder, scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("arrays_on_the_host")
+def test_an_engine_with_packed_keys_says_the_same(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
     monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
 
@@ -258,9 +248,9 @@ def test_an_engine_with_packed_keys_says_the_same(
         driver = Driver(loaded, max_rows=3, prefill_step_size=32, prefix_cache_bytes=1 << 24)
         for first in (0, 10):
             driver.run([generate(first + i, prompt=TEXT[: 9 + 11 * i], max_tokens=4 + 3 * (i % 3)) for i in range(5)])
-        return [answer.text for _, answer in sorted(driver.answers.items())]
+        return driver.texts
 
     expected = answers()
-    on_host = CopiesOnHost(scratch / "packed engine", monkeypatch)
+    on_host = CopiesOnHost(monkeypatch)
     assert answers() == expected
     assert {6, 12} <= {*on_host.put}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -15,7 +14,7 @@ from runner.engine.kv import prompt_kernel
 from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes
 from runner.engine.kv.rotary import Rotation
 from tests.engine.cuda_compiler import compile_kernel
-from tests.engine.kv.launches import only_with_arrays_on_the_host, separately, turned
+from tests.engine.kv.launches import separately, turned
 from tests.engine.kv.prompts_on_host import PromptsOnHost
 from tests.engine.kv.test_attention_kernel import Geometry, rotations
 
@@ -85,23 +84,19 @@ def numbers(plane: mx.array) -> mx.array:
     return mx.where(mx.isnan(plane), mx.array(0, dtype=plane.dtype), plane)
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("prompts")
-
-
-def test_on_the_host(scratch: Path) -> None:
+@pytest.mark.usefixtures("arrays_on_the_host")
+def test_on_the_host() -> None:
     """Prompts that are no whole tiles, after others, and windows that begin in the middle of one."""
     turning = itertools.cycle([None, *rotations(32)])
     calls = (call_of((4, 2, 32), mx.bfloat16, shape, next(turning)) for shape in HERE)
-    check(PromptsOnHost(scratch / "plain", warps=2), calls)
+    check(PromptsOnHost(warps=2), calls)
 
 
-def test_several_blocks_share_keys_on_the_host(scratch: Path) -> None:
+@pytest.mark.usefixtures("arrays_on_the_host")
+def test_several_blocks_share_keys_on_the_host() -> None:
     """Also where there are fewer tiles of keys than blocks."""
     calls = (call_of((2, 1, 16), mx.float16, shape, None) for shape in [*HERE, (17, [300], None)])
-    check(PromptsOnHost(scratch / "shared", splits=4), calls)
+    check(PromptsOnHost(splits=4), calls)
 
 
 def test_blocks_share_keys_where_there_are_few_and_much_to_read() -> None:
@@ -112,20 +107,22 @@ def test_blocks_share_keys_where_there_are_few_and_much_to_read() -> None:
     assert prompt_kernel.splits(1, 1 << 17, 64, None) == 32
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("width", [16, 80])
-def test_rotations_and_planes_of_any_order_on_the_host(scratch: Path, width: int) -> None:
+def test_rotations_and_planes_of_any_order_on_the_host(width: int) -> None:
     calls = (
         call_of((3, 3, width), mx.float16, (20, [3, 50], None), rotation, uneven=True) for rotation in rotations(width)
     )
-    check(PromptsOnHost(scratch / f"wide {width}"), calls)
+    check(PromptsOnHost(), calls)
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.nightly
 @pytest.mark.parametrize("geometry", [(4, 2, 64), (2, 1, 128), (3, 3, 96)], ids=str)
-def test_on_the_host_as_on_the_device(scratch: Path, geometry: Geometry) -> None:
+def test_on_the_host_as_on_the_device(geometry: Geometry) -> None:
     turning = itertools.cycle([None, *rotations(geometry[2])])
     calls = (call_of(geometry, mx.bfloat16, shape, next(turning)) for shape in [*HERE, (150, [70, 0], 65)])
-    check(PromptsOnHost(scratch / str(geometry), prompt_kernel.WARPS), calls)
+    check(PromptsOnHost(prompt_kernel.WARPS), calls)
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")

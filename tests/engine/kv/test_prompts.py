@@ -25,17 +25,17 @@ from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import OnDevice, OnHost, separately
 from tests.engine.kv.prompts_on_host import PromptsOnHost
 from tests.engine.kv.test_unwritten import TEXT, Recorded, of_a_call
-from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
+from tests.engine.speculative.drafts import SLACK, draft_folder, of_four_rows
 
 Launched = OnDevice | PromptsOnHost
 
 
 @pytest.fixture(scope="module")
-def prompts_in_place(tmp_path_factory: pytest.TempPathFactory, in_place: OnHost | OnDevice) -> Launched:
+def prompts_in_place(in_place: OnHost | OnDevice) -> Launched:
     """The kernels, where they can run; else their sources on the host."""
     if isinstance(in_place, OnDevice):
         return OnDevice(prompt_kernel.write_and_attend)
-    return PromptsOnHost(tmp_path_factory.mktemp("prompts"))
+    return PromptsOnHost()
 
 
 @pytest.fixture
@@ -106,18 +106,11 @@ def test_launches_that_fail_or_are_wrong_are_not_taken(
 
 def answers(loaded: LoadedModel, draft: Path) -> list[str]:
     """What rows say whose prompts are computed in chunks, together, and after prefixes; the draft's as well."""
-    driver = Driver(
-        loaded,
-        speculation=speculating(loaded, draft, erratic()) if loaded.layout.trimmable else None,
-        max_rows=4,
-        prefill_step_size=50,
-        prefix_cache_bytes=1 << 24,
-        num_draft_tokens=5,
-    )
+    driver = of_four_rows(loaded, draft, 50)
     prompts = [TEXT[9 * i : 9 * i + length] for i, length in enumerate([21, 20, 70, 24, 110])]
     driver.run(generate(i, prompt=prompt, max_tokens=20) for i, prompt in enumerate(prompts))
     driver.run(generate(10 + i, prompt=[*prompt, *TEXT[:40]], max_tokens=20) for i, prompt in enumerate(prompts))
-    return [answer.text for _, answer in sorted(driver.answers.items())]
+    return driver.texts
 
 
 @pytest.mark.usefixtures("any_type")

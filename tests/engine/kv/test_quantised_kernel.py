@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -16,7 +15,7 @@ from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall, PackedLaunch
 from tests.engine.cuda_compiler import compile_kernel
-from tests.engine.kv.launches import only_with_arrays_on_the_host, packed_separately, separately, turned
+from tests.engine.kv.launches import packed_separately, separately, turned
 from tests.engine.kv.packed_on_host import PackedOnHost
 from tests.engine.kv.test_attention_kernel import rotations
 
@@ -91,12 +90,7 @@ def check(
             assert (apart <= step).all().item(), "written in the right places"
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    only_with_arrays_on_the_host()
-    return tmp_path_factory.mktemp("packed")
-
-
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [
@@ -106,10 +100,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=str,
 )
-def test_on_the_host(scratch: Path, bits: int, dtype: mx.Dtype) -> None:
-    check(PackedOnHost(scratch / f"{bits} {dtype}"), (4, 2, 64), Quantisation(bits, 64), dtype)
+def test_on_the_host(bits: int, dtype: mx.Dtype) -> None:
+    check(PackedOnHost(), (4, 2, 64), Quantisation(bits, 64), dtype)
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize(
     ("geometry", "bits", "size"),
     [
@@ -121,30 +116,33 @@ def test_on_the_host(scratch: Path, bits: int, dtype: mx.Dtype) -> None:
     ],
     ids=str,
 )
-def test_shapes_of_the_product(scratch: Path, geometry: Geometry, bits: int, size: int) -> None:
+def test_shapes_of_the_product(geometry: Geometry, bits: int, size: int) -> None:
     """Query heads that fill its lines and that do not, pieces of words, and several scales to a line."""
-    launch = PackedOnHost(scratch / f"{geometry} {bits}")
+    launch = PackedOnHost()
     check(launch, geometry, Quantisation(bits, size), mx.bfloat16, rows=2)
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize(
     ("warps", "splits"),
     [pytest.param(2, 1, marks=pytest.mark.nightly), pytest.param(1, 8, marks=pytest.mark.nightly), (4, 4)],
 )
-def test_warps_and_blocks_share_keys(scratch: Path, warps: int, splits: int) -> None:
+def test_warps_and_blocks_share_keys(warps: int, splits: int) -> None:
     """Also where a row has fewer tiles than there are of them, and more than are on their way at once."""
-    launch = PackedOnHost(scratch / f"{warps} {splits}", warps, splits)
+    launch = PackedOnHost(warps, splits)
     check(launch, (4, 2, 64), Quantisation(8, 64), mx.bfloat16, longest=200, places=208)
 
 
-def test_scales_that_begin_anywhere(scratch: Path) -> None:
-    check(PackedOnHost(scratch / "apart", apart=2), (4, 2, 64), Quantisation(8, 32), mx.bfloat16)
+@pytest.mark.usefixtures("arrays_on_the_host")
+def test_scales_that_begin_anywhere() -> None:
+    check(PackedOnHost(apart=2), (4, 2, 64), Quantisation(8, 32), mx.bfloat16)
 
 
+@pytest.mark.usefixtures("arrays_on_the_host")
 @pytest.mark.parametrize("size", [1e-3, 3e4])
-def test_sizes_that_no_half_holds(scratch: Path, size: float) -> None:
+def test_sizes_that_no_half_holds(size: float) -> None:
     """Queries of that size, keys and values of its inverse, and keys whose values are much larger than others'."""
-    launch, how = PackedOnHost(scratch / f"{size}"), Quantisation(8, 64)
+    launch, how = PackedOnHost(), Quantisation(8, 64)
     for call in cases((4, 2, 64), how, mx.bfloat16, 3, 40, 48):
         held = [how.unpack(tuple(call.planes[part])) / size for part in (slice(3), slice(3, 6))]  # type: ignore[arg-type]
         held[1] = held[1] * mx.power(2.0, -(mx.arange(48) % 17))[:, None]

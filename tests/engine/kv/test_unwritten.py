@@ -22,10 +22,10 @@ from runner.engine.kv.positions import Positions
 from runner.engine.kv.window import Window
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
-from tests.engine.drive import Driver, generate
+from tests.engine.drive import generate
 from tests.engine.kv.launches import OnDevice, OnHost, separately
 from tests.engine.operations import one, operations
-from tests.engine.speculative.drafts import SLACK, draft_folder, erratic, speculating
+from tests.engine.speculative.drafts import SLACK, draft_folder, of_four_rows
 from tests.engine.tiny import CONFIGS, encode
 
 TEXT = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 2
@@ -82,20 +82,13 @@ def test_it_is_on_where_there_is_a_device_unless_it_is_turned_off(monkeypatch: p
 
 def answers(loaded: LoadedModel, draft: Path) -> list[str]:
     """What rows say that come and go, in rounds of speculation and plain steps, some from a kept prefix."""
-    driver = Driver(
-        loaded,
-        speculation=speculating(loaded, draft, erratic()) if loaded.layout.trimmable else None,
-        max_rows=4,
-        prefill_step_size=16,
-        prefix_cache_bytes=1 << 24,
-        num_draft_tokens=5,
-    )
+    driver = of_four_rows(loaded, draft, 16)
     samplings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 7}, {}]
     requests = [generate(i, prompt=TEXT[: 9 + 11 * i], max_tokens=12 + 7 * i, **samplings[i % 3]) for i in range(4)]
     driver.run(requests)
     # The same again, and further: with a window that has gone round since what was kept.
     driver.run([generate(10 + i, prompt=TEXT[: 42 + 11 * i], max_tokens=30) for i in range(2)])
-    return [answer.text for _, answer in sorted(driver.answers.items())]
+    return driver.texts
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2"])

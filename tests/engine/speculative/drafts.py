@@ -14,6 +14,7 @@ from runner.engine.loader import LoadedModel
 from runner.engine.speculative.loading import speculate
 from runner.engine.speculative.policy import Acceptance, Taken
 from runner.engine.speculative.speculation import Speculation
+from tests.engine.drive import Driver
 from tests.engine.tiny import build_model
 
 SLACK = 8
@@ -70,3 +71,15 @@ def speculating(target: LoadedModel, draft: Path, policy: Scripted | None = None
     if policy is not None:
         speculation.policy = policy
     return speculation
+
+
+def of_four_rows(target: LoadedModel, draft: Path, prefill_step_size: int) -> Driver:
+    """An engine that keeps prefixes, and has rounds of all lengths where tokens can be taken back."""
+    return Driver(
+        target,
+        speculation=speculating(target, draft, erratic()) if target.layout.trimmable else None,
+        max_rows=4,
+        prefill_step_size=prefill_step_size,
+        prefix_cache_bytes=1 << 24,
+        num_draft_tokens=5,
+    )
