@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from runner.engine.loader import load
+from runner.engine.speculative.loading import load_draft
 from runner.protocol import (
     VERSION,
     AdapterDropped,
@@ -106,7 +107,7 @@ def test_a_draft_is_loaded_beside_the_model(
     client = start(draft=str(draft), num_draft_tokens=3).connect()
     loaded = client.wait(Loaded)
     alone = load(model_folder("llama"))
-    assert loaded.weights_bytes == 2 * alone.weights_bytes
+    assert loaded.weights_bytes == alone.weights_bytes + load_draft(draft, alone, 0).weights_bytes
     client.send(generate(1, messages=MESSAGES, max_tokens=60))
     answer = client.finish(1)
     assert answer.text == Driver(alone).one(messages=MESSAGES, max_tokens=60).text
