@@ -85,7 +85,7 @@ class Positions:
     @property
     def offset(self) -> int | mx.array:
         """What upstream's models ask a cache for: tokens before this call, one number or [rows] int32."""
-        return self.once("offset", lambda: fixed(self.starts)) if self.same is None else self.same
+        return self.once("offset", lambda: fixed(self.starts, self.reach)) if self.same is None else self.same
 
     @property
     def starts(self) -> mx.array:

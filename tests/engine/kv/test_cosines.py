@@ -15,7 +15,7 @@ from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, Llama3RoPE, Proporti
 
 from runner.engine.kv import cosines
 from runner.engine.kv.caches import Caches
-from runner.engine.kv.cosines import Starts, fixed
+from runner.engine.kv.cosines import fixed
 from runner.engine.kv.layout import Layout
 from tests.engine.drive import active_memory
 from tests.engine.operations import operations
@@ -74,21 +74,26 @@ def lines(rows: int = 3, tokens: int = 5) -> mx.array:
     return mx.random.normal((rows, 4, tokens, 64))
 
 
+def starting(starts: mx.array, tokens: int) -> mx.array:
+    """Starts of a call of so many tokens."""
+    return fixed(starts, int(starts.max().item()) + tokens)
+
+
 def same(found: mx.array, expected: mx.array) -> bool:
     return bool(mx.array_equal(found, expected).item())
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_rotations_are_upstreams(name: str) -> None:
-    starts = mx.array([5, 700, 120000], dtype=mx.int32)
-    offsets: list[Any] = [0, 7, 130001, starts]
+    near, far = (mx.array([5, 700, most], dtype=mx.int32) for most in (3795, 120000))
+    offsets: list[Any] = [0, 7, 130001, near, far]
     rope = ROPES[name]()
     for tokens in (1, 5, 300):
         x = lines(tokens=tokens).transpose(0, 2, 1, 3).reshape(3, 4, tokens, 64)
         expected = [ROPES[name]()(x, offset=offset) for offset in offsets]
         shared(rope)
         for offset, rotated in zip(offsets, expected, strict=True):
-            given = fixed(offset) if isinstance(offset, mx.array) else offset
+            given = starting(offset, tokens) if isinstance(offset, mx.array) else offset
             assert same(rope(x, offset=given), rotated)
     assert type(rope).__name__.startswith("Sharing")
 
@@ -101,9 +106,9 @@ def test_what_was_made_for_others_is_not_taken() -> None:
         (2, 1, 4),
         (2, 5, 4),
         (1, 5, 4),
-        (2, 5, Starts(mx.array([4, 9]))),
-        (2, 5, Starts(mx.array([4, 8]))),
-        (2, 1, Starts(mx.array([4, 4]))),
+        (2, 5, starting(mx.array([4, 9]), 5)),
+        (2, 5, starting(mx.array([4, 8]), 5)),
+        (2, 1, starting(mx.array([4, 4]), 5)),
         (2, 1, 4),
     ]
     for rows, tokens, offset in calls + calls[::-1]:
@@ -139,7 +144,7 @@ def test_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cosines, "_on_cpu", lambda: False)
     assert type(shared(nn.RoPE(64))) is nn.RoPE
     starts = mx.array([1, 2])
-    assert fixed(starts) is starts
+    assert fixed(starts, 3) is starts
 
 
 def built(name: str) -> Any:
@@ -178,14 +183,22 @@ def test_models_say_what_they_said(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
-def test_a_call_makes_them_once(name: str, lengths: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("far", [False, True])
+def test_a_call_has_them_once(
+    name: str, lengths: list[int], far: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if far:
+        monkeypatch.setattr(cosines, "_KEPT", 8)
     model = built(name)
     mx.eval(model.parameters())
     cosines.install(model)
     caches: Caches = Layout(model).new(2)
     mx.eval(caches.call(model, mx.ones((2, 9), dtype=mx.int32), lengths))
     graph = operations(tmp_path, caches.call(model, mx.ones((2, 1), dtype=mx.int32)))
-    assert (graph["Cos"], graph["Sin"]) == (FAMILIES[name][2],) * 2
+    made = FAMILIES[name][2]
+    assert (graph["Cos"], graph["Sin"]) == ((made, made) if far else (0, 0))
+    looked_up = not far and lengths[0] != lengths[1]
+    assert graph["Gather"] == 1 + (2 * made if looked_up else 0), "the first is that of the tokens"
     assert not graph["RoPE"]
 
 
