@@ -50,9 +50,6 @@ logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL: Final = 0.5
 _WATCH_INTERVAL: Final = 0.1
-_REST: Final = 1.0
-"""Seconds without work after which the allocators give back what they keep for reuse."""
-
 _FLUSH_TIMEOUT: Final = 2.0
 """Seconds that frames under way get when the process ends."""
 
@@ -72,16 +69,15 @@ class EngineProcess:
         self._orphaned_at = started
         self._stats_at = 0.0
         self._stats: Stats | None = None
-        self._watchdog: Watchdog | None = None
         self._watched_at = 0.0
-        self._worked_at: float | None = None
+        self._rests_at: float | None = None
 
     def run(self) -> int:
         """Load, serve, and return the exit code: 0, 1 when the model cannot be loaded, 3 when it cannot go on."""
         try:
             self._transport.start(self._hello(), Loading("importing"))
             try:
-                engine = self._load()
+                engine, watchdog = self._load()
             except EngineLoadError as error:
                 logger.error("model cannot be loaded", extra={"reason": error.message})
                 self._tell_failure(LoadFailed(error.message, error.hint))
@@ -90,7 +86,7 @@ class EngineProcess:
                 logger.exception("loading failed")
                 self._tell_failure(LoadFailed(f"loading failed: {type(error).__name__}: {error}"))
                 return 1
-            self._serve(engine)
+            self._serve(engine, watchdog)
             return 0
         except EngineDied as error:
             logger.error("engine cannot go on", extra={"reason": error.message})
@@ -106,18 +102,18 @@ class EngineProcess:
 
     # ------------------------------------------------------------- loading
 
-    def _load(self) -> Engine:
+    def _load(self) -> tuple[Engine, Watchdog]:
         # Imported here, with MLX: the socket is there, and the runner connected, while this takes its time.
         from runner.engine.startup import start  # noqa: PLC0415
 
         transport = self._transport
         ready = start(self._spec, self._started, self._stage, transport.send, lambda: transport.inbox.put(Woken()))
-        engine, self._watchdog, self._loaded = ready.engine, ready.watchdog, ready.loaded
+        self._loaded = ready.loaded
         gc.freeze()  # what is here now stays: no collection looks through it
         gc.enable()
-        transport.announce(self._loaded, *self._greeting(engine))
-        logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(self._loaded.seconds, 3)})
-        return engine
+        transport.announce(ready.loaded, *self._greeting(ready.engine))
+        logger.info("engine ready", extra={"model": self._spec.model, "seconds": round(ready.loaded.seconds, 3)})
+        return ready.engine, ready.watchdog
 
     def _stage(self, stage: str) -> None:
         self._transport.announce(Loading(stage), self._hello(), Loading(stage))
@@ -134,7 +130,7 @@ class EngineProcess:
 
     # ------------------------------------------------------------- serving
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: Engine, watchdog: Watchdog) -> None:
         # Until now there was nothing to finish, and a SIGTERM ended the process as it always does.
         signal.signal(signal.SIGTERM, lambda *_: self._transport.inbox.put(Shutdown(0.0)))
         self._transport.wake_on_signals()
@@ -148,40 +144,33 @@ class EngineProcess:
                 return
             if engine.busy:
                 engine.step()
-                self._worked_at = time.monotonic()
-            self._watch(engine)
-            self._rest()
+                self._rests_at = time.monotonic() + watchdog.rests_after
+            self._watch(engine, watchdog)
             self._report(engine)
 
-    def _watch(self, engine: Engine) -> None:
+    def _watch(self, engine: Engine, watchdog: Watchdog) -> None:
         """Look at what is really in use, now and then. Raises EngineDied where only a new process helps."""
         now = time.monotonic()
+        if self._rests_at is not None and now >= self._rests_at:
+            watchdog.rest()
+            self._rests_at = None
         if now < self._watched_at + _WATCH_INTERVAL and engine.busy:
             return
         self._watched_at = now
-        assert self._watchdog is not None, "made with the engine"
-        goes_on = self._watchdog.look(busy=engine.busy)
-        engine.room.closed = self._watchdog.closed
+        goes_on = watchdog.look(busy=engine.busy)
+        engine.room.closed = watchdog.closed
         if not goes_on:
-            used, most = self._watchdog.over, engine.budget.most
+            used, most = watchdog.over, engine.budget.most
             reason = f"it used {used:,} bytes, and its limit is {most:,}"
             self._transport.send(Overrun(used, most))
             engine.fail_all(f"the engine starts again: {reason}")
             raise EngineDied(reason)
 
-    def _rest(self) -> None:
-        """Give back what the allocators keep for reuse, once, when there was nothing to do for a moment."""
-        if self._worked_at is not None and time.monotonic() >= self._worked_at + _REST:
-            from runner.engine.watchdog import trim  # noqa: PLC0415 - with MLX, long after the start
-
-            trim()
-            self._worked_at = None
-
     def _patience(self) -> float | None:
         """Seconds to wait for an event, None for as long as it takes."""
         ends = []
-        if self._worked_at is not None:
-            ends.append(self._worked_at + _REST)
+        if self._rests_at is not None:
+            ends.append(self._rests_at)
         if self._stop_at is not None:
             ends.append(self._stop_at)
         elif not self._connected:

@@ -29,6 +29,10 @@ SLACK: Final = 16 * 2**20
 _ALL_ARENAS: Final = b"arena.4096.purge"
 """What jemalloc is told; the number stands for all of them (MALLCTL_ARENAS_ALL)."""
 
+_RESTS_AFTER: Final = 1.0 if mx.default_device() == mx.Device(mx.cpu) else 60.0
+"""Seconds without work. What is given back has to be asked for again: of the system that takes half a millisecond for a
+small model's next request, a GPU's driver takes longer."""
+
 _FINE: Final = 0.95
 """Of the limit, below which requests are taken up again."""
 
@@ -37,7 +41,8 @@ class Watchdog:
     """`limit` gives what may be used now, in bytes, 0 for no limit; `trim` gives back what allocators keep, and
     `release` so many bytes of what is kept for later.
 
-    `closed`: nothing is to be taken up. `over` has what was in use when it was too much, and does not go down again.
+    `closed`: nothing is to be taken up. `over` has what was in use when it was too much, and does not go down again. A
+    process is to `rest` once it has been without work for `rests_after` seconds.
     """
 
     def __init__(
@@ -50,11 +55,16 @@ class Watchdog:
     ) -> None:
         self.closed = False
         self.over = 0
+        self.rests_after = _RESTS_AFTER
         self._limit = limit
         self._release = release
         self._used = used
         self._trim = trim
         self._slack = slack
+
+    def rest(self) -> None:
+        """There has been nothing to do: an idle process keeps nothing for reuse."""
+        self._trim()
 
     def look(self, *, busy: bool) -> bool:
         """Whether all is well enough to go on; False asks for the process to be replaced."""
