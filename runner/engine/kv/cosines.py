@@ -24,7 +24,7 @@ Table = tuple[mx.array, mx.array]
 _KEPT: Final = 4096
 """Positions of which they are kept, at most; at first fewer. For heads of 128 values these are 4 MiB."""
 
-_KEPT_FIRST: Final = 512
+_KEPT_FIRST: Final = 64
 
 _BACKWARDS: Final = slice(None, None, -1)
 _TURNINGS: Final = "turnings"

@@ -36,7 +36,8 @@ def lean(loaded: LoadedModel, slack: int) -> LoadedModel:
 
     The caches of both are the same.
     """
-    if mx.default_device() != mx.Device(mx.cpu) or loaded.weights_bytes > SMALL or not _known(loaded.model):
+    on_cpu = mx.default_device() == mx.Device(mx.cpu) and loaded.layout.launch is None
+    if not on_cpu or loaded.weights_bytes > SMALL or not _known(loaded.model):
         return loaded
     model = LeanLlama(loaded.model)
     mx.eval(model.arrays)
