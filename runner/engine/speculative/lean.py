@@ -18,6 +18,7 @@ import msgspec
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
+from runner.engine import exponentials
 from runner.engine.column_major import arranged
 from runner.engine.kv.attention import attend
 from runner.engine.kv.layout import Layout
@@ -126,8 +127,17 @@ class _Layer:
         turned, values = mx.split(lines, [turning], axis=1)
         queries, keys = mx.split(self._rope(turned, offset=cache.offset), [self._heads], axis=1)
         keys, values = cache.update_and_fetch(keys, values)
+        if count == 1 and mask is None:
+            return self._weigh(queries, keys, values)
         attended = attend(queries, keys, values, cache, 1.0, mask)
         return (attended if count == 1 else attended.swapaxes(1, 2)).reshape(rows * count, -1)
+
+    def _weigh(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """[rows, heads · width]: attention of one token a row to everything."""
+        rows, heads, _, width = queries.shape
+        lines = queries.reshape(rows, self._groups, heads // self._groups, width)
+        attended = exponentials.weighted(lines @ keys.swapaxes(-1, -2), lambda weights: weights @ values)
+        return attended.reshape(rows, -1)
 
 
 class _Scale:
@@ -145,7 +155,10 @@ class _Scale:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x is [lines, width]."""
-        return x * mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) + self._least(x.shape[0]))
+        least = self._least(x.shape[0])
+        alone = x.shape[0] == 1
+        squares = mx.addmm(least, x, x.T) if alone else mx.square(x).sum(axis=-1, keepdims=True) + least
+        return x * mx.rsqrt(squares)
 
     def _least(self, lines: int) -> mx.array:
         if lines > _FEW:

@@ -61,7 +61,7 @@ def test_it_says_the_same(shape: str, tmp_path: Path) -> None:
         assert mx.abs(expected - found).max().item() < 1e-5 * scale
 
 
-def test_it_has_a_quarter_fewer_operations(tmp_path: Path) -> None:
+def test_it_has_fewer_operations(tmp_path: Path) -> None:
     folder = build(tmp_path / "model")
     counts = []
     for loaded in (load(folder), lean(load(folder), 0)):
@@ -71,7 +71,7 @@ def test_it_has_a_quarter_fewer_operations(tmp_path: Path) -> None:
             counts.append(sum(with_views(tmp_path, made).values()))
             mx.eval(made, caches.arrays)
     wide, one, lean_wide, lean_one = counts
-    assert lean_one < 0.76 * one
+    assert lean_one < 0.68 * one
     assert lean_wide < 0.85 * wide
 
 
