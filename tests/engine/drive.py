@@ -108,7 +108,8 @@ class Driver:
 def active_memory() -> int:
     """Bytes in use once garbage is collected and the device has nothing left to do.
 
-    What a collection lets go of can be what held other garbage, of tests before: so until nothing more goes.
+    What a collection lets go of can be what held other garbage, of tests before: so until nothing more goes. What
+    another thread of theirs holds may go later still: compare with what was there before by <=, not by ==.
     """
     before, now = -1, 0
     while now != before:

@@ -50,7 +50,7 @@ def test_what_is_kept_takes_no_memory_and_is_no_parameter() -> None:
     before = active_memory()
     for tokens in range(1, 40):
         mx.eval(model(mx.ones((1, tokens, 64))))
-    assert active_memory() == before
+    assert active_memory() <= before
     assert len(model.layers[0].kept) == 16
     assert model.layers[0].parameters().keys() == {"weight"}
 

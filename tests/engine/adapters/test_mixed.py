@@ -204,7 +204,7 @@ def test_slots_side_by_side_take_no_memory(dtype: mx.Dtype) -> None:
     a, b = stack.beside
     mx.eval(a, b)
     assert (a.shape, b.shape) == ((INPUTS, 48), (48, 4096))
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before
     assert stack.nbytes == held
     assert stack.beside[0] is a
     assert mx.array_equal(a[:, 16:24], stack.a[2][:, :8])

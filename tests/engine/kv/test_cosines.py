@@ -211,4 +211,4 @@ def test_a_call_leaves_nothing_behind() -> None:
     before = active_memory()
     for lengths in (None, [50, 20]):
         mx.eval(layout.new(2).call(model, tokens, lengths))
-        assert active_memory() == before
+        assert active_memory() <= before
