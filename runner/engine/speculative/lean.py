@@ -9,7 +9,7 @@ products, and rows and tokens are one axis wherever they may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ import mlx.nn as nn
 import msgspec
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from mlx_lm.models.cache import KVCache
 
 from runner.engine import exponentials
 from runner.engine.column_major import arranged
@@ -62,7 +63,6 @@ class LeanLlama:
     def __init__(self, model: Any) -> None:
         inner = model.model
         self.layers = [_Layer(layer) for layer in inner.layers]
-        self._caches: Callable[[], Any] = model.make_cache
         self._embeddings: mx.array = inner.embed_tokens.weight
         self._norm = _Scale(inner.norm)
         head = inner.embed_tokens if model.args.tie_word_embeddings else model.lm_head
@@ -75,9 +75,9 @@ class LeanLlama:
         """All weights."""
         return [self._embeddings, self._head, *(array for layer in self.layers for array in layer.weights)]
 
-    def make_cache(self) -> Any:
+    def make_cache(self) -> list[KVCache]:
         """Upstream's own caches, for one row."""
-        return self._caches()
+        return [KVCache() for _ in self.layers]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits [rows, count, vocabulary] for `tokens` [rows, count]."""

@@ -11,6 +11,7 @@ import pytest
 from runner.engine.loader import LoadedModel, load
 from runner.engine.speculative.lean import LeanLlama, lean
 from runner.engine.speculative.loading import load_draft
+from tests.engine.drive import active_memory
 from tests.engine.operations import with_views
 from tests.engine.tiny import build_model
 
@@ -73,6 +74,13 @@ def test_it_has_fewer_operations(tmp_path: Path) -> None:
     wide, one, lean_wide, lean_one = counts
     assert lean_one < 0.68 * one
     assert lean_wide < 0.85 * wide
+
+
+def test_nothing_is_left_of_what_it_was_made_of(tmp_path: Path) -> None:
+    folder = build(tmp_path)
+    before = active_memory()
+    made = lean(load(folder), 0)
+    assert active_memory() - before < 1.1 * made.weights_bytes
 
 
 def test_its_weights_are_in_the_place_of_those_that_it_was_made_of(tmp_path: Path) -> None:
