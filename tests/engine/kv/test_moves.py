@@ -210,7 +210,7 @@ def test_rows_compute_what_they_compute_alone(
     """Rings as well, in which positions go round."""
     model = load(model_folder(kind))
     follow(Rows(model, Layout(model.model, SLACK, launch=in_place), random.Random(seed)), 24)
-    assert len(on_host.put) > 3
+    assert len(on_host.put) > 1
 
 
 @pytest.mark.usefixtures("arrays_on_the_host")
