@@ -80,9 +80,9 @@ class Watchdog:
         if not self.closed:
             logger.warning("over the memory limit", extra={"used": used, "limit": limit})
         self.closed = True
-        self._release(used - limit)
-        self._trim()
-        used = self._used()
+        if self._release(used - limit):
+            self._trim()
+            used = self._used()
         if used <= limit:
             self.closed = used > limit * _FINE
             return True
