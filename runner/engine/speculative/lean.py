@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
-from runner.engine import exponentials
 from runner.engine.column_major import arranged
 from runner.engine.kv.attention import attend
 from runner.engine.kv.layout import Layout
@@ -48,13 +47,12 @@ def lean(loaded: LoadedModel, slack: int) -> LoadedModel:
 
 
 def _known(model: Any) -> bool:
-    """Whether it is a plain Llama in float32."""
+    """Whether it is a plain Llama, all of it in float32: packed weights are not."""
     if type(model) is not llama.Model or any(layer.use_sliding for layer in model.layers):
         return False
-    plain = all("bias" not in module for module in model.modules()) and not any(
-        isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) for module in model.modules()
-    )
-    return plain and all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
+    if any("bias" in module for module in model.modules()):
+        return False
+    return all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
 
 
 class LeanLlama:
@@ -127,17 +125,8 @@ class _Layer:
         turned, values = mx.split(lines, [turning], axis=1)
         queries, keys = mx.split(self._rope(turned, offset=cache.offset), [self._heads], axis=1)
         keys, values = cache.update_and_fetch(keys, values)
-        if count == 1 and mask is None:
-            return self._weigh(queries, keys, values)
         attended = attend(queries, keys, values, cache, 1.0, mask)
         return (attended if count == 1 else attended.swapaxes(1, 2)).reshape(rows * count, -1)
-
-    def _weigh(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """[rows, heads · width]: attention of one token a row to everything."""
-        rows, heads, _, width = queries.shape
-        lines = queries.reshape(rows, self._groups, heads // self._groups, width)
-        attended = exponentials.weighted(lines @ keys.swapaxes(-1, -2), lambda weights: weights @ values)
-        return attended.reshape(rows, -1)
 
 
 class _Scale:
