@@ -34,9 +34,6 @@ step is longer than one of 128 rows."""
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
-RANKS: Final = 8
-"""How many ranks of a row's change one block computes the inner products of."""
-
 GATE_THREADS: Final = 256
 
 _TILE: Final = 16
@@ -126,12 +123,10 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     dtypes, rest = [dtype], no_sum(dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-        rows = x.size // inputs
-        kernel, (width, _, _), threads = by_rows[rows]
-        first = rows * -(-stack.down.shape[1] // RANKS) * threads[0]
+        kernel, grid, threads = by_rows[x.size // inputs]
         result: mx.array = kernel.launch(
             inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
-            grid=(first + width, 1, 1),
+            grid=grid,
             threadgroup=threads,
             output_shapes=[(*x.shape[:-1], outputs)],
             output_dtypes=dtypes,
@@ -193,7 +188,7 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts}, RANKS = {RANKS};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
     )
 
 

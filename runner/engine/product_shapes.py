@@ -14,7 +14,14 @@ import mlx.core as mx
 import msgspec
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import cuda_kernels, product_kernel, wide_changed_kernel, wide_changes, wide_product_kernel
+from runner.engine import (
+    cuda_kernels,
+    product_kernel,
+    prompt_changes,
+    wide_changed_kernel,
+    wide_changes,
+    wide_product_kernel,
+)
 from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
@@ -28,6 +35,9 @@ _TOLERANCE: Final = 0.02
 _ROWS: Final = tuple(8 * (eights - 1) + 1 for eights in TILES)
 _MORE_ROWS: Final = tuple(most - 7 for most in wide_product_kernel.TOKENS)
 """Of each kernel some."""
+
+_PROMPTS: Final = (3, 50)
+"""Rows, and tokens of each."""
 
 Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products of few tokens are made: `product_kernel.multiply`, `wide_product_kernel.multiply`."""
@@ -58,6 +68,9 @@ class Kernels(msgspec.Struct, frozen=True):
     wide_changed: tuple[tuple[MakeChanged, Fits], ...] = ()
     """The same with changes: the first that fits them is used."""
 
+    prompts_changed: tuple[MakeChanged, Fits] | None = None
+    """For more tokens, many of a row, with changes that they fit."""
+
 
 def kernels() -> Kernels | None:
     """Those of the device, None where there is none for them."""
@@ -74,6 +87,7 @@ def kernels() -> Kernels | None:
         product_kernel.gate,
         wide,
         (in_one, in_two) if wide else (),
+        (prompt_changes.changed, prompt_changes.fits),
     )
 
 
@@ -101,6 +115,7 @@ class Shape:
         self._multiply, self._wide = multiply, wide
         self._outputs = outputs
         self._changed: Changed | None = None
+        self._prompts_changed: Changed | None = None
         self._wide_changed: dict[MakeChanged, Changed] = {}
         self._prepared: set[MakeChanged] = set()
 
@@ -108,15 +123,20 @@ class Shape:
         """Try changes, once."""
         # They are compiled side by side from here on.
         few = self._made(self.kernels.changed, self._fits(stack))
+        make_prompts, _ = self.kernels.prompts_changed or (None, None)
+        prompts = self._made(make_prompts, self._fits_prompts(stack))
         wanted = [*self._fitting(stack)]
         first = {make: self._made(make) for make in wanted[:1]}
         if few is not None:
-            self._changed = _tried_changed(few, self.epilogue, weight, stack, _ROWS)
+            self._changed = _tried_changed(few, self.epilogue, weight, stack, [(rows, 1) for rows in _ROWS])
+        if prompts is not None:
+            self._prompts_changed = _tried_changed(prompts, self.epilogue, weight, stack, [_PROMPTS])
         for make in wanted:
             if make in self._wide_changed:
                 return
             many = first.pop(make, None) or self._made(make)
-            if many and (right := _tried_changed(many, self.epilogue, weight, stack, _MORE_ROWS)):
+            counts = [(rows, 1) for rows in _MORE_ROWS]
+            if many and (right := _tried_changed(many, self.epilogue, weight, stack, counts)):
                 self._wide_changed[make] = right
                 return
 
@@ -137,10 +157,11 @@ class Shape:
         """The product with changes, None where it is to be made of several."""
         if self._few(x):
             return self._changed if self._changed is not None and self._fits(stack) else None
-        if not self._wide_changed or not self._many(x):
-            return None
-        right = self._wide_changed
-        return next((right[make] for make in self._fitting(stack) if make in right), None)
+        if self._wide_changed and self._many(x):
+            right = self._wide_changed
+            return next((right[make] for make in self._fitting(stack) if make in right), None)
+        prompts = self._prompts_changed is not None and x.dtype == self.dtype and prompt_changes.applies(x)
+        return self._prompts_changed if prompts and self._fits_prompts(stack) else None
 
     def _few(self, x: mx.array) -> bool:
         return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
@@ -152,11 +173,17 @@ class Shape:
         outputs = self._outputs * kernel.parts(self.epilogue)
         return product_kernel.fits_changes(outputs, self.inputs, self.dtype, stack)
 
+    def _fits_prompts(self, stack: Stack) -> bool:
+        return self.kernels.prompts_changed is not None and self.kernels.prompts_changed[1](*self._what, stack)
+
     def _fitting(self, stack: Stack) -> Iterator[MakeChanged]:
         """Those for more tokens; none where such products are MLX's."""
         if self._wide is not None:
-            what = self._outputs, self.inputs, self.dtype, self.epilogue
-            yield from (make for make, fits in self.kernels.wide_changed if fits(*what, stack))
+            yield from (make for make, fits in self.kernels.wide_changed if fits(*self._what, stack))
+
+    @property
+    def _what(self) -> tuple[int, int, mx.Dtype, str]:
+        return self._outputs, self.inputs, self.dtype, self.epilogue
 
 
 class Shapes:
@@ -192,25 +219,25 @@ def _gate(y: mx.array) -> mx.array:
 
 def _tried(multiply: Multiply, expected: Multiply, weight: mx.array, rows: Sequence[int]) -> Multiply | None:
     """`multiply`, if it gives what is expected for so many rows."""
-    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight, rows) else None
+    counts = [(1, count) for count in rows]
+    return multiply if _right(lambda x: multiply(x, weight), lambda x: expected(x, weight), weight, counts) else None
 
 
 def _tried_changed(
-    changed: Changed, epilogue: str, weight: mx.array, stack: Stack, counts: Sequence[int]
+    changed: Changed, epilogue: str, weight: mx.array, stack: Stack, counts: Sequence[tuple[int, int]]
 ) -> Changed | None:
-    """The same of products with changes: rows of all slots."""
+    """The same of products with changes, for so many rows, of all slots, with so many tokens each."""
     slots = stack.down.shape[0]
 
     def rows_of(x: mx.array) -> RowSlots:
-        return RowSlots.of([slots - 1 - row % slots for row in range(x.shape[1])])
+        return RowSlots.of([slots - 1 - row % slots for row in range(x.shape[0])])
 
     def found(x: mx.array) -> mx.array:
-        return changed(x.swapaxes(0, 1), weight, None, stack, rows_of(x)).swapaxes(0, 1)
+        return changed(x, weight, None, stack, rows_of(x))
 
     def expected(x: mx.array) -> mx.array:
         which = rows_of(x).slots
-        change = (x.swapaxes(0, 1) @ stack.a[which]) @ stack.b[which]
-        y = x @ weight.T + change.swapaxes(0, 1)
+        y = x @ weight.T + (x @ stack.a[which]) @ stack.b[which]
         return _gate(y) if epilogue == "swiglu" else y
 
     return changed if _right(found, expected, weight, counts) else None
@@ -220,16 +247,17 @@ def _right(
     found: Callable[[mx.array], mx.array],
     expected: Callable[[mx.array], mx.array],
     weight: mx.array,
-    counts: Sequence[int],
+    counts: Sequence[tuple[int, int]],
 ) -> bool:
-    """Whether both give the same for tokens [1, rows, inputs], for each of so many rows."""
+    """Whether both give the same for tokens [rows, tokens, inputs], for each of such numbers."""
     try:
-        for rows in counts:
-            x = mx.random.normal((1, rows, weight.shape[1]), key=mx.random.key(rows)).astype(weight.dtype)
+        for rows, tokens in counts:
+            key = mx.random.key(rows * tokens)
+            x = mx.random.normal((rows, tokens, weight.shape[1]), key=key).astype(weight.dtype)
             exact = expected(x).astype(mx.float32)
             wrong = mx.linalg.norm(found(x).astype(mx.float32) - exact)
             if not (wrong <= _TOLERANCE * mx.linalg.norm(exact)).item():
-                logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "rows": rows})
+                logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "rows": rows * tokens})
                 return False
     except (ValueError, RuntimeError) as failure:
         logger.warning("products of few tokens are MLX's", extra={"shape": weight.shape, "reason": str(failure)})

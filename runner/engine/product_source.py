@@ -54,7 +54,7 @@ BODY: Final = """
     for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     BEFORE
-    const int first = BLOCK * (16 * MTILES / PARTS);
+    const int first = blockIdx.x * (16 * MTILES / PARTS);
 
     const T* lines[MTILES];
     #pragma unroll
@@ -103,6 +103,7 @@ BODY: Final = """
     constexpr int THREADS = WARPS * 32, EACH = (TILES * 128 + THREADS - 1) / THREADS, APART = STAGES * MTILES * 512;
     SEEK
     for (int round = 0; round < rounds; ++round) {
+        LOOK
         wait_for_groups<STAGES - 1>();
         const uint4* const a = own + round % STAGES * MTILES * 128;
         #pragma unroll
@@ -130,6 +131,7 @@ BODY: Final = """
     }
     WAIT
     __syncthreads();
+    MEET
     #pragma unroll
     for (int e = 0; e < EACH; ++e) {
         const int at = threadIdx.x + e * THREADS, n = at % 16, r = at / 16;
@@ -159,5 +161,5 @@ STORES: Final = {
 }
 """What becomes of the sums."""
 
-PLAIN: Final = {"BEFORE": "", "BLOCK": "blockIdx.x", "SEEK": "", "WAIT": "", "CHANGE": "", "DONE": ""}
+PLAIN: Final = dict.fromkeys(["BEFORE", "SEEK", "LOOK", "WAIT", "MEET", "CHANGE", "DONE"], "")
 """What stands at these places of BODY."""
