@@ -58,7 +58,7 @@ CHANGED: Final = {
     + UNPACK
     + """
     constexpr int AHEAD = 8, SPLITS = WARPS >= 16 ? 8 : WARPS >= 8 ? 2 : 1, AT_ONCE = WARPS / SPLITS;
-    const int blocks = O / (16 * MTILES), working = min(blocks, multiprocessors()), items = rows * R;
+    const int blocks = O / (16 * MTILES), working = FRONT > 0 ? FRONT : min(blocks, multiprocessors()), items = rows * R;
     int* const ready = const_cast<int*>(board);
     float* const inner = reinterpret_cast<float*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
     __shared__ int known, own_slot[TILES * 8], low[TILES * 8 * MTILES], high[TILES * 8 * MTILES];
@@ -84,17 +84,7 @@ CHANGED: Final = {
         for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
         return sum;
     };
-    // The last warp finds out what the rows need; its loads are on their way while others are waited for.
-    const bool seeking = warp == WARPS - 1 && lane < TILES * 8;
-    const int mine = seeking && lane < rows ? slots[lane / each] : 0;
-""",
-    "SEEK": """
-    uint4 parts[3];
-    if (seeking) {
-        #pragma unroll
-        for (int i = 0; i < 3; ++i) parts[i] = reinterpret_cast<const uint4*>(spans + mine * 32)[i];
-    }
-    if (blockIdx.x < working) {
+    auto share = [&]() {
         const int per = (items + working - 1) / working, from = blockIdx.x * per, until = min(from + per, items);
         for (int begin = from; begin < until; begin += AT_ONCE) {
             const int item = begin + warp / SPLITS;
@@ -109,7 +99,23 @@ CHANGED: Final = {
             __syncthreads();
         }
         if (threadIdx.x == 0) count(ready);
+    };
+    if (FRONT > 0 && blockIdx.x < FRONT) {
+        share();
+        return;
     }
+    // The last warp finds out what the rows need; its loads are on their way while others are waited for.
+    const bool seeking = warp == WARPS - 1 && lane < TILES * 8;
+    const int mine = seeking && lane < rows ? slots[lane / each] : 0;
+""",
+    "BLOCK": "(int(blockIdx.x) - FRONT)",
+    "SEEK": """
+    uint4 parts[3];
+    if (seeking) {
+        #pragma unroll
+        for (int i = 0; i < 3; ++i) parts[i] = reinterpret_cast<const uint4*>(spans + mine * 32)[i];
+    }
+    if (FRONT == 0 && blockIdx.x < working) share();
     if (seeking) {
         own_slot[lane] = mine;
         #pragma unroll

@@ -48,6 +48,7 @@ class Way(msgspec.Struct, frozen=True):
     warps: int
     stages: int
     mtiles: int
+    front: int = 0
 
     @property
     def shared_memory(self) -> int:
@@ -188,7 +189,7 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts}, FRONT = {way.front};\n"
     )
 
 
@@ -212,13 +213,13 @@ def _prepare(
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
-    blocks = outputs * parts // (_TILE * way.mtiles)
+    blocks = outputs * parts // (_TILE * way.mtiles) + way.front
     return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
 def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
-    sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
+    sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}" + (f"_{way.front}" if way.front else "")
     return Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{KINDS[dtype][1]}_{sizes}",
         inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue, changes=changes)},

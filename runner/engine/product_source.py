@@ -54,7 +54,7 @@ BODY: Final = """
     for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     BEFORE
-    const int first = blockIdx.x * (16 * MTILES / PARTS);
+    const int first = BLOCK * (16 * MTILES / PARTS);
 
     const T* lines[MTILES];
     #pragma unroll
@@ -161,5 +161,5 @@ STORES: Final = {
 }
 """What becomes of the sums."""
 
-PLAIN: Final = dict.fromkeys(["BEFORE", "SEEK", "LOOK", "WAIT", "MEET", "CHANGE", "DONE"], "")
+PLAIN: Final = {"BLOCK": "blockIdx.x"} | dict.fromkeys(["BEFORE", "SEEK", "LOOK", "WAIT", "MEET", "CHANGE", "DONE"], "")
 """What stands at these places of BODY."""

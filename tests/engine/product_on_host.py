@@ -48,7 +48,7 @@ class OnHost:
         names = product_kernel.inputs_of(epilogue, changes=changes)
         views = [on_host(array) for array in arrays]
         result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
-        blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles)
+        blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles) + way.front
         launch(self._run(way, tiles, dtype, epilogue, changes), blocks, way.warps * 32, views, result)
         if changes:
             assert not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"
