@@ -58,7 +58,8 @@ CHANGED: Final = {
     + UNPACK
     + """
     constexpr int AHEAD = 8, SPLITS = WARPS >= 16 ? 8 : WARPS >= 8 ? 2 : 1, AT_ONCE = WARPS / SPLITS;
-    const int blocks = O / (16 * MTILES), working = FRONT > 0 ? FRONT : min(blocks, multiprocessors()), items = rows * R;
+    const int blocks = O / (16 * MTILES), items = rows * R;
+    const int working = FRONT > 0 ? FRONT : min(blocks, multiprocessors());
     int* const ready = const_cast<int*>(board);
     float* const inner = reinterpret_cast<float*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
     __shared__ int known, own_slot[TILES * 8], low[TILES * 8 * MTILES], high[TILES * 8 * MTILES];
