@@ -1,15 +1,18 @@
 """What `product_source` becomes where each row has the low-rank change of its slot, in CUDA.
 
-That is as in `adapters/kernel.py`: the rounded product, plus what the rank's inner products and `up` give, rounded. The
-first blocks, as many as there are multiprocessors, compute the inner products, a few each, while their weights are on
-the way, and leave them in `inner`, the room of a board (`RowSlots`). There are no blocks for that alone: with those the
-grid had more than run at once, and the last ones began when the product could have been done. All wait for inner
-products before what the sums become, though not for ever: who waits for a block that does not run, on a device that
-others use as well, computes them all by itself, to the same bits. The order of an inner product depends on K and WARPS
-only.
+The change is more of the product: behind a token's K values come its inner products with `down` of all slots, zeros but
+for those of its own, and behind a line of the weight what all slots' `up` have for that output (`Stack.turned`). So it
+is read as the weight is, ahead of time, and what comes after the sums is as it was; a row without a change has the same
+bits as without any of this, and inner products are of the tokens' type, as upstream's are.
 
-A board's counters are how many of the first blocks have left theirs, and how many blocks have seen that all have; the
-last to see it leaves both at zero.
+The first blocks, as many as there are multiprocessors, compute the inner products, a few each, while their weights are
+on the way, and leave them in the room of a board (`RowSlots`). There are no blocks for that alone: with those the grid
+had more than run at once, and the last ones began when the product could have been done. A warp waits for them before
+it reads them, though not for ever: who waits for a block that does not run, on a device that others use as well,
+computes what it needs by itself, to the same bits. The order of an inner product depends on K and WARPS only.
+
+A board's counters are how many of the first blocks have left theirs, and how often it was seen that all have; the last
+to see it leaves both at zero.
 """
 
 from __future__ import annotations
@@ -29,8 +32,16 @@ __device__ inline int peek(const int* from) {
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
+__device__ inline uint4 fresh(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
 // One more; what this thread, and those that it has met, have written before is seen by then.
 __device__ inline void count(int* at) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" :: "l"(at) : "memory"); }
+// The same, which the compiler does not know.
+__device__ inline int hidden(int v) { asm volatile("" : "+r"(v)); return v; }
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 __device__ inline int multiprocessors() {
     int v;
@@ -51,27 +62,14 @@ UNPACK: Final = """
 """
 """What a launch with changes finds in its arrays: of `rows` tokens with K values, and O outputs."""
 
-CHANGED: Final = {
-    "BEFORE": """
-    const int O = N * PARTS;
-"""
-    + UNPACK
-    + """
-    constexpr int AHEAD = 8, SPLITS = WARPS >= 16 ? 8 : WARPS >= 8 ? 2 : 1, AT_ONCE = WARPS / SPLITS;
-    const int blocks = O / (16 * MTILES), items = rows * R;
-    const int working = FRONT > 0 ? FRONT : min(blocks, multiprocessors());
-    int* const ready = const_cast<int*>(board);
-    float* const inner = reinterpret_cast<float*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
-    __shared__ int known, own_slot[TILES * 8], low[TILES * 8 * MTILES], high[TILES * 8 * MTILES];
-    __shared__ float partial[WARPS], products[TILES * 8 * MTILES * AHEAD];
-    // A part of an inner product. All ranks, those of other adapters included, which are zeros for this one.
-    auto piece = [&](int item, int split) {
+_PIECE: Final = """
+    // A part of an inner product of a token, with a line of `down`, or none.
+    auto NAME = [&](int row, int line, int split) {
         float sum = 0.0f;
-        const int row = item / R, its = item < items ? slots[row / each] : 0;
-        if (its > 0) {
+        if (line >= 0) {
             const T* const token = x + size_t(row) * K;
-            const T* const own = down + (size_t(its) * R + item % R) * K;
-            #pragma unroll 4
+            const T* const own = down + size_t(line) * K;
+            #pragma unroll TIMES
             for (int k = (split * 32 + lane) * 8; k < K; k += SPLITS * 256) {
                 const uint4 left = *reinterpret_cast<const uint4*>(token + k);
                 const uint4 right = *reinterpret_cast<const uint4*>(own + k);
@@ -85,130 +83,112 @@ CHANGED: Final = {
         for (int width = 16; width > 0; width >>= 1) sum += __shfl_xor_sync(0xffffffff, sum, width);
         return sum;
     };
-    auto share = [&]() {
+"""
+
+CHANGED: Final = {
+    "BEFORE": """
+    const int O = N * PARTS;
+"""
+    + UNPACK
+    + """
+    constexpr int SPLITS = WARPS >= 16 ? 8 : WARPS >= 8 ? 2 : 1, AT_ONCE = WARPS / SPLITS;
+    const int blocks = O / (16 * MTILES), working = min(blocks, multiprocessors()), items = rows * R;
+    const int E = turned_shape[1], more = E / 32;
+    int* const ready = const_cast<int*>(board);
+    // [rows, E]
+    T* const inner = reinterpret_cast<T*>(ready + 32 + (board_shape[0] + 31) / 32 * 32);
+    __shared__ float partial[WARPS];
+"""
+    + _PIECE.replace("NAME", "piece").replace("TIMES", "4"),
+    "SEEK": """
+    // Lines of `turned` come into the cache that all blocks share while the weights do.
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < 16 * MTILES * more; i += THREADS) {
+        const int line = i / more, m = line / 16;
+        prefetch(turned + size_t(first + m / PARTS * 16 + m % PARTS * N + line % 16) * E + i % more * 32);
+    }
+    if (blockIdx.x < working) {
         const int per = (items + working - 1) / working, from = blockIdx.x * per, until = min(from + per, items);
         for (int begin = from; begin < until; begin += AT_ONCE) {
-            const int item = begin + warp / SPLITS;
-            const float sum = piece(item < until ? item : items, warp % SPLITS);
+            const int item = min(begin + warp / SPLITS, until - 1);
+            const int taken = slots[item / R / each];
+            const float sum = piece(item / R, taken > 0 ? taken * R + item % R : -1, warp % SPLITS);
             if (lane == 0) partial[warp] = sum;
             __syncthreads();
             if (threadIdx.x < AT_ONCE && begin + threadIdx.x < until) {
+                const int mine = begin + threadIdx.x, row = mine / R, rank = mine % R, its = slots[row / each];
                 float total = 0.0f;
                 for (int split = 0; split < SPLITS; ++split) total += partial[threadIdx.x * SPLITS + split];
-                inner[begin + threadIdx.x] = total;
+                #pragma unroll 4
+                for (int slot = 0; slot < S; ++slot) {
+                    inner[row * E + slot * R + rank] = T(slot == its ? total : 0.0f);
+                }
+                for (int i = S * R + rank; i < E; i += R) inner[row * E + i] = T(0.0f);
             }
             __syncthreads();
         }
         if (threadIdx.x == 0) count(ready);
-    };
-    if (FRONT > 0 && blockIdx.x < FRONT) {
-        share();
-        return;
-    }
-    // The last warp finds out what the rows need; its loads are on their way while others are waited for.
-    const bool seeking = warp == WARPS - 1 && lane < TILES * 8;
-    const int mine = seeking && lane < rows ? slots[lane / each] : 0;
-""",
-    "BLOCK": "(int(blockIdx.x) - FRONT)",
-    "SEEK": """
-    uint4 parts[3];
-    if (seeking) {
-        #pragma unroll
-        for (int i = 0; i < 3; ++i) parts[i] = reinterpret_cast<const uint4*>(spans + mine * 32)[i];
-    }
-    if (FRONT == 0 && blockIdx.x < working) share();
-    if (seeking) {
-        own_slot[lane] = mine;
-        #pragma unroll
-        for (int m = 0; m < MTILES; ++m) {
-            const int output = first + m / PARTS * 16 + m % PARTS * N;
-            const unsigned words[12] = {parts[0].x, parts[0].y, parts[0].z, parts[0].w, parts[1].x, parts[1].y,
-                                        parts[1].z, parts[1].w, parts[2].x, parts[2].y, parts[2].z, parts[2].w};
-            int begins = -1, ends = 0;
-            #pragma unroll
-            for (int part = 0; part < 4; ++part) {
-                if (begins >= 0 || output >= int(words[part * 3])) continue;
-                begins = words[part * 3 + 1], ends = words[part * 3 + 2];
-            }
-            if (begins < 0) {
-                const int* span = spans + mine * 32 + 12;
-                #pragma unroll 1
-                while (span[0] <= output) span += 3;
-                begins = span[1], ends = span[2];
-            }
-            if (lane >= rows) ends = begins;
-            low[lane * MTILES + m] = begins, high[lane * MTILES + m] = ends;
-            // What the changes need of `up` comes into the cache that all blocks share, while the weights do.
-            #pragma unroll 1
-            for (int i = begins; i < ends; ++i) prefetch(up + (size_t(mine) * R + i) * O + output);
-        }
     }
     int looked = 0;
 """,
-    "LOOK": """
-        if (threadIdx.x == 0 && round == rounds - 1) looked = peek(ready);
+    "PEEK": """
+        looked = peek(ready);
 """,
-    "WAIT": """
-    if (threadIdx.x == 0) known = looked;
-""",
-    "MEET": """
-    T right[EACH][MTILES][AHEAD];
-    #pragma unroll
-    for (int e = 0; e < EACH; ++e) {
-        const int n = (threadIdx.x + e * THREADS) % 16, r = (threadIdx.x + e * THREADS) / 16;
-        if (r >= rows || r >= TILES * 8) continue;
+    "MORE": """
+    // What is known of before is found out again: kept meanwhile, it would take registers from what is read ahead.
+    bool last = false;
+    auto line_of = [&](int i, int chunk, int thread) {
+        const int output = first + i / 2 / PARTS * 16 + i / 2 % PARTS * N + thread / 4 + i % 2 * 8;
+        return turned + size_t(output) * E + chunk * 32 + thread % 4 * 8;
+    };
+    #pragma unroll 1
+    for (int chunk = hidden(threadIdx.x) / 32; chunk < more; chunk += WARPS) {
+        const int thread = hidden(threadIdx.x) % 32;
+        uint4 a[MTILES][2];
+        #pragma unroll
+        for (int i = 0; i < MTILES * 2; ++i) a[i / 2][i % 2] = load(line_of(i, chunk, thread), true);
+        if (thread == 0) {
+            #pragma unroll 1
+            for (int times = 0; times < PATIENCE && looked < working; ++times) looked = acquire(ready);
+        }
+        looked = __shfl_sync(0xffffffff, looked, 0);
+        if (looked < working) {
+            PIECE
+            #pragma unroll 1
+            for (int row = 0; row < rows; ++row) {
+                const int ranks = (changes_shape[1] - 64) / (hidden(K) + O);
+                const int first_line = slots[row / (rows / board_shape[0])] * ranks;
+                inner[row * E + chunk * 32 + thread] = T(0.0f);
+                __syncwarp();
+                const int begin = max(first_line, chunk * 32), end = min(first_line + ranks, chunk * 32 + 32);
+                #pragma unroll 1
+                for (int line = begin; first_line > 0 && line < end; ++line) {
+                    float total = 0.0f;
+                    #pragma unroll 1
+                    for (int split = 0; split < SPLITS; ++split) total += one_by_one(row, line, split);
+                    if (thread == 0) inner[row * E + line] = T(total);
+                }
+            }
+            __syncwarp();
+        }
+        if (thread == 0) last |= atomicAdd(ready + 1, 1) == blocks * more - 1;
+        #pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            const int row = i * 8 + thread / 4;
+            b[0][i] = fresh(inner + (row < rows ? row : rows - 1) * E + chunk * 32 + thread % 4 * 8);
+        }
         #pragma unroll
         for (int m = 0; m < MTILES; ++m) {
-            const int from = low[r * MTILES + m], until = high[r * MTILES + m];
-            if (from >= until) continue;
-            const T* const line = up + size_t(own_slot[r]) * R * O + first + m / PARTS * 16 + m % PARTS * N + n;
+            const uint4 low = a[m][0], high = a[m][1];
             #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) right[e][m][i] = line[size_t(min(from + i, until - 1)) * O];
+            for (int i = 0; i < TILES; ++i) {
+                multiply(sum[m][i], low.x, high.x, low.y, high.y, b[0][i].x, b[0][i].y);
+                multiply(sum[m][i], low.z, high.z, low.w, high.w, b[0][i].z, b[0][i].w);
+            }
         }
     }
-    if (known < working) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int found = 0;
-            #pragma unroll 1
-            for (int times = 0; times < PATIENCE && found < working; ++times) found = acquire(ready);
-            known = found;
-        }
-        __syncthreads();
-        if (known < working) {
-            #pragma unroll 1
-            for (int item = warp; item < items; item += WARPS) {
-                float total = 0.0f;
-                #pragma unroll 1
-                for (int split = 0; split < SPLITS; ++split) total += piece(item, split);
-                if (lane == 0) inner[item] = total;
-            }
-            __syncthreads();
-        }
-    }
-    for (int at = threadIdx.x; at < rows * MTILES * AHEAD; at += THREADS) {
-        const int its = at / AHEAD, rank = low[its] + at % AHEAD;
-        products[at] = rank < high[its] ? __ldcg(inner + its / MTILES * R + rank) : 0.0f;
-    }
-    int seen = 0;
-    if (threadIdx.x == 0) seen = atomicAdd(ready + 1, 1);
-    __syncthreads();
-""",
-    "CHANGE": """
-            float changed = float(T(total[m]));
-            const int its = r * MTILES + m, from = low[its], until = high[its];
-            #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                if (from + i < until) changed += products[its * AHEAD + i] * float(right[e][m][i]);
-            }
-            const T* const line = up + size_t(own_slot[r]) * R * O + first + m / PARTS * 16 + m % PARTS * N + n;
-            #pragma unroll 4
-            for (int rank = from + AHEAD; rank < until; ++rank) {
-                changed += __ldcg(inner + r * R + rank) * float(line[size_t(rank) * O]);
-            }
-            total[m] = changed;
-""",
+""".replace("PIECE", _PIECE.replace("NAME", "one_by_one").replace("TIMES", "1")),
     "DONE": """
-    if (threadIdx.x == 0 && seen == blocks - 1) ready[0] = ready[1] = 0;
+    if (last) ready[0] = ready[1] = 0;
 """,
 }

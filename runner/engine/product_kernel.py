@@ -48,7 +48,6 @@ class Way(msgspec.Struct, frozen=True):
     warps: int
     stages: int
     mtiles: int
-    front: int = 0
 
     @property
     def shared_memory(self) -> int:
@@ -112,7 +111,8 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
     return (
         stack.packed is not None
         and down.dtype == b.dtype == dtype
-        and 0 < down.shape[1] <= ROOM // MOST_ROWS
+        and stack.turned is not None
+        and MOST_ROWS * stack.turned.shape[1] <= 2 * ROOM
         and (b.shape[2], down.shape[2]) == (outputs, inputs)
         and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
     )
@@ -126,7 +126,7 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         kernel, grid, threads = by_rows[x.size // inputs]
         result: mx.array = kernel.launch(
-            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
+            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board(), stack.turned],
             grid=grid,
             threadgroup=threads,
             output_shapes=[(*x.shape[:-1], outputs)],
@@ -189,7 +189,7 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts}, FRONT = {way.front};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
     )
 
 
@@ -203,7 +203,7 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: boo
 def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
     """What the source calls a call's arrays."""
     names = ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
-    return [*names, "changes", "board"] if changes else names
+    return [*names, "changes", "board", "turned"] if changes else names
 
 
 def _prepare(
@@ -213,13 +213,13 @@ def _prepare(
     parts = 2 if epilogue == "swiglu" else 1
     assert outputs % (_TILE * way.mtiles // parts) == 0
     threads = way.warps * _WARP
-    blocks = outputs * parts // (_TILE * way.mtiles) + way.front
+    blocks = outputs * parts // (_TILE * way.mtiles)
     return _kernel(way, tiles, dtype, epilogue, changes), (blocks * threads, 1, 1), (threads, 1, 1)
 
 
 @cache
 def _kernel(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, changes: bool) -> Kernel:
-    sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}" + (f"_{way.front}" if way.front else "")
+    sizes = f"{way.warps}_{way.stages}_{way.mtiles}_{tiles}"
     return Kernel(
         name=f"{'changed' if changes else 'product'}_{epilogue}_{KINDS[dtype][1]}_{sizes}",
         inputs={name: mx.int32 if name == "board" else dtype for name in inputs_of(epilogue, changes=changes)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from runner.engine.adapters import expand, inner_kernel, kernel
+from runner.engine.adapters import kernel, prompts
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import Changed
@@ -17,7 +17,7 @@ from runner.engine.product_kernel import Changed
 def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack) -> bool:
     """Whether there are kernels for such changes to a weight [outputs, inputs] (of both parts, for "swiglu")."""
     shapes = (stack.b.shape[2], stack.down.shape[2]) == (outputs * kernel.parts(epilogue), inputs)
-    return shapes and stack.down.dtype == dtype and expand.fits(stack) and inner_kernel.fits(inputs, stack)
+    return shapes and stack.down.dtype == dtype and prompts.fits(inputs, stack)
 
 
 def applies(x: mx.array) -> bool:
@@ -27,14 +27,11 @@ def applies(x: mx.array) -> bool:
 
 def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
     """The product with one weight in which each row has its own change, prepared."""
-    expand.prepare(dtype, epilogue)
-    inner_kernel.kernel(dtype)
-    nothing = mx.zeros((1,), dtype)
-    mx.eval(nothing)
+    prompts.prepare(inputs, dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         board = slots.board()
-        inner = inner_kernel.inner(x, weight, stack, board)
-        return expand.expand(x @ weight.T, inner, stack, board, nothing if added is None else added, epilogue)
+        inner = prompts.inner(x, weight, stack, board)
+        return prompts.add(x @ weight.T, inner, stack, board, added, epilogue)
 
     return call

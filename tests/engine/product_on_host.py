@@ -35,7 +35,8 @@ class OnHost:
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
         def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
             assert stack.packed is not None
-            more = [stack.packed, board_of(slots)]
+            assert stack.turned is not None
+            more = [stack.packed, board_of(slots), stack.turned]
             return self._call(choose, epilogue, x, [*_first(x, weight, added, epilogue), *more], outputs)
 
         return call
@@ -48,7 +49,7 @@ class OnHost:
         names = product_kernel.inputs_of(epilogue, changes=changes)
         views = [on_host(array) for array in arrays]
         result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
-        blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles) + way.front
+        blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles)
         launch(self._run(way, tiles, dtype, epilogue, changes), blocks, way.warps * 32, views, result)
         if changes:
             assert not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"

@@ -1,18 +1,19 @@
-"""`prompt_changes` on the host: the inner products of prompts' tokens, and the launch that follows."""
+"""`prompt_changes` on the host: the inner products of prompts' tokens, and the launch that adds the changes."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.adapters import inner_kernel
+from runner.engine.adapters import prompts
+from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import Changed
+from runner.engine.product_source import SWIGLU
 from tests.engine.cuda_on_host import Run, compiled
 from tests.engine.product_on_host import arguments_of, board_of, launch, on_host
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
-from tests.engine.wide_changes_on_host import WideChangesOnHost
 
 WARPS = 2
 """Of a block here; a device's has more."""
@@ -22,30 +23,45 @@ class PromptChangesOnHost:
     """Makes products as `prompt_changes.changed` does. Each is computed at once."""
 
     def __init__(self) -> None:
-        self._wide = WideChangesOnHost()
-        self._built: dict[mx.Dtype, Run] = {}
+        self._built: dict[tuple[mx.Dtype, str | None], Run] = {}
 
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Changed:
         def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
             y = x.astype(mx.float32) @ weight.astype(mx.float32).T
-            inner = self.inner(x, weight, stack, slots)
-            return self._wide.expand(y.astype(dtype), inner, stack, slots, added, epilogue)
+            return self.add(y.astype(dtype), self.inner(x, weight, stack, slots), stack, slots, added, epilogue)
 
         return call
 
     def inner(self, x: mx.array, weight: mx.array, stack: Stack, slots: RowSlots) -> mx.array:
-        """As `inner_kernel.inner`; what it leaves unwritten is no number."""
+        """As `prompts.inner`; what it leaves unwritten is no number."""
         assert stack.packed is not None
-        (rows, tokens, _), (count, ranks, _) = x.shape, stack.down.shape
-        result = np.full((1, rows * tokens, count, ranks), np.nan, dtype=np.float32)
-        blocks = rows * -(-tokens // 32) * -(-ranks // 16)
+        (rows, tokens, _), ranks = x.shape, stack.down.shape[1]
+        result = np.full((rows * tokens, ranks), np.nan, dtype=np.float32)
+        blocks = rows * -(-tokens // 16) * -(-ranks // 16)
         views = [on_host(array) for array in (x, weight, stack.packed, board_of(slots))]
-        launch(self._run(x.dtype), blocks, WARPS * 32, views, result)
+        launch(self._run(x.dtype, None), blocks, WARPS * 32, views, result)
         return mx.array(result)
 
-    def _run(self, dtype: mx.Dtype) -> Run:
-        if dtype not in self._built:
-            header = TYPES + inner_kernel.constants(dtype, WARPS) + DEVICE
-            arguments = arguments_of([*inner_kernel.inputs_of(dtype)], "T") | {"out": "float*"}
-            self._built[dtype] = compiled(header, inner_kernel.source(), arguments, "")
-        return self._built[dtype]
+    def add(
+        self, y: mx.array, inner: mx.array, stack: Stack, slots: RowSlots, added: mx.array | None, epilogue: str
+    ) -> mx.array:
+        """As `prompts.add`."""
+        assert stack.packed is not None
+        rows, tokens, outputs = y.shape
+        outputs //= parts(epilogue)
+        rest = [] if epilogue == "swiglu" else [mx.zeros((1,), y.dtype) if added is None else added]
+        views = [on_host(array) for array in (y, inner, *rest, stack.packed, board_of(slots))]
+        result = np.zeros((rows, tokens, outputs), dtype=np.uint16)
+        blocks = rows * -(-tokens // prompts.TOKENS) * -(-outputs // (32 * WARPS))
+        launch(self._run(y.dtype, epilogue), blocks, WARPS * 32, views, result)
+        return mx.array(result).view(y.dtype)
+
+    def _run(self, dtype: mx.Dtype, epilogue: str | None) -> Run:
+        if (dtype, epilogue) not in self._built:
+            header = TYPES + prompts.constants(dtype, epilogue, WARPS) + DEVICE
+            header += SWIGLU if epilogue == "swiglu" else ""
+            arguments = arguments_of([*prompts.inputs_of(epilogue, dtype)], "T")
+            if epilogue is None:
+                arguments["out"] = "float*"
+            self._built[dtype, epilogue] = compiled(header, prompts.source(epilogue), arguments, "")
+        return self._built[dtype, epilogue]

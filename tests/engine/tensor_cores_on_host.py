@@ -44,6 +44,8 @@ static void copy(uint4* to, const void* from, bool there) { *to = load(from, the
 static int acquire(const int* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
 static void count(int* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELEASE); }
 static int peek(const int* from) { return acquire(from); }
+static uint4 fresh(const void* from) { return load(from, true); }
+static int hidden(int v) { return v; }
 static void prefetch(const void*) {}
 // Blocks run one after the other here: most wait for others in vain.
 static int multiprocessors() { return 3; }

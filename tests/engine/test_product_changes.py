@@ -87,7 +87,6 @@ def on_host() -> Make:
         (32, 192, mx.bfloat16, "plain", Way(2, 2, 1), 1),
         (64, 320, mx.float16, "add", Way(4, 1, 2), 1),  # more warps than the smallest change has ranks
         (16, 128, mx.bfloat16, "swiglu", Way(2, 1, 2), 5),
-        (64, 192, mx.float16, "plain", Way(4, 2, 1, front=3), 1),
     ],
     ids=str,
 )
