@@ -43,7 +43,7 @@ Make = Callable[[int, int, mx.Dtype, str], Multiply]
 """How products of few tokens are made: `product_kernel.multiply`, `wide_product_kernel.multiply`."""
 
 MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
-"""How those with changes are: `product_kernel.changed`, `wide_changed_kernel.changed`, `wide_changes.changed`."""
+"""How those with changes are: `product_kernel.changed`, and what there is in `wide_changed_kernel`, `wide_changes`."""
 
 Fits = Callable[[int, int, mx.Dtype, str, Stack], bool]
 """Whether they are for such changes: as `wide_changes.fits`."""
@@ -79,14 +79,18 @@ def kernels() -> Kernels | None:
     wide = wide_product_kernel.multiply if wide_product_kernel.usable() else None
     if not cuda_kernels.usable(kernel.SWITCH):
         return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
-    in_one, in_two = ((module.changed, module.fits) for module in (wide_changed_kernel, wide_changes))
+    wide_changed = (
+        (wide_changed_kernel.changed, wide_changed_kernel.at_once),
+        (wide_changed_kernel.changed_in_turns, wide_changed_kernel.fits),
+        (wide_changes.changed, wide_changes.fits),
+    )
     return Kernels(
         product_kernel.multiply,
         product_kernel.changed,
         _add_changes,
         product_kernel.gate,
         wide,
-        (in_one, in_two) if wide else (),
+        wide_changed if wide else (),
         (prompt_changes.changed, prompt_changes.fits),
     )
 

@@ -1,7 +1,8 @@
 """The product of 33 to 128 tokens in which each row has its own low-rank change, in one launch on Hopper GPUs.
 
 What it gives is what `wide_changes` does in two launches, to the bit, of which each costs the host 5 µs. Blocks that
-come first compute the tokens' inner products with all slots' ranks; the others need them only in the end.
+come first compute the tokens' inner products with all slots' ranks; the others need them only in the end, and have
+threads of their own that get them.
 """
 
 from __future__ import annotations
@@ -16,32 +17,60 @@ from msgspec.structs import replace
 from runner.engine import cuda_kernels, wide_product_kernel
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.layers import RowSlots
-from runner.engine.adapters.stack import Stack
+from runner.engine.adapters.stack import Span, Stack
 from runner.engine.changed_source import CHANGED_DEVICE
-from runner.engine.cuda_kernels import KINDS, Kernel, Size
+from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Changed, no_sum
-from runner.engine.wide_changed_source import CHANGED
-from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, TOKENS, Choose, Way
+from runner.engine.wide_changed_source import CHANGED, MEETINGS, RESIDUAL
+from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Choose, Way
 
 MOST_SLOTS: Final = 64
+
+SIDE: Final = 128
+"""Threads that a block has beside those that multiply."""
+
+_MOST_GROUPS: Final = 2
+"""Of threads that multiply: more leave too few registers to each, with those at the side."""
 
 _RANKS: Final = 4
 """That are read at once."""
 
-_CHUNKS: Final = 8
-"""Of 64 inputs, that a block with inner products has: where others have all of K, twice as many."""
+_CHUNKS, _FEW_CHUNKS = 8, 4
+"""Of 64 inputs, that a block with inner products has at least: where all blocks run at once, and where not."""
 
+_PIECES: Final = 4
+"""At most: so many multiprocessors are left idle where the weight has a block for each."""
 
 _MOST_PIECES: Final = 16
-"""A thread has as many float4 on their way."""
+"""The same where some blocks wait for the first to end."""
+
+_KNOWN: Final = 2048
+"""Bytes of shared memory for what is known of rows and slots, at most."""
 
 
 def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"): that of the product without
     changes, so that a row without one has the same bits."""
+    return _shared(outputs, inputs, tokens, epilogue, _CHUNKS, _PIECES)
+
+
+def shorter(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
+    """The same for changes of so many ranks that their blocks and the weight's do not run at once: the first end
+    soon."""
+    return _shared(outputs, inputs, tokens, epilogue, _FEW_CHUNKS, _MOST_PIECES)
+
+
+def _shared(outputs: int, inputs: int, tokens: int, epilogue: str, chunks: int, most: int) -> Way:
     usual = wide_product_kernel.way(outputs, inputs, tokens, epilogue)
-    pieces = inputs // (64 * _CHUNKS * (1 if usual.splits > 1 else 2))
-    return replace(usual, pieces=min(max(1, pieces), _MOST_PIECES))
+    return replace(usual, pieces=min(max(1, inputs // (64 * chunks)), most))
+
+
+def at_once(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack) -> bool:
+    """Whether `way` is one for such changes: there is a kernel, and its first blocks leave room for the others, or
+    those had to wait for each other anyway."""
+    slots, ranks, _ = stack.down.shape
+    there = fits(outputs, inputs, dtype, epilogue, stack)
+    return there and _run_together(outputs, inputs, epilogue, slots, ranks)
 
 
 def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack, choose: Choose = way) -> bool:
@@ -50,20 +79,44 @@ def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack
     slots, ranks, _ = stack.down.shape
     if not wide_product_kernel.fits_inner(outputs * parts(epilogue), inputs, dtype, stack):
         return False
+    return _have_room(outputs, inputs, epilogue, slots, ranks, stack.spans[0], choose)
+
+
+# Both are asked in each step, for each layer.
+@cache
+def _run_together(outputs: int, inputs: int, epilogue: str, slots: int, ranks: int) -> bool:
+    usual = way(outputs, inputs, TOKENS[-1], epilogue)
+    own = wide_product_kernel.blocks(outputs, usual, epilogue) * usual.splits
+    return own > PROCESSORS or own + inner_blocks(usual, slots, ranks) <= PROCESSORS
+
+
+@cache
+def _have_room(
+    outputs: int, inputs: int, epilogue: str, slots: int, ranks: int, ends: tuple[Span, ...], choose: Choose
+) -> bool:
     if slots > MOST_SLOTS or ranks % _RANKS:
         return False
     return all(
-        room(way, tokens, epilogue, slots, ranks) <= way.ring(tokens)
-        and all(end % (way.groups * GROUP // parts(epilogue)) == 0 for end, _, _ in stack.spans[0])
+        way.groups <= _MOST_GROUPS
+        and room(way, tokens, epilogue, slots, ranks) <= way.ring(tokens) + beside(way, tokens)
+        and all(end % (way.groups * GROUP // parts(epilogue)) == 0 for end, _, _ in ends)
         for tokens in TOKENS
         for way in [choose(outputs, inputs, tokens, epilogue)]
     )
 
 
 def room(way: Way, tokens: int, epilogue: str, slots: int, ranks: int) -> int:
-    """Bytes of shared memory that sums, and changes of any spans, take once the product is there."""
+    """Bytes of shared memory that sums, what is added to them, and changes of any spans take once the product is
+    there."""
     lines = way.groups * GROUP
-    return tokens * (lines + 4) * 4 + (slots - 1) * ranks * lines * 2 + tokens * parts(epilogue) * ranks * 4
+    outputs = lines // parts(epilogue)
+    changes = (slots - 1) * ranks * lines * 2 + tokens * parts(epilogue) * ranks * 4
+    return tokens * (lines + 4) * 4 + tokens * outputs * 2 + changes
+
+
+def beside(way: Way, tokens: int) -> int:
+    """Bytes of it that changes may have while the product is computed."""
+    return ROOM - _KNOWN - way.shared_memory(tokens)
 
 
 def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain", choose: Choose = way) -> Changed:
@@ -78,7 +131,7 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
         rows = x.size // inputs
         way, kernel, width, shared, counters = by_rows[rows]
         count, ranks, _ = stack.down.shape
-        threads: Size = (way.groups * GROUP_THREADS, 1, 1)
+        threads: Size = (way.groups * GROUP_THREADS + SIDE, 1, 1)
         shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, count, ranks), (shared * rows,)]
         arrays = [x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()]
         many = 3 if shared else 2
@@ -94,26 +147,34 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     return call
 
 
+def changed_in_turns(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
+    """The same for changes that `at_once` is not true of."""
+    return changed(outputs, inputs, dtype, epilogue, shorter)
+
+
 def inner_blocks(way: Way, slots: int, ranks: int) -> int:
     """How many blocks come first."""
-    return -(-slots * ranks // (way.groups * GROUP)) * way.pieces
+    return -(-slots * ranks // (way.groups * GROUP + SIDE // 2)) * way.pieces
 
 
 def source(way: Way, epilogue: str) -> str:
     """The kernel's text."""
-    return wide_product_kernel.source(way, epilogue, CHANGED)
+    return wide_product_kernel.source(way, epilogue, CHANGED | RESIDUAL[epilogue])
 
 
 def constants(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
     """What the source does not say."""
-    usual = wide_product_kernel.constants(way, tokens, dtype, epilogue)
-    return f"{usual}constexpr int MOST_SLOTS = {MOST_SLOTS};\n"
+    return wide_product_kernel.constants(way, tokens, dtype, epilogue) + _more_constants(way, tokens)
 
 
 def header(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
     """What comes before it."""
     usual = wide_product_kernel.header(way, tokens, dtype, epilogue)
-    return f"{usual}constexpr int MOST_SLOTS = {MOST_SLOTS};\n{CHANGED_DEVICE}"
+    return usual + _more_constants(way, tokens) + CHANGED_DEVICE + MEETINGS
+
+
+def _more_constants(way: Way, tokens: int) -> str:
+    return f"constexpr int MOST_SLOTS = {MOST_SLOTS}, SIDE = {SIDE}, BESIDE = {beside(way, tokens)};\n"
 
 
 def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
@@ -148,5 +209,5 @@ def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
         outputs=outputs_of(way, dtype),
         source=source(way, epilogue),
         header=header(way, tokens, dtype, epilogue),
-        shared_memory=way.shared_memory(tokens),
+        shared_memory=way.shared_memory(tokens) + beside(way, tokens),
     )

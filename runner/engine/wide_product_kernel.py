@@ -43,7 +43,8 @@ GROUP: Final = 64
 _CHUNK: Final = 64
 GROUP_THREADS: Final = 128
 _ALIGNED: Final = 1024
-_ROOM: Final = 227 * 1024
+ROOM: Final = 227 * 1024
+"""Bytes of shared memory that a block can have."""
 
 _FEW_RANKS: Final = 4
 """Ranks of all slots are at most a part of so many of a weight's outputs."""
@@ -184,8 +185,10 @@ def source(way: Way, epilogue: str, lines: Mapping[str, str] | None = None) -> s
     shares = SHARED if way.splits > 1 else ALONE
     if lines is None:
         lines = CHANGES if epilogue == "changes" else PLAIN
-    for place, what in {**shares, **lines, **EPILOGUES[epilogue]}.items():
-        text = text.replace(place, what)
+    # Those that share K are in what `lines` are as well.
+    for places in (shares, lines, shares, EPILOGUES[epilogue]):
+        for place, what in places.items():
+            text = text.replace(place, what)
     return cuda_kernels.terse(text)
 
 
@@ -230,7 +233,7 @@ _Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array]]
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
     """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches."""
-    assert way.shared_memory(tokens) <= _ROOM
+    assert way.shared_memory(tokens) <= ROOM
     threads, count = way.groups * GROUP_THREADS, blocks(outputs, way, epilogue)
     shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
     grid = (count * way.splits * threads, 1, 1)

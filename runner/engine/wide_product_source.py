@@ -65,20 +65,9 @@ def device(tokens: int, operand: str) -> str:
     return DEVICE.replace("WGMMA", product)
 
 
-BODY: Final = """
-    constexpr int THREADS = GROUPS * 128, LINES = GROUPS * 64, OUT = LINES / PARTS, STEP = THREADS / 8;
-    constexpr int STAGE = (LINES + TOKENS) * 8, PITCH = LINES + 4;
-    const int K = w_shape[1], N = w_shape[0] / PARTS, chunks = K / 64;
-    int rows = 1;
-    #pragma unroll 1
-    for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
-    SHARE
-    const int begin = chunks * split / shares, end = chunks * (split + 1) / shares;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-
+LOOP: Final = """
     // A thread copies one vector of every STEP-th line.
     const int line = threadIdx.x / 8, vector = threadIdx.x % 8;
-    uint4* const tiles = aligned();
     uint4* const to = tiles + line * 8 + (vector ^ line % 8);
     const T* const weights = LINES_OF + size_t(first + line) * K + vector * 8;
     const T* const tokens = x + size_t(line) * K + vector * 8;
@@ -100,9 +89,10 @@ BODY: Final = """
     float sum[TOKENS / 2];
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.0f;
-    #pragma unroll
+    // Code that runs once has to come from memory as well.
+    #pragma unroll 1
     for (int i = 0; i < STAGES - 2; ++i) fetch(begin + i);
-    SEEK
+    #pragma unroll 1
     for (int chunk = begin; chunk < end; ++chunk) {
         wait_for_groups<STAGES - 3>();
         publish();
@@ -117,22 +107,52 @@ BODY: Final = """
         wait_for_products<1>();
     }
     wait_for_products<0>();
+"""
+"""How a block's products of its lines come to be in `sum`."""
 
+KEEP: Final = """
     // The sums go where chunks were.
-    float* const sums = reinterpret_cast<float*>(tiles);
     __syncthreads();
-    BEGIN
     #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) {
         sums[(i / 4 * 8 + lane % 4 * 2 + i % 2) * PITCH + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
     }
     __syncthreads();
+"""
+
+BODY: Final = (
+    """
+    constexpr int THREADS = GROUPS * 128, LINES = GROUPS * 64, OUT = LINES / PARTS, STEP = THREADS / 8;
+    constexpr int STAGE = (LINES + TOKENS) * 8, PITCH = LINES + 4;
+    const int K = w_shape[1], N = w_shape[0] / PARTS, chunks = K / 64;
+    int rows = 1;
+    #pragma unroll 1
+    for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
+    SHARE
+    const int begin = chunks * split / shares, end = chunks * (split + 1) / shares;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint4* const tiles = aligned();
+    float* const sums = reinterpret_cast<float*>(tiles);
+    __shared__ int latest;
+    OTHERS
+"""
+    + LOOP
+    + """
+    BEGIN
+"""
+    + KEEP
+    + """
     LEAVE
     MEET
-    AWAIT
-    // What several vectors of outputs are made of is on its way at once.
-    constexpr int AT_ONCE = 4;
+    FINISH
+"""
+)
+
+FINISH: Final = """
+    // What several vectors of outputs are made of is on its way at once, where it is not in shared memory.
+    constexpr int AT_ONCE = PARTS > 1 && SPLITS == 1 ? 1 : 4;
     const int vectors = rows * (OUT / 8);
+    #pragma unroll 1
     for (int from = threadIdx.x; from < vectors; from += THREADS * AT_ONCE) {
         float total[AT_ONCE][PARTS][8];
         size_t place[AT_ONCE];
@@ -157,7 +177,6 @@ BODY: Final = """
         #pragma unroll
         for (int e = 0; e < AT_ONCE; ++e) {
             if (from + e * THREADS >= vectors) break;
-            CHANGE
             uint4 result;
             T* const written = reinterpret_cast<T*>(&result);
             #pragma unroll
@@ -166,9 +185,11 @@ BODY: Final = """
         }
     }
 """
+"""What becomes of a block's sums, where a row has no change."""
 
 ALONE: Final = {
     "MEET": "",
+    "GATHER": "",
     "FOUR": "*reinterpret_cast<const float4*>(sums + r * PITCH + column)",
 }
 """What stands at these places of BODY where a block has all of K."""
@@ -181,7 +202,6 @@ SHARED: Final = {
         *reinterpret_cast<float4*>(group + (size_t(split) * rows + r) * LINES + n) =
             *reinterpret_cast<const float4*>(sums + r * PITCH + n);
     }
-    __shared__ int latest;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -189,16 +209,42 @@ SHARED: Final = {
         latest = atomicAdd(counter, 1) == SPLITS - 1;
         if (latest) *counter = 0;
     }
-    MEANWHILE
     __syncthreads();
     if (!latest) return;
     __threadfence();
+""",
+    "GATHER": """
+    if (latest) {
+        constexpr int AT_ONCE = SPLITS < 4 ? 8 : 32 / SPLITS;
+        const int fours = rows * (LINES / 4);
+        #pragma unroll 1
+        for (int from = threadIdx.x; from < fours; from += THREADS * AT_ONCE) {
+            float4 some[AT_ONCE][SPLITS];
+            #pragma unroll
+            for (int e = 0; e < AT_ONCE; ++e) {
+                const int at = min(from + e * THREADS, fours - 1), r = at / (LINES / 4), column = at % (LINES / 4) * 4;
+                #pragma unroll
+                for (int s = 0; s < SPLITS; ++s) some[e][s] = FOUR;
+            }
+            #pragma unroll
+            for (int e = 0; e < AT_ONCE; ++e) {
+                const int at = from + e * THREADS;
+                float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+                #pragma unroll
+                for (int s = 0; s < SPLITS; ++s) {
+                    sum.x += some[e][s].x, sum.y += some[e][s].y, sum.z += some[e][s].z, sum.w += some[e][s].w;
+                }
+                const int r = at / (LINES / 4), column = at % (LINES / 4) * 4;
+                if (at < fours) *reinterpret_cast<float4*>(sums + r * PITCH + column) = sum;
+            }
+        }
+    }
 """,
     "FOUR": "__ldcg(reinterpret_cast<const float4*>(group + (size_t(s) * rows + r) * LINES + column))",
 }
 """The same where several share it."""
 
-NOTHING_CHANGED: Final = {"APART": "N", "SEEK": "", "BEGIN": "", "MEANWHILE": "", "AWAIT": "", "CHANGE": ""}
+NOTHING_CHANGED: Final = {"APART": "N", "OTHERS": "", "BEGIN": "", "FINISH": FINISH}
 """What stands at these places of BODY where `wide_changed_source` has nothing."""
 
 PLAIN: Final = {

@@ -51,7 +51,7 @@ struct Turn {
 static Turn turns[1024];
 static Turn* turn;
 static jmp_buf between;
-static Gate everybody, warps[32];
+static Gate everybody, warps[32], barriers[16];
 static const void* launched;
 static void (*body)(const void*);
 static void give_way() {
@@ -90,6 +90,7 @@ static void take_turn() {
 static void run_block(int threads) {
     everybody = {threads};
     for (Gate& warp : warps) warp = {};
+    for (Gate& barrier : barriers) barrier = {};
     for (int i = 0; i < threads; ++i) {
         turns[i].ended = false;
         turns[i].before = nullptr;
@@ -113,6 +114,15 @@ template <typename Body> void launch(int blocks, int threads, const Body& one) {
 
 static uint64_t passed[2][1024];
 static void __syncthreads() { wait_at(everybody); }
+// Of the barriers by number, at which so many threads meet, or say that they have come.
+static void meet(int which, int count) {
+    barriers[which].running = count;
+    wait_at(barriers[which]);
+}
+static void arrive(int which, int count) {
+    barriers[which].running = count;
+    if (++barriers[which].waiting == count) open(barriers[which]);
+}
 static void __syncwarp() { wait_at(warps[threadIdx.x / 32]); }
 // What `read` makes of the values of the warp's lanes. The next exchange has other places, and the one after it comes
 // when all have read.

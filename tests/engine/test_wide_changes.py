@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from runner.engine import wide_changed_kernel, wide_changes, wide_product_kernel
 from runner.engine.adapters import expand, kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.cuda_kernels import PROCESSORS
 from runner.engine.product_kernel import Changed
 from runner.engine.wide_product_kernel import Way
 from tests.engine.adapters.changes_on_host import ChangesOnHost
@@ -21,6 +23,8 @@ from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.test_product_changes import expected
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, WHAT, exact
 from tests.engine.wide_changes_on_host import TILED, WideChangesOnHost
+
+CHOOSE = (wide_changed_kernel.way, wide_changed_kernel.shorter)
 
 Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Changed]
 
@@ -106,8 +110,29 @@ AT_ONCE = [
     (512, 320, mx.bfloat16, "plain", Way(1, 5, 1, 2), ((40, 1),)),  # two blocks of ranks
     (512, 256, mx.float16, "add", Way(2, 4, 2, 4), ((20, 2), (65, 1))),
     (256, 192, mx.bfloat16, "swiglu", Way(2, 5, 1, 3), ((34, 1),)),
-    (256, 192, mx.float16, "swiglu", Way(4, 4, 1, 1), ((33, 1),)),
+    (256, 192, mx.float16, "swiglu", Way(2, 4, 1, 1), ((33, 1),)),
 ]
+
+
+def compare(
+    on_host: WideChangesOnHost,
+    outputs: int,
+    inputs: int,
+    dtype: mx.Dtype,
+    epilogue: str,
+    way: Way,
+    batches: tuple[tuple[int, int], ...],
+) -> None:
+    """One launch gives what two do, to the bit."""
+    choose, kind = lambda *_: way, "plain" if epilogue == "add" else epilogue
+    one, two = (make(outputs, inputs, dtype, kind, choose) for make in (on_host.at_once, on_host.changed))
+    stack, weight = changes(outputs, inputs, dtype, epilogue), draw((outputs * kernel.parts(kind), inputs), 1, dtype)
+    for rows, tokens in batches:
+        x, added = (
+            mx.random.normal((rows, tokens, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs)
+        )
+        more, slots = added if epilogue == "add" else None, RowSlots.of(slots_of(rows))
+        assert mx.array_equal(one(x, weight, more, stack, slots), two(x, weight, more, stack, slots)).item()
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "dtype", "epilogue", "way", "batches"), AT_ONCE, ids=str)
@@ -120,16 +145,29 @@ def test_one_launch_gives_what_two_do(
     way: Way,
     batches: tuple[tuple[int, int], ...],
 ) -> None:
-    """To the bit."""
-    choose, kind = lambda *_: way, "plain" if epilogue == "add" else epilogue
-    one, two = (make(outputs, inputs, dtype, kind, choose) for make in (on_host.at_once, on_host.changed))
-    stack, weight = changes(outputs, inputs, dtype, epilogue), draw((outputs * kernel.parts(kind), inputs), 1, dtype)
-    for rows, tokens in batches:
-        x, added = (
-            mx.random.normal((rows, tokens, of), key=mx.random.key(of)).astype(dtype) for of in (inputs, outputs)
-        )
-        more, slots = added if epilogue == "add" else None, RowSlots.of(slots_of(rows))
-        assert mx.array_equal(one(x, weight, more, stack, slots), two(x, weight, more, stack, slots)).item()
+    compare(on_host, outputs, inputs, dtype, epilogue, way, batches)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype", "epilogue", "way", "batches"),
+    [
+        (512, 256, mx.float16, "add", Way(1, 8, 2, 4), ((20, 2), (128, 1))),
+        (256, 192, mx.bfloat16, "swiglu", Way(2, 6, 1, 3), ((34, 1),)),
+    ],
+    ids=str,
+)
+def test_one_launch_has_changes_where_chunks_were(
+    monkeypatch: pytest.MonkeyPatch,
+    outputs: int,
+    inputs: int,
+    dtype: mx.Dtype,
+    epilogue: str,
+    way: Way,
+    batches: tuple[tuple[int, int], ...],
+) -> None:
+    """If there is no room beside those."""
+    monkeypatch.setattr(wide_changed_kernel, "beside", lambda *_: 0)
+    compare(WideChangesOnHost(), outputs, inputs, dtype, epilogue, way, batches)
 
 
 @pytest.mark.nightly
@@ -209,6 +247,11 @@ def test_what_there_is_one_launch_for() -> None:
     many = stacked(64, [[(1024, 4)]] * 64, mx.bfloat16)
     assert wide_changes.fits(2048, 64, mx.bfloat16, "plain", stacked(64, [[(2048, 4)]] * 64, mx.bfloat16))
     assert not wide_changed_kernel.fits(1024, 64, mx.bfloat16, "plain", many), "slots"
+    few = changes(512, 128, mx.bfloat16, "plain")
+    for groups, right in ((2, True), (4, False)):
+        way = Way(groups, 4, 1)
+        fits = wide_changed_kernel.fits(512, 128, mx.bfloat16, "plain", few, lambda *_, way=way: way)
+        assert fits == right, "registers"
     large = stacked(64, [[(8192, 128)]] * 12, mx.bfloat16)
     assert wide_changes.fits(8192, 64, mx.bfloat16, "plain", large)
     assert not wide_changed_kernel.fits(8192, 64, mx.bfloat16, "plain", large), "ranks have no room"
@@ -219,9 +262,35 @@ def test_what_there_is_one_launch_for() -> None:
 def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, epilogue: str) -> None:
     """A row without a change has the same bits beside others, and one with one has them in any batch."""
     for tokens in wide_product_kernel.TOKENS:
-        way = wide_changed_kernel.way(outputs, inputs, tokens, epilogue)
-        assert replace(way, pieces=1) == wide_product_kernel.way(outputs, inputs, tokens, epilogue)
-        assert way.pieces == wide_changed_kernel.way(outputs, inputs, 64, epilogue).pieces
+        for choose in CHOOSE:
+            way = choose(outputs, inputs, tokens, epilogue)
+            assert replace(way, pieces=1) == wide_product_kernel.way(outputs, inputs, tokens, epilogue)
+            assert way.pieces == choose(outputs, inputs, 64, epilogue).pieces
+
+
+@pytest.mark.parametrize(
+    ("parts", "inputs", "epilogue"),
+    [([2048, 512, 512], 2048, "plain"), ([2048], 2048, "plain"), ([8192] * 2, 2048, "swiglu"), ([2048], 8192, "plain")],
+)
+def test_nine_adapters_of_rank_8_run_at_once(parts: list[int], inputs: int, epilogue: str) -> None:
+    """Each block on a multiprocessor of its own, in the shapes of Llama-3.2-1B; of twice as many ranks the first are
+    short, where all that the weight leaves idle is taken."""
+    outputs = sum(parts) // kernel.parts(epilogue)
+    what = outputs, inputs, mx.bfloat16, epilogue
+    few, many = (stacked(inputs, [[(part, rank) for part in parts]] * 9, mx.bfloat16) for rank in (8, 16))
+    assert wide_changed_kernel.at_once(*what, few)
+    assert wide_changed_kernel.at_once(*what, many) == (len(parts) == 3)
+    assert wide_changed_kernel.fits(*what, many)
+    for tokens in wide_product_kernel.TOKENS:
+        way, shorter = (choose(outputs, inputs, tokens, epilogue) for choose in CHOOSE)
+        first = wide_changed_kernel.inner_blocks(way, 10, few.down.shape[1])
+        assert first + wide_product_kernel.blocks(outputs, way, epilogue) * way.splits <= PROCESSORS
+        assert inputs // (64 * shorter.pieces) <= 8
+
+
+def test_a_product_that_waits_anyway_is_not_cut_shorter() -> None:
+    stack = stacked(64, [[(17408, 4)]], mx.bfloat16)
+    assert wide_changed_kernel.at_once(17408, 64, mx.bfloat16, "plain", stack)
 
 
 @pytest.mark.nightly
@@ -229,8 +298,8 @@ def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, e
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(3072, 2048), (2048, 8192), (8192, 2048), (28672, 8192)])
 def test_one_launch_compiles_for_the_device(dtype: mx.Dtype, epilogue: str, outputs: int, inputs: int) -> None:
-    for tokens in wide_product_kernel.TOKENS:
-        way = wide_changed_kernel.way(outputs, inputs, tokens, epilogue)
+    for tokens, choose in product(wide_product_kernel.TOKENS, CHOOSE):
+        way = choose(outputs, inputs, tokens, epilogue)
         needs = compile_kernel(
             wide_changed_kernel.header(way, tokens, dtype, epilogue),
             wide_changed_kernel.source(way, epilogue),
@@ -238,7 +307,7 @@ def test_one_launch_compiles_for_the_device(dtype: mx.Dtype, epilogue: str, outp
             wide_changed_kernel.outputs_of(way, dtype),
         )
         assert needs.local == 0, "nothing has to be put aside"
-        assert needs.registers * way.groups * 128 <= 65536
+        assert needs.registers * (way.groups * 128 + wide_changed_kernel.SIDE) <= 65536
 
 
 def test_ranks_are_in_shared_memory_where_they_have_room_there() -> None:
@@ -262,6 +331,24 @@ def test_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", WHAT)
 @pytest.mark.parametrize(("outputs", "inputs"), [(2048, 2048), (2048, 8192), (8192, 1088), (3072, 2048)])
-def test_one_launch_on_the_device(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> None:
+@pytest.mark.parametrize("choose", CHOOSE)
+def test_one_launch_on_the_device(
+    outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: wide_product_kernel.Choose
+) -> None:
     batches = ((33, 1), (40, 1), (25, 2), (64, 1), (65, 1), (60, 2), (128, 1))
-    check(wide_changed_kernel.changed, outputs, inputs, dtype, epilogue, wide_changed_kernel.way, batches)
+    check(wide_changed_kernel.changed, outputs, inputs, dtype, epilogue, choose, batches)
+
+
+@pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")
+def test_one_launch_with_many_ranks_on_the_device() -> None:
+    """They have no room beside the chunks."""
+    what, rows = (2048, 2048, mx.bfloat16), [row % 10 for row in range(100)]
+    stack = stacked(2048, [[(2048, 40)]] * 9, mx.bfloat16)
+    assert wide_changed_kernel.fits(*what, "plain", stack)
+    x = mx.random.normal((100, 1, 2048)).astype(mx.bfloat16)
+    weight = weight_of(2048, 2048, mx.bfloat16, "plain")
+    one, two = (
+        make(*what, "plain")(x, weight, None, stack, RowSlots.of(rows)).astype(mx.float32)
+        for make in (wide_changed_kernel.changed_in_turns, wide_changes.changed)
+    )
+    assert mx.allclose(one, two, rtol=2e-2, atol=2e-2).item()

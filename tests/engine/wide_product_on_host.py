@@ -122,11 +122,13 @@ class WideOnHost:
         if stack is not None:
             slots, ranks, _ = stack.down.shape
             results["inner"] = np.full((way.pieces, rows, slots, ranks), np.nan, dtype=np.float32)
-            blocks += -(-slots * ranks // (way.groups * 64)) * way.pieces
+            first = way.groups * 64 + (wide_changed_kernel.SIDE // 2 if whole else 0)
+            blocks += -(-slots * ranks // first) * way.pieces
         if way.splits > 1:
             results["partial"] = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
         run = self._run(way, tokens_for(rows), dtype, epilogue, whole)
-        launch(run, blocks, way.groups * 128, views, *results.values())
+        threads = way.groups * 128 + (wide_changed_kernel.SIDE if whole else 0)
+        launch(run, blocks, threads, views, *results.values())
         assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
         assert not whole or not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"
         found = {name: mx.array(result) for name, result in results.items()}

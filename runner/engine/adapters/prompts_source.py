@@ -126,7 +126,8 @@ ADD: Final = """
         for (int part = 0; part < PARTS; ++part) {
             #pragma unroll
             for (int i = 0; i < 16; ++i) {
-                sum[part][i % 8 / 2][i / 8 * 2 + i % 2] = float(reinterpret_cast<const T*>(&product[i / 8][part])[i % 8]);
+                const T* const eight = reinterpret_cast<const T*>(&product[i / 8][part]);
+                sum[part][i % 8 / 2][i / 8 * 2 + i % 2] = float(eight[i % 8]);
             }
             #pragma unroll 1
             for (int from = low[part]; from < high[part]; from += 8) {
@@ -142,7 +143,8 @@ ADD: Final = """
                         const float its = rank < high[part] ? inner[at[h] * R + rank] : 0.0f;
                         most[i] = T(its), rest[i] = T(its - float(most[i]));
                     }
-                    a[0][h] = *reinterpret_cast<const unsigned*>(most), a[1][h] = *reinterpret_cast<const unsigned*>(rest);
+                    a[0][h] = *reinterpret_cast<const unsigned*>(most);
+                    a[1][h] = *reinterpret_cast<const unsigned*>(rest);
                 }
                 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
