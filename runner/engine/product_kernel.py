@@ -34,6 +34,9 @@ step is longer than one of 128 rows."""
 TILES: Final = (1, 2, 4)
 """How many eights of rows there is a kernel for."""
 
+RANKS: Final = 8
+"""How many ranks of a row's change one block computes the inner products of."""
+
 GATE_THREADS: Final = 256
 
 _TILE: Final = 16
@@ -111,8 +114,7 @@ def fits_changes(outputs: int, inputs: int, dtype: mx.Dtype, stack: Stack) -> bo
     return (
         stack.packed is not None
         and down.dtype == b.dtype == dtype
-        and stack.turned is not None
-        and MOST_ROWS * stack.turned.shape[1] <= 2 * ROOM
+        and 0 < down.shape[1] <= ROOM // MOST_ROWS
         and (b.shape[2], down.shape[2]) == (outputs, inputs)
         and all(end % _TILE == 0 for end, _, _ in stack.spans[0])
     )
@@ -124,10 +126,12 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     dtypes, rest = [dtype], no_sum(dtype, epilogue)
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
-        kernel, grid, threads = by_rows[x.size // inputs]
+        rows = x.size // inputs
+        kernel, (width, _, _), threads = by_rows[rows]
+        first = rows * -(-stack.down.shape[1] // RANKS) * threads[0]
         result: mx.array = kernel.launch(
-            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board(), stack.turned],
-            grid=grid,
+            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()],
+            grid=(first + width, 1, 1),
             threadgroup=threads,
             output_shapes=[(*x.shape[:-1], outputs)],
             output_dtypes=dtypes,
@@ -189,7 +193,7 @@ def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:
     return (
         f'using T = {kind};\n#define KIND "{operand}"\n'
         f"constexpr int WARPS = {way.warps}, STAGES = {way.stages}, MTILES = {way.mtiles};\n"
-        f"constexpr int TILES = {tiles}, PARTS = {parts};\n"
+        f"constexpr int TILES = {tiles}, PARTS = {parts}, RANKS = {RANKS};\n"
     )
 
 
@@ -203,7 +207,7 @@ def header(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str, *, changes: boo
 def inputs_of(epilogue: str, *, changes: bool = False) -> list[str]:
     """What the source calls a call's arrays."""
     names = ["x", "w"] if epilogue == "swiglu" else ["x", "w", "added"]
-    return [*names, "changes", "board", "turned"] if changes else names
+    return [*names, "changes", "board"] if changes else names
 
 
 def _prepare(

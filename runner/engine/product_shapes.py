@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _TOLERANCE: Final = 0.02
 """Of a product's norm. What rounding does is a tenth of it."""
 
+_FEW_BESIDE_WIDE: Final = 16
+"""Tokens up to which the kernel for few is the faster one where there is one for more, without changes."""
+
 _ROWS: Final = tuple(8 * (eights - 1) + 1 for eights in TILES)
 _MORE_ROWS: Final = tuple(most - 7 for most in wide_product_kernel.TOKENS)
 """Of each kernel some."""
@@ -153,22 +156,23 @@ class Shape:
 
     def product(self, x: mx.array) -> Multiply | None:
         """The kernel for these tokens, None where there is none."""
-        if self._few(x):
+        if self._few(x, MOST_ROWS if self._wide is None else _FEW_BESIDE_WIDE):
             return self._multiply
         return self._wide if self._many(x) else None
 
     def changed(self, x: mx.array, stack: Stack) -> Changed | None:
         """The product with changes, None where it is to be made of several."""
-        if self._few(x):
-            return self._changed if self._changed is not None and self._fits(stack) else None
         if self._wide_changed and self._many(x):
             right = self._wide_changed
-            return next((right[make] for make in self._fitting(stack) if make in right), None)
+            if wide := next((right[make] for make in self._fitting(stack) if make in right), None):
+                return wide
+        if self._few(x, MOST_ROWS):
+            return self._changed if self._changed is not None and self._fits(stack) else None
         prompts = self._prompts_changed is not None and x.dtype == self.dtype and prompt_changes.applies(x)
         return self._prompts_changed if prompts and self._fits_prompts(stack) else None
 
-    def _few(self, x: mx.array) -> bool:
-        return 0 < x.size <= MOST_ROWS * self.inputs and x.dtype == self.dtype
+    def _few(self, x: mx.array, most: int) -> bool:
+        return 0 < x.size <= most * self.inputs and x.dtype == self.dtype
 
     def _many(self, x: mx.array) -> bool:
         return 0 < x.size <= wide_product_kernel.MOST_ROWS * self.inputs and x.dtype == self.dtype

@@ -54,7 +54,7 @@ BODY: Final = """
     for (int i = 0; i + 1 < x_ndim; ++i) rows *= x_shape[i];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     BEFORE
-    const int first = blockIdx.x * (16 * MTILES / PARTS);
+    const int first = BLOCK * (16 * MTILES / PARTS);
 
     const T* lines[MTILES];
     #pragma unroll
@@ -103,7 +103,6 @@ BODY: Final = """
     constexpr int THREADS = WARPS * 32, EACH = (TILES * 128 + THREADS - 1) / THREADS, APART = STAGES * MTILES * 512;
     SEEK
     for (int round = 0; round < rounds; ++round) {
-        PEEK
         wait_for_groups<STAGES - 1>();
         const uint4* const a = own + round % STAGES * MTILES * 128;
         #pragma unroll
@@ -121,7 +120,6 @@ BODY: Final = """
         fetch(round + STAGES);
         look(round + 1);
     }
-    MORE
 
     // A warp's sums go where its weights were.
     float* const sums = reinterpret_cast<float*>(ring);
@@ -130,6 +128,7 @@ BODY: Final = """
     for (int i = 0; i < MTILES * TILES * 4; ++i) {
         sums[warp * APART + i * 32 + lane] = sum[i / 4 / TILES][i / 4 % TILES][i % 4];
     }
+    WAIT
     __syncthreads();
     #pragma unroll
     for (int e = 0; e < EACH; ++e) {
@@ -143,6 +142,7 @@ BODY: Final = """
             total[m] = 0.0f;
             #pragma unroll
             for (int v = 0; v < WARPS; ++v) total[m] += sums[v * APART + m * TILES * 128 + place];
+            CHANGE
         }
         #pragma unroll
         for (int m = 0; m < MTILES; m += PARTS) {
@@ -159,5 +159,5 @@ STORES: Final = {
 }
 """What becomes of the sums."""
 
-PLAIN: Final = dict.fromkeys(["BEFORE", "SEEK", "PEEK", "MORE", "DONE"], "")
+PLAIN: Final = {"BEFORE": "", "BLOCK": "blockIdx.x", "SEEK": "", "WAIT": "", "CHANGE": "", "DONE": ""}
 """What stands at these places of BODY."""

@@ -29,7 +29,7 @@ T = TypeVar("T")
 SWITCH: Final = "MLX_RUN_WIDE_PRODUCT_KERNEL"
 """Environment variable that turns the kernel off, with 0."""
 
-TOKENS: Final = (64, 128)
+TOKENS: Final = (32, 64, 128)
 """How many there is a kernel for."""
 
 MOST_ROWS: Final = TOKENS[-1]
@@ -85,9 +85,9 @@ def _way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     lines = outputs * parts(epilogue)
     if lines >= PROCESSORS * 2 * GROUP * 4 and lines % (4 * GROUP) == 0:
         # Tokens are read again by each block, so a block has many lines where that leaves enough of them.
-        return Way(4, 5 if tokens == TOKENS[0] else 4, 1)
+        return Way(4, 5 if tokens <= 64 else 4, 1)
     if lines >= (PROCESSORS - 8) * 2 * GROUP and lines % (2 * GROUP) == 0:
-        return Way(2, 8 if tokens == TOKENS[0] else 6, 1)
+        return Way(2, 8 if tokens <= 64 else 6, 1)
     splits = 1
     while splits < 4 and lines // GROUP * splits * 2 <= PROCESSORS and inputs >= splits * 2 * 4 * _CHUNK:
         splits *= 2

@@ -11,8 +11,8 @@ import numpy as np
 
 from runner.engine import product_kernel
 from runner.engine.adapters.layers import RowSlots, boards_of
-from runner.engine.adapters.stack import Stack
-from runner.engine.product_kernel import TILES, Changed, Choose, Multiply, Way
+from runner.engine.adapters.stack import LINE, Stack
+from runner.engine.product_kernel import RANKS, TILES, Changed, Choose, Multiply, Way
 from runner.engine.product_source import SWIGLU
 from tests.engine.cuda_on_host import Run, compiled
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
@@ -35,8 +35,7 @@ class OnHost:
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, choose: Choose) -> Changed:
         def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
             assert stack.packed is not None
-            assert stack.turned is not None
-            more = [stack.packed, board_of(slots), stack.turned]
+            more = [stack.packed, board_of(slots)]
             return self._call(choose, epilogue, x, [*_first(x, weight, added, epilogue), *more], outputs)
 
         return call
@@ -50,6 +49,10 @@ class OnHost:
         views = [on_host(array) for array in arrays]
         result = np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)
         blocks = outputs * (2 if epilogue == "swiglu" else 1) // (16 * way.mtiles)
+        if changes:
+            _, width = arrays[names.index("changes")].shape
+            ranks = (width - LINE) // (inputs + arrays[1].shape[0])
+            blocks += rows * -(-ranks // RANKS)
         launch(self._run(way, tiles, dtype, epilogue, changes), blocks, way.warps * 32, views, result)
         if changes:
             assert not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"

@@ -42,14 +42,7 @@ static uint4 load(const void* from, bool there) {
 }
 static void copy(uint4* to, const void* from, bool there) { *to = load(from, there); }
 static int acquire(const int* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
-static void count(int* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELEASE); }
-static int peek(const int* from) { return acquire(from); }
-static uint4 fresh(const void* from) { return load(from, true); }
-static int hidden(int v) { return v; }
 static void prefetch(const void*) {}
-// Blocks run one after the other here: most wait for others in vain.
-static int multiprocessors() { return 3; }
-constexpr int PATIENCE = 1;
 static void close_group() {}
 template <int> static void wait_for_groups() {}
 

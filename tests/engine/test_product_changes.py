@@ -15,6 +15,7 @@ from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import TILES, Changed, Way
+from runner.engine.product_shapes import Kernels, Shapes
 from tests.engine.adapters.stacks import draw, of_two_parts, stacked, weight_of
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.product_on_host import OnHost
@@ -164,6 +165,32 @@ def test_what_there_is_a_kernel_for() -> None:
     assert not product_kernel.fits_changes(64, 128, mx.bfloat16, narrow), "a part ends within a tile"
     normed = Stack(stack.down, stack.b, mx.ones(stack.b.shape[::2]), stack.spans)
     assert not product_kernel.fits_changes(64, 128, mx.bfloat16, normed), "DoRA"
+
+
+def test_the_wide_product_has_the_changes_of_few_tokens_too() -> None:
+    """Where it fits them: a row has the same bits then in any batch of up to 128."""
+    outputs, inputs, dtype = 64, 128, mx.bfloat16
+    weight, stack = weight_of(outputs, inputs, dtype, "plain"), changes(outputs, inputs, dtype, "plain")
+
+    def spelled(*_: object) -> Changed:
+        def call(x: mx.array, w: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
+            return x @ w.T + (x @ stack.a[slots.slots]) @ stack.b[slots.slots]
+
+        return call
+
+    def product(*_: object) -> product_kernel.Multiply:
+        return lambda x, w, added=None: x @ w.T
+
+    few, wide = (lambda *given: spelled(*given)), (lambda *given: spelled(*given))
+    for fits in (True, False):
+        kernels = Kernels(product, few, wide=product, wide_changed=((wide, lambda *_, fits=fits: fits),))
+        shape = Shapes(kernels).plain(weight)
+        assert shape is not None
+        shape.prepare(weight, stack)
+        taken = [shape.changed(mx.zeros((rows, 1, inputs), dtype), stack) for rows in (1, 17, 32, 33, 128)]
+        assert None not in taken[:3]
+        assert (len(set(taken)) == 1) == fits
+        assert (taken[4] is not None) == fits
 
 
 @pytest.mark.nightly

@@ -154,7 +154,7 @@ def test_the_gate_of_more_tokens_is_a_launch(model_folder: ModelFolder) -> None:
     assert spelled.calls == Counter({"then gate": 3})
 
 
-@pytest.mark.parametrize("rows", [MOST_ROWS + 1, wide_product_kernel.MOST_ROWS])
+@pytest.mark.parametrize("rows", [17, MOST_ROWS + 1, wide_product_kernel.MOST_ROWS])
 def test_up_to_128_tokens_have_kernels_of_their_own(model_folder: ModelFolder, rows: int) -> None:
     model, few, many = joined(model_folder("llama")), Spelled(), Spelled()
     tokens = mx.arange(rows).reshape(-1, 1) % 64

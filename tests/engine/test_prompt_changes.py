@@ -126,7 +126,7 @@ def test_compiles_for_the_device(dtype: mx.Dtype, epilogue: str | None) -> None:
         outputs = {"out": mx.float32 if epilogue is None else dtype}
         needs = compile_kernel(header, source, prompts.inputs_of(epilogue, dtype), outputs)
         assert needs.local == 0, "nothing has to be put aside"
-        assert needs.registers <= 96, "a multiprocessor has two blocks at once, of eight warps"
+        assert needs.registers <= 128, "a multiprocessor has two blocks at once, of eight warps"
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")

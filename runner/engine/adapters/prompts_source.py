@@ -42,9 +42,10 @@ INNER: Final = """
         uint4 a[2][2], b[2][TILES];
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            a[h][0] = load(low + k + h * 32, true), a[h][1] = load(high + k + h * 32, true);
+            a[h][0] = *reinterpret_cast<const uint4*>(low + k + h * 32);
+            a[h][1] = *reinterpret_cast<const uint4*>(high + k + h * 32);
             #pragma unroll
-            for (int i = 0; i < TILES; ++i) b[h][i] = load(from[i] + k + h * 32, true);
+            for (int i = 0; i < TILES; ++i) b[h][i] = *reinterpret_cast<const uint4*>(from[i] + k + h * 32);
         }
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -105,22 +106,43 @@ ADD: Final = """
         low[part] = span[1], high[part] = slot > 0 ? span[2] : span[1];
         look(part, low[part]);
     }
+    BEFORE
+    // What 16 tokens have is loaded while those before them are computed.
+    uint4 product[2][PARTS], product_after[2][PARTS];
+    float value[PARTS][2][2], value_after[PARTS][2][2];
+    auto place_of = [&](int token, int h) {
+        // Tokens that are not there are the last one again.
+        return size_t(row) * tokens + min(token + g + h * 8, end - 1);
+    };
+    auto weigh = [&](float (&its)[2][2], int part, int from, int token) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int rank = from + t * 2 + i % 2;
+            its[i / 2][i % 2] = rank < high[part] ? inner[place_of(token, i / 2) * R + rank] : 0.0f;
+        }
+    };
+    auto fetch = [&](int token) {
+        #pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            #pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const T* const from = y + place_of(token, h) * O + part * N + first + t * 8;
+                product_after[h][part] = *reinterpret_cast<const uint4*>(from);
+            }
+            weigh(value_after[part], part, low[part], token);
+        }
+        FETCH
+    };
+    fetch(begin);
     #pragma unroll 1
     for (int token = begin; token < end; token += 16) {
-        uint4 product[2][PARTS];
-        size_t at[2];
-        int line[2];
         #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            // Tokens that are not there are the last one again.
-            line[h] = min(token + g + h * 8, end - 1);
-            at[h] = size_t(row) * tokens + line[h];
-            #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                product[h][part] = *reinterpret_cast<const uint4*>(y + at[h] * O + part * N + first + t * 8);
-            }
+        for (int i = 0; i < PARTS * 4; ++i) {
+            product[i % 2][i / 4] = product_after[i % 2][i / 4];
+            value[i / 4][i / 2 % 2][i % 2] = value_after[i / 4][i / 2 % 2][i % 2];
         }
-        BEFORE
+        TAKE
+        if (token + 16 < end) fetch(token + 16);
         float sum[PARTS][4][4];
         #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
@@ -131,7 +153,10 @@ ADD: Final = """
             }
             #pragma unroll 1
             for (int from = low[part]; from < high[part]; from += 8) {
-                if (high[part] - low[part] > 8) look(part, from);
+                if (high[part] - low[part] > 8) {
+                    look(part, from);
+                    weigh(value[part], part, from, token);
+                }
                 unsigned a[2][2];
                 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -139,9 +164,7 @@ ADD: Final = """
                     alignas(4) T rest[2];
                     #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int rank = from + t * 2 + i;
-                        const float its = rank < high[part] ? inner[at[h] * R + rank] : 0.0f;
-                        most[i] = T(its), rest[i] = T(its - float(most[i]));
+                        most[i] = T(value[part][h][i]), rest[i] = T(value[part][h][i] - float(most[i]));
                     }
                     a[0][h] = *reinterpret_cast<const unsigned*>(most);
                     a[1][h] = *reinterpret_cast<const unsigned*>(rest);
@@ -162,20 +185,22 @@ ADD: Final = """
                 const T changed = T(sum[0][i / 2][h * 2 + i % 2]);
                 FOLLOW
             }
-            *reinterpret_cast<uint4*>(out + at[h] * N + first + t * 8) = result;
+            *reinterpret_cast<uint4*>(out + place_of(token, h) * N + first + t * 8) = result;
         }
     }
 """
 
 PLACES: Final = {
     "plain": {
-        "BEFORE": """
-        uint4 more[2];
+        "BEFORE": "uint4 more[2] = {}, more_after[2] = {};",
+        "FETCH": """
         #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            if (added_ndim > 1) more[h] = *reinterpret_cast<const uint4*>(added + at[h] * N + first + t * 8);
+            const T* const from = added + place_of(token, h) * N + first + t * 8;
+            if (added_ndim > 1) more_after[h] = *reinterpret_cast<const uint4*>(from);
         }
 """,
+        "TAKE": "more[0] = more_after[0], more[1] = more_after[1];",
         "FOLLOW": """
                 const T other = reinterpret_cast<const T*>(&more[h])[i];
                 written[i] = added_ndim > 1 ? T(float(other) + float(changed)) : changed;
@@ -183,6 +208,8 @@ PLACES: Final = {
     },
     "swiglu": {
         "BEFORE": "",
+        "FETCH": "",
+        "TAKE": "",
         "FOLLOW": "written[i] = swiglu(changed, T(sum[PARTS - 1][i / 2][h * 2 + i % 2]));",
     },
 }

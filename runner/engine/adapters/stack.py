@@ -13,12 +13,6 @@ Span = tuple[int, int, int]
 LINE: Final = 64
 """Values of 16 bits, 32 integers: a line of the cache."""
 
-CHUNK: Final = 32
-"""Values of a line that a product takes at once."""
-
-MOST_TURNED: Final = 1024
-"""Ranks of all slots that are worth reading for every row."""
-
 
 class Change(msgspec.Struct, frozen=True):
     """One adapter's change to a layer, or to several that are computed as one.
@@ -54,7 +48,6 @@ class Stack(msgspec.Struct, frozen=True):
     magnitude: mx.array | None
     spans: tuple[tuple[Span, ...], ...]
     packed: mx.array | None = None
-    turned: mx.array | None = None
     _slices: dict[int, tuple[mx.array, mx.array, mx.array | None]] = msgspec.field(default_factory=dict)
     _turned: list[mx.array] = msgspec.field(default_factory=list)
     _beside: list[tuple[mx.array, mx.array]] = msgspec.field(default_factory=list)
@@ -69,7 +62,7 @@ class Stack(msgspec.Struct, frozen=True):
         flat = mx.concatenate([lines.view(b.dtype).flatten(), down.flatten(), b.flatten()])
         first, second = lines.size * 2, lines.size * 2 + down.size
         views = flat[first:second].reshape(down.shape), flat[second:].reshape(b.shape)
-        return cls(*views, None, spans, flat.reshape(len(spans), -1), _turned(b))
+        return cls(*views, None, spans, flat.reshape(len(spans), -1))
 
     @classmethod
     def empty(cls, slots: int, like: Change) -> Stack:
@@ -99,12 +92,12 @@ class Stack(msgspec.Struct, frozen=True):
     @property
     def arrays(self) -> list[mx.array]:
         """To be evaluated."""
-        return [array for array in (self.packed, self.turned, self.down, self.b, self.magnitude) if array is not None]
+        return [array for array in (self.packed, self.down, self.b, self.magnitude) if array is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots together."""
-        return sum(array.nbytes for array in (self.turned, self.down, self.b, self.magnitude) if array is not None)
+        return sum(array.nbytes for array in (self.down, self.b, self.magnitude) if array is not None)
 
     def slot(self, index: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """`a`, `b` and `magnitude` of one slot. They are views, and cut once."""
@@ -148,13 +141,6 @@ class Stack(msgspec.Struct, frozen=True):
         before = mx.ones((slots, outputs), self.b.dtype) if self.magnitude is None else self.magnitude
         new = mx.ones((outputs,), self.b.dtype) if factor is None else factor
         return mx.concatenate([before, new[None]])
-
-
-def _turned(b: mx.array) -> mx.array | None:
-    ranks = b.shape[0] * b.shape[1]
-    if ranks > MOST_TURNED or mx.metal.is_available():
-        return None
-    return mx.contiguous(mx.pad(b.reshape(ranks, -1).T, [(0, 0), (0, -ranks % CHUNK)]))
 
 
 def _no_spans(spans: tuple[Span, ...]) -> tuple[Span, ...]:
