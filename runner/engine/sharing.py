@@ -21,14 +21,18 @@ _LEAST: Final = 256
 """Tokens that caches have room for at least."""
 
 
+_NARROW: Final = 512
+"""Tokens of a call beyond which its width is a multiple of twice as many."""
+
+
 class Sharing(msgspec.Struct, frozen=True):
     """How prompts share model calls.
 
     A call of several short ones may have `times` the tokens of a chunk of a long prompt, up to `most`. While rows
     decode, prompts wait until there is one for every `rows` of these, for `steps` steps at most. With 0 rows nobody
     waits. Prompts get as much room as the batch they will join, where that is at most `roomier` times what they need:
-    nothing has to be cleared behind them then. Keys that a call attends to are a multiple of `multiple` where padding
-    does no harm.
+    nothing has to be cleared behind them then. Where padding does no harm, the keys that a call attends to are a
+    multiple of `multiple`, or, where it attends to them as they are, its own tokens.
     """
 
     times: int = 1
@@ -42,9 +46,20 @@ class Sharing(msgspec.Struct, frozen=True):
         """How many a call of several prompts may have, padding included, where one of a long prompt has `chunk`."""
         return max(chunk, min(self.times * chunk, self.most))
 
-    def width(self, before: int, tokens: int) -> int:
-        """Tokens of a call that has `tokens`, with padding, after at most `before` others of a row."""
-        return tokens if tokens <= FEW else -(-(before + tokens) // self.multiple) * self.multiple - before
+    def width(self, before: int, tokens: int, reach: int = 0) -> int:
+        """Tokens of a call that has `tokens`, with padding, after at most `before` others of a row.
+
+        Up to `reach` tokens in all, launches attend to keys where they are, however many. So what is known already
+        does not count there, and widths are few: each is a shape of its own.
+        """
+        if tokens <= FEW:
+            return tokens
+        if before + tokens > reach:
+            return _up(before + tokens, self.multiple) - before
+        multiple = self.multiple if tokens <= _NARROW else 2 * self.multiple
+        while before + _up(tokens, multiple) > reach:
+            multiple //= 2
+        return _up(tokens, multiple)
 
     def holds(self, decoding: int, ready: int, held: int) -> bool:
         """Whether `ready` prompts, which have been held back in `held` steps, wait for more while `decoding` rows do.
@@ -56,6 +71,10 @@ class Sharing(msgspec.Struct, frozen=True):
     def room(self, needed: int, batch: int) -> int:
         """Tokens to have room for, for prompts that need `needed` and join a batch with `batch`; 0 for no matter."""
         return batch if needed <= batch <= self.roomier * max(_LEAST, needed) else 0
+
+
+def _up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
 
 
 AT_ONCE: Final = Sharing()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, prompt_kernel
 from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
 from runner.engine.pacing import Pacing
@@ -51,6 +52,29 @@ def test_prompts_get_the_room_of_the_batch_within_bounds(needed: int, batch: int
 def test_keys_of_a_call_are_a_multiple_where_they_are_many(before: int, tokens: int, width: int) -> None:
     assert TOGETHER.width(before, tokens) == width
     assert AT_ONCE.width(before, tokens) == tokens
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "reach", "width"),
+    [
+        (0, 250, 512, 256),
+        (5, 250, 512, 256),
+        (5, 256, 512, 256),
+        (5, 257, 512, 288),
+        (3, 512, 1024, 512),
+        (3, 513, 1024, 576),
+        (5, 16, 512, 16),
+        # No further than there is room; where there is none, as if there were no launches.
+        (5, 241, 256, 248),
+        (5, 250, 256, 250),
+        (5, 251, 256, 251),
+        (8, 250, 256, 280),
+    ],
+)
+def test_what_is_known_does_not_change_widths_where_launches_attend(
+    before: int, tokens: int, reach: int, width: int
+) -> None:
+    assert TOGETHER.width(before, tokens, reach) == width
 
 
 def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,30 +239,79 @@ def test_a_wide_call_needs_room(model_folder: ModelFolder) -> None:
         assert [driver.answers[i].tokens for i in range(4)] == [4] * 4
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2", "qwen3_moe"])
-def test_calls_that_are_padded_say_the_same(
-    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, model_type: str
-) -> None:
-    """Short prompts together and alone, long ones in chunks, and such as begin with what is known."""
-    expected = Driver(load(model_folder(model_type)), prefill_step_size=24, prefix_cache_bytes=1 << 22)
-    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
-    loaded = load(model_folder(model_type))
-    widths: list[int] = []
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and tokens of each of a model's calls that is built."""
+    found: list[tuple[int, int]] = []
     healthy = Caches.call
 
     def call(self: Caches, model: Any, tokens: mx.array, lengths: Sequence[int] | None = None) -> mx.array:
-        widths.append(tokens.shape[1])
+        found.append((tokens.shape[0], tokens.shape[1]))
         return healthy(self, model, tokens, lengths)
 
     monkeypatch.setattr(Caches, "call", call)
+    return found
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, *, prompts: bool, fits: bool = True) -> None:
+    """As if there were a device, with launches for prompts or not, which models are such as `fits` them or not."""
+    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
+    if prompts:
+        monkeypatch.setattr(prompt_kernel, "launch", lambda: separately)
+        monkeypatch.setattr(prompt_kernel, "takes", lambda *_: fits)
+
+
+@pytest.mark.parametrize("prompts", [False, True], ids=["operations", "launches"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "lfm2", "qwen3_moe"])
+def test_calls_that_are_padded_say_the_same(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    widths: list[tuple[int, int]],
+    model_type: str,
+    prompts: bool,
+) -> None:
+    """Short prompts together and alone, long ones in chunks, and such as begin with what is known."""
+    expected = Driver(load(model_folder(model_type)), prefill_step_size=24, prefix_cache_bytes=1 << 22)
+    launches(monkeypatch, prompts=prompts)
+    loaded = load(model_folder(model_type))
     padded = Driver(
         loaded, sharing=Sharing(times=4, most=96, multiple=20), prefill_step_size=24, prefix_cache_bytes=1 << 22
     )
     for driver in (expected, padded):
+        widths.clear()
         for first in (0, 10):
             lengths = (4, 19, 24, 43, 30 + first)
             driver.run([generate(first + i, prompt=(PROMPT * 8)[:n], max_tokens=12) for i, n in enumerate(lengths)])
     found = {i: answer.text for i, answer in padded.answers.items()}
     assert found == {i: answer.text for i, answer in expected.answers.items()}
-    assert 40 in widths
+    # Of 24 tokens at most. A window's ring of 24 has no room for more; behind others, operations attend, to 40 keys.
+    assert (37 if prompts and model_type == "gemma3_text" else 40) in {width for _, width in widths}
     assert len(found) == 10
+
+
+@pytest.mark.parametrize(
+    ("prompts", "fits", "shapes"),
+    [(False, True, 18), (True, False, 18), (True, True, 3)],
+    ids=["operations", "a model that is none for launches", "launches"],
+)
+def test_prompts_of_about_a_length_come_to_few_shapes(
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    widths: list[tuple[int, int]],
+    prompts: bool,
+    fits: bool,
+    shapes: int,
+) -> None:
+    """50 of 200 to 260 tokens beside 0 to 6 that are known, as a chat template's first ones are."""
+    launches(monkeypatch, prompts=prompts, fits=fits)
+    driver = Driver(load(model_folder("llama")), sharing=TOGETHER, prefix_cache_bytes=1 << 24)
+    driver.one(prompt=PROMPT[:7], max_tokens=1)
+    widths.clear()
+    dice, known = random.Random(5), set()
+    for i in range(50):
+        prompt = [*PROMPT[: i % 7], i, *(dice.randrange(5, 200) for _ in range(dice.randint(200, 260)))]
+        usage = driver.one(prompt=prompt, max_tokens=60).usage
+        assert usage is not None
+        known.add(usage.cached_tokens)
+    assert known == {0, 1, 2, 3, 4, 5, 6}
+    assert len({width for _, width in widths if width > 1}) == shapes
