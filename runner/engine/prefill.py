@@ -26,6 +26,7 @@ from runner.engine.prefix_cache import PrefixCache
 from runner.engine.prompt_calls import Call, LongPrompt
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing
+from runner.engine.successors import Successors
 from runner.engine.traced import TracedCalls
 
 Ready = tuple[list[Row], Caches]
@@ -42,7 +43,8 @@ _LOOKING: Final = 3
 class Prefiller:
     """The waiting queue, first come first served, and the rows that are being prefilled.
 
-    `active` rows have left the queue and have not joined the batch. `pacing` is to be told of every step.
+    `active` rows have left the queue and have not joined the batch. `pacing` is to be told of every step, `successors`
+    of rows that end and requests that come as well.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Prefiller:
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self.pacing = Pacing()
+        self.successors = Successors(sharing.steps)
         self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
@@ -65,6 +68,7 @@ class Prefiller:
         self._has_room = has_room
         self._sharing = sharing
         self._held = 0
+        self._spent = 0
         self._room = 0
         self._decoding = 0
         self._running: Call | None = None
@@ -114,14 +118,17 @@ class Prefiller:
         if self._running is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
-        if ready and ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
+        looks = ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding)
+        if ready and (looks or (self._waits(decoding, ready, free_rows) and not self._full(ready, chunk))):
             self._held += 1
+            self._spent += ready
             return False
-        if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
-            self._held += 1
-            return False
-        self._held = 0
+        self._held = self._spent = 0
         return ready > 0
+
+    def _waits(self, decoding: int, ready: int, free_rows: int) -> bool:
+        expected = min(self.successors.expected, free_rows - ready)
+        return self._sharing.holds(decoding, ready, self._held, self._spent, expected)
 
     def _full(self, ready: int, chunk: int) -> bool:
         """Whether one more prompt would not fit into a call with the first `ready`, as far as is known of them."""

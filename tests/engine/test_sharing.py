@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from msgspec import structs
 
 from runner.engine.kv import attention_kernel, prompt_kernel
 from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
 from runner.engine.pacing import Pacing
 from runner.engine.sharing import AT_ONCE, TOGETHER, Sharing, usual
-from tests.bench.sharing import CPU, H100, Costs, Load, Loop, at
+from tests.bench.sharing import CPU, H100, H200, Costs, Load, Loop, at
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import separately
@@ -38,6 +40,25 @@ def test_calls_that_are_shared_are_wider_within_bounds(chunk: int, tokens: int) 
 def test_large_batches_wait_for_more_prompts_but_not_long(decoding: int, needed: int) -> None:
     assert [TOGETHER.holds(decoding, ready, 0) for ready in range(1, 10)] == [ready < needed for ready in range(1, 10)]
     assert not any(TOGETHER.holds(decoding, 1, held) for held in range(TOGETHER.steps, 10))
+
+
+@pytest.mark.parametrize(
+    ("decoding", "ready", "spent", "holds"),
+    [
+        (0, 1, 0, False),  # nothing is computed meanwhile
+        (1, 1, 0, True),
+        (1, 1, 1, True),
+        (1, 1, 2, False),
+        (24, 7, 35, True),
+        (24, 7, 42, False),
+    ],
+)
+def test_who_is_expected_is_waited_for_as_long_as_a_call_more_would_cost(
+    decoding: int, ready: int, spent: int, holds: bool
+) -> None:
+    assert TOGETHER.holds(decoding, ready, 1, spent, expected=1) == holds
+    assert not TOGETHER.holds(decoding, ready, 1, spent)
+    assert not TOGETHER.holds(decoding, ready, TOGETHER.steps, spent, expected=1)
 
 
 @pytest.mark.parametrize(("needed", "batch", "room"), [(255, 512, 512), (9, 1024, 1024), (9, 1280, 0), (600, 512, 0)])
@@ -85,13 +106,41 @@ def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usual() is TOGETHER
 
 
-def test_it_is_reckoned_to_pay() -> None:
-    """Large batches say much more for it; in small ones nobody waits, and at 32 rows nobody long."""
-    for clients, gain, later in ((8, 0.99, 1), (32, 1.08, 10), (128, 1.35, 10)):
-        load = Load(clients, seconds=6)
-        before, after = Loop(load, AT_ONCE).run(), Loop(load, TOGETHER).run()
-        assert after.tokens_per_second > gain * before.tokens_per_second
-        assert at(after.first, 0.5) < at(before.first, 0.5) + later
+@pytest.mark.parametrize(("clients", "gain", "later"), [(8, 0.99, 1), (32, 1.08, 10), (128, 1.35, 10)])
+def test_it_is_reckoned_to_pay(clients: int, gain: float, later: float) -> None:
+    """Large batches say much more for it; in small ones nobody waits long."""
+    load = Load(clients, seconds=6)
+    before, after = Loop(load, AT_ONCE, costs=H100).run(), Loop(load, TOGETHER, costs=H100).run()
+    assert after.tokens_per_second > gain * before.tokens_per_second
+    assert at(after.first, 0.5) < at(before.first, 0.5) + later
+
+
+@pytest.mark.parametrize(
+    ("clients", "spread", "gain", "later"),
+    [
+        *((8, 0.0, 0.995, 1), (32, 0.0, 1.04, 6), (128, 0.0, 0.995, 1)),
+        *((8, 0.02, 1.01, 1), (32, 0.02, 1.05, 3), (128, 0.02, 0.995, 1)),
+        *((8, 0.5, 1.0, 1), (32, 0.5, 1.01, 2), (128, 0.5, 0.995, 1)),
+    ],
+)
+def test_it_is_reckoned_to_pay_that_prompts_wait_for_those_that_follow(
+    clients: int, spread: float, gain: float, later: float
+) -> None:
+    """Answers of one length end together; what comes 1 to 3 ms later has nearly what comes at once."""
+    load, deaf = Load(clients, spread=spread, max_rows=128), structs.replace(TOGETHER, call=0.0)
+    before, after = Loop(load, deaf, Pacing()).run(), Loop(load, TOGETHER, Pacing()).run()
+    alone = Loop(load, TOGETHER, Pacing(), replace(H200, client=(0.0, 0.0))).run()
+    assert after.tokens_per_second > gain * before.tokens_per_second
+    assert after.tokens_per_second > 0.98 * alone.tokens_per_second
+    assert at(after.first, 0.5) < at(before.first, 0.5) + later
+
+
+@pytest.mark.parametrize("rate", [10, 40, 80, 120])
+def test_requests_that_follow_on_nothing_wait_little_longer(rate: float) -> None:
+    load, deaf = Load(0, max_rows=128, rate=rate), structs.replace(TOGETHER, call=0.0)
+    before, after = Loop(load, deaf, Pacing()).run(), Loop(load, TOGETHER, Pacing()).run()
+    assert at(after.first, 0.5) < at(before.first, 0.5) + 1.5
+    assert at(after.first, 0.99) < at(before.first, 0.99) + 4
 
 
 @pytest.mark.parametrize(
@@ -101,6 +150,8 @@ def test_it_is_reckoned_to_pay() -> None:
         (CPU, AT_ONCE, Load(16, prompt=100, answer=32, seconds=120), 0.96),
         (H100, TOGETHER, Load(8), 0.99),
         (H100, TOGETHER, Load(32), 0.985),
+        (H200, TOGETHER, Load(8), 0.985),
+        (H200, TOGETHER, Load(32), 0.985),
     ],
 )
 def test_pacing_is_reckoned_to_cost_little(costs: Costs, sharing: Sharing, load: Load, share: float) -> None:
@@ -310,8 +361,11 @@ def test_prompts_of_about_a_length_come_to_few_shapes(
     dice, known = random.Random(5), set()
     for i in range(50):
         prompt = [*PROMPT[: i % 7], i, *(dice.randrange(5, 200) for _ in range(dice.randint(200, 260)))]
-        usage = driver.one(prompt=prompt, max_tokens=60).usage
-        assert usage is not None
-        known.add(usage.cached_tokens)
+        before = driver.engine.stats().cached_tokens_total
+        driver.engine.submit(generate(i, prompt=prompt, max_tokens=60))
+        driver.engine.step()
+        known.add(driver.engine.stats().cached_tokens_total - before)
+        driver.engine.cancel(i)
+        driver.engine.step()
     assert known == {0, 1, 2, 3, 4, 5, 6}
     assert len({width for _, width in widths if width > 1}) == shapes
