@@ -33,21 +33,21 @@ def cpu_backend() -> bool:
     """Whether MLX will run on the CPU of a Linux machine: no CUDA build of it is installed."""
     if sys.platform != "linux":
         return False
-    spec = importlib.util.find_spec("mlx")
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    site = Path(next(iter(spec.submodule_search_locations))).parent
-    return not any(site.glob("mlx_cuda*"))
+    folders = _beside_mlx()
+    return bool(folders) and not any(any(folder.glob("mlx_cuda*")) for folder in folders)
 
 
 def mlx_version() -> str:
     """The version of MLX that is installed, "" where none is. By the name of its folder: importing takes longer."""
+    found = (path.name for folder in _beside_mlx() for path in folder.glob("mlx-*.dist-info"))
+    return max((name.removesuffix(".dist-info").partition("-")[2] for name in found), default="")
+
+
+def _beside_mlx() -> list[Path]:
+    """The folders that packages of MLX may be in. It is a namespace: all that is called "mlx" on the path belongs to
+    it, and MLX's own CUDA build writes to /tmp/mlx, which comes first for a script that lies in /tmp."""
     spec = importlib.util.find_spec("mlx")
-    if spec is None or not spec.submodule_search_locations:
-        return ""
-    site = Path(next(iter(spec.submodule_search_locations))).parent
-    found = (path.name.removesuffix(".dist-info").partition("-")[2] for path in site.glob("mlx-*.dist-info"))
-    return max(found, default="")
+    return [Path(place).parent for place in (spec and spec.submodule_search_locations) or ()]
 
 
 def available_memory() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,19 @@ def test_the_least_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_backend", lambda: False)  # models are on a GPU
     assert machine_memory() == WHOLE
     assert available_memory() > 0
+
+
+def test_mlx_is_found_behind_what_is_only_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's CUDA build writes to /tmp/mlx, and /tmp is where a script's own folder comes first on the path."""
+    scratch, site = tmp_path / "scratch", tmp_path / "site"
+    (scratch / "mlx" / "0.32.4" / "ptx").mkdir(parents=True)
+    (site / "mlx").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(scratch), str(site)])
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mlx"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert (machine.cpu_backend(), machine.mlx_version()) == (True, "")
+    (site / "mlx-0.32.4.dist-info").mkdir()
+    assert (machine.cpu_backend(), machine.mlx_version()) == (True, "0.32.4")
+    (site / "mlx_cuda_13-0.32.4.dist-info").mkdir()
+    assert not machine.cpu_backend()

@@ -19,7 +19,7 @@ AT_ONCE: Final = 64 * 1024
 """Characters of requests that are read between two steps: some 20 ms. The last of them may go beyond."""
 
 TOGETHER: Final = 16 * 1024
-"""The same of requests that find the engine idle, for which it looks out while it reads others: some 5 ms."""
+"""The same of requests for which it looks out while it reads others: some 5 ms."""
 
 
 class Arrivals:
@@ -39,8 +39,8 @@ class Arrivals:
         """What is to be handled before the next step.
 
         If there is nothing, and the engine is not `busy`, waits for something for `patience` seconds, without end for
-        None. What arrives while the first of them is read then is taken as well: who comes with others goes on with
-        them, and one step for all costs less than a step for each.
+        None. What arrives while requests are read is taken as well, or while the first event is that ends such a wait:
+        who comes with others goes on with them, and one step, or one call, for all costs less than one for each.
         """
         if not busy and not self._events:
             with suppress(Empty):
@@ -52,7 +52,7 @@ class Arrivals:
             if isinstance(event, Generate):
                 read += _characters(event)
             yield event
-            if not busy and not self._events and read < TOGETHER:
+            if (read or not busy) and not self._events and read < TOGETHER:
                 self._look()
 
     def _look(self) -> None:

@@ -85,7 +85,7 @@ class Engine:
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
         self._speculation = speculation
-        self._decoding = Decoding(loaded, self._batch, speculation, self._send)
+        self._decoding = Decoding(loaded, self._batch, speculation, self._say)
         weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
         if speculation is not None:
             weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
@@ -109,6 +109,7 @@ class Engine:
         Raises EngineDied when nothing can be computed any more; every request has ended then.
         """
         began = time.perf_counter()
+        self._prefiller.successors.stepped(began)
         try:
             self._remove_ended()
             self._take_compiled()
@@ -182,6 +183,12 @@ class Engine:
         """Give up kept prefixes for at least so many bytes, or all of them; returns how many that were."""
         return self._prefixes.release(nbytes)
 
+    def _say(self, deltas: list[Delta]) -> None:
+        """What a step has made; who has an answer's end may ask again before the row has left."""
+        if ended := sum(delta.finish_reason is not None for delta in deltas):
+            self._prefiller.successors.ended(ended, time.perf_counter())
+        self._send(deltas)
+
     def _send(self, deltas: list[Delta]) -> None:
         if deltas:
             self._emit(Step(deltas))
@@ -218,6 +225,7 @@ class Engine:
                 self._send([self._admission.counted(request, self.max_context)])
                 return
             row = self._row(request)
+            self._prefiller.successors.arrived(time.perf_counter())
             if row.asked is None or self._has_grammar(row, row.asked):
                 self._prefiller.waiting.append(row)
         except RequestError as error:

@@ -17,15 +17,16 @@ import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
-from runner.engine.arrays import start
 from runner.engine.kv.caches import Caches
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layout import Layout
 from runner.engine.memory import coming
 from runner.engine.pacing import Pacing
 from runner.engine.prefix_cache import PrefixCache
+from runner.engine.prompt_calls import Call, LongPrompt
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing
+from runner.engine.successors import Successors
 from runner.engine.traced import TracedCalls
 
 Ready = tuple[list[Row], Caches]
@@ -42,7 +43,8 @@ _LOOKING: Final = 3
 class Prefiller:
     """The waiting queue, first come first served, and the rows that are being prefilled.
 
-    `active` rows have left the queue and have not joined the batch. `pacing` is to be told of every step.
+    `active` rows have left the queue and have not joined the batch. `pacing` is to be told of every step, `successors`
+    of rows that end and requests that come as well.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Prefiller:
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self.pacing = Pacing()
+        self.successors = Successors(sharing.steps)
         self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
@@ -65,10 +68,11 @@ class Prefiller:
         self._has_room = has_room
         self._sharing = sharing
         self._held = 0
+        self._spent = 0
         self._room = 0
         self._decoding = 0
-        self._running: _Call | None = None
-        self._long: _LongPrompt | None = None
+        self._running: Call | None = None
+        self._long: LongPrompt | None = None
         self._others_turn = False
 
     @property
@@ -114,14 +118,17 @@ class Prefiller:
         if self._running is not None or self._long is not None:
             return True
         ready = min(free_rows, len(self.waiting))
-        if ready and ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding):
+        looks = ready < decoding and self._held < _LOOKING and not self.pacing.knows(decoding)
+        if ready and (looks or (self._waits(decoding, ready, free_rows) and not self._full(ready, chunk))):
             self._held += 1
+            self._spent += ready
             return False
-        if ready and self._sharing.holds(decoding, ready, self._held) and not self._full(ready, chunk):
-            self._held += 1
-            return False
-        self._held = 0
+        self._held = self._spent = 0
         return ready > 0
+
+    def _waits(self, decoding: int, ready: int, free_rows: int) -> bool:
+        expected = min(self.successors.expected, free_rows - ready)
+        return self._sharing.holds(decoding, ready, self._held, self._spent, expected)
 
     def _full(self, ready: int, chunk: int) -> bool:
         """Whether one more prompt would not fit into a call with the first `ready`, as far as is known of them."""
@@ -182,21 +189,21 @@ class Prefiller:
             yield [row for row, _ in whole], self._begin(whole)
         rest = [known for known in group if known[0].uncached]
         if len(rest) == 1 and (row := rest[0][0]).uncached > chunk:
-            self._long = _LongPrompt(row, self._begin(rest, len(row.prompt)))
+            self._long = LongPrompt(row, self._begin(rest, len(row.prompt)))
         elif rest:
             yield from self._begun(self._call_together(rest))
 
-    def _begun(self, call: _Call) -> Iterator[Ready]:
+    def _begun(self, call: Call) -> Iterator[Ready]:
         """Have a call under way that was built in this step."""
         self._running = call
         self.pacing.begun(call.tokens, call.layers, call.prompts)
         if not self._apart(call):
             yield from self._start_layers(call)
 
-    def _apart(self, call: _Call) -> bool:
+    def _apart(self, call: Call) -> bool:
         return self.pacing.apart(self._decoding, len(call.rows) + len(self.waiting))
 
-    def _start_layers(self, call: _Call) -> Iterator[Ready]:
+    def _start_layers(self, call: Call) -> Iterator[Ready]:
         """Start as many layers of the call under way as fit into this step, or else have its rows join."""
         alone, long = len(call.rows) == 1, self._long
         joining = long is None or call.rows != [long.row] or not long.todo
@@ -225,9 +232,12 @@ class Prefiller:
         reserve = max(reserve, self._sharing.room(longest, self._room))
         return self._layout.restore([beginning for _, beginning in group], reserve, ends)
 
-    def _width(self, before: int, tokens: int) -> int:
+    def _width(self, caches: Caches, tokens: int) -> int:
         # Where a launch was found to do, padding was as well.
-        return tokens if self._layout.launch is None else self._sharing.width(before, tokens)
+        if self._layout.launch is None:
+            return tokens
+        before = max(caches.length(row) for row in range(caches.rows))
+        return self._sharing.width(before, tokens, self._layout.prompt_reach(caches.capacity))
 
     def _store(self, rows: list[Row], caches: Caches) -> None:
         if self._prefixes.enabled:
@@ -242,57 +252,12 @@ class Prefiller:
     def _slots(self, rows: list[Row]) -> RowSlots | None:
         return self._bank.slots([row.adapter for row in rows])
 
-    def _call_together(self, group: list[_Known]) -> _Call:
+    def _call_together(self, group: list[_Known]) -> Call:
         rows = [row for row, _ in group]
         todo = [row.prompt[row.cached : -1] for row in rows]
         lengths = [len(tokens) for tokens in todo]
-        width = self._width(max(row.cached for row in rows), max(lengths))
         caches = self._begin(group)
+        width = self._width(caches, max(lengths))
         padded = [tokens + [0] * (width - len(tokens)) for tokens in todo]
         self._traced(caches, mx.array(padded), self._slots(rows), lengths)
-        return _Call(rows, caches, len(rows) * width, len(rows))
-
-
-class _Call:
-    """A model call on prompts, of which layers are started one after the other."""
-
-    def __init__(self, rows: list[Row], caches: Caches, tokens: int, prompts: float) -> None:
-        """The call is built into the `caches`; it has so many `tokens`, padding included, of so many `prompts`."""
-        self.rows = rows
-        self.prompts = prompts
-        self.caches = caches
-        self.tokens = tokens
-        self.layers = len(caches.by_layer)
-        self._next = 0
-
-    def start(self, layers: int) -> None:
-        """Start computing what so many more layers write."""
-        start(self.caches.by_layer[self._next : self._next + layers])
-        self._next += layers
-        if self.started:
-            self.caches.dispatched()
-
-    @property
-    def started(self) -> bool:
-        """Whether all of it is."""
-        return self._next >= self.layers
-
-
-class _LongPrompt:
-    """A prompt that is prefilled by itself, in as many calls as it takes."""
-
-    def __init__(self, row: Row, caches: Caches) -> None:
-        """`caches` hold the first `row.cached` tokens."""
-        self.row = row
-        self.caches = caches
-        self.todo = row.prompt[row.cached : -1]
-        self._whole = len(self.todo)
-
-    def call(self, call: TracedCalls, slots: RowSlots | None, chunk: int, width: Callable[[int, int], int]) -> _Call:
-        """The next `chunk` tokens, of which `width` says how wide a call they are to be."""
-        # The chunk before has to be done: the host is never more than one ahead, and a cancel costs one at most.
-        mx.eval(self.caches.arrays)
-        tokens, self.todo = self.todo[:chunk], self.todo[chunk:]
-        padding = width(self.caches.length(0), len(tokens)) - len(tokens)
-        call(self.caches, mx.array([tokens + [0] * padding]), slots, [len(tokens)])
-        return _Call([self.row], self.caches, len(tokens) + padding, len(tokens) / self._whole)
+        return Call(rows, caches, len(rows) * width, len(rows))

@@ -8,11 +8,13 @@ Sections:
     adapters  nine adapters mixed in one batch beside the base model, on ours; and the peer, changing adapters
     join      requests that join a running batch of 32: the other rows' inter-token times, with and without
 
-All servers are up at the same time, warmed before each level by requests like its own, and take turns, so that none has
-the better minute. An idle server costs nothing here. A level that takes longer than `--limit` seconds ends there, and
-is not repeated: what was answered, what failed and what was not finished is counted. With more than `--turns` clients
-the peer comes after ours, and a new server in its place where it did not finish: it would work on for nobody. Shown are
-medians over repetitions; with `--record` the lines of JSON have every repetition, as soon as there is one.
+All servers are up at the same time, warmed before each level by requests like its own (the loop, and ours beside it, by
+`--loop-warm` rounds of them), and take turns, so that none has the better minute. An idle server costs nothing here. A
+level that takes longer than `--limit` seconds ends there, and is not repeated: what was answered, what failed and what
+was not finished is counted. With more than `--turns` clients the peer comes after ours, and a new server in its place
+where it did not finish: it would work on for nobody. Shown are medians over repetitions (of the loop with the least and
+the most, and of each repetition's share); with `--record` the lines of JSON have every repetition, as soon as there is
+one.
 """
 
 from __future__ import annotations
@@ -79,30 +81,58 @@ def beside_the_loop(comparison: Comparison, model: Path) -> None:
             if budget.over:
                 record.left_out(f"{clients} clients")
                 continue
-            question = {
-                "rows": clients,
-                "words": comparison.us.load.words,
-                "max_tokens": options.max_tokens,
-                "sampling": SAMPLING,
-                "seed": 0,
-            }
-            requests = comparison.requests(clients)
-            loop.ask(**{**question, "requests": clients, "first": 0})
-            alone: list[float] = []
-            http: list[float] = []
-            for number in range(options.repeat):
-                warm = {"warm_up": 0} if number else {}
-                (runs,) = comparison.levels([comparison.us], clients, budget, repeat=1, **warm)
-                http.append(runs[0].tokens_per_second)
-                first = (1 + number) * 1_000_000 + clients * 10_000
-                alone.append(loop.ask(**{**question, "requests": requests, "first": first})["tokens_per_second"])
-                if budget.over:
-                    break
-            share = statistics.median(http) / statistics.median(alone)
-            row = {"clients": str(clients), "HTTP, tokens/s": f"{statistics.median(http):,.0f}"}
-            row |= {"loop alone": f"{statistics.median(alone):,.0f}", "share": f"{share:.3f}"}
-            record.row(row, {"clients": clients, "http": http, "loop": alone, "share": share})
+            http, alone = in_turn(comparison, loop, clients, budget)
+            shares = [one / other for one, other in zip(http, alone, strict=True)]
+            row = {"clients": str(clients), "HTTP, tokens/s": around(http), "loop alone": around(alone)}
+            row |= {"share": f"{statistics.median(http) / statistics.median(alone):.3f}"}
+            row |= {"of neighbours": around(shares, ".3f")}
+            figures = {"http": http, "loop": alone, "shares": shares, "share": statistics.median(shares)}
+            record.row(row, {"clients": clients, **figures})
     record.finish()
+
+
+def in_turn(comparison: Comparison, loop: EngineLoop, clients: int, budget: Budget) -> tuple[list[float], list[float]]:
+    """Tokens a second over HTTP and of the loop alone, each repetition of one beside one of the other.
+
+    Before, both have as many rounds of just such requests: what an engine builds when it sees a shape of prompts, or of
+    a batch, for the first few times, either of them has built then, or neither.
+    """
+    options = comparison.options
+    question = {
+        "rows": clients,
+        "requests": comparison.requests(clients),
+        "words": comparison.us.load.words,
+        "max_tokens": options.max_tokens,
+        "sampling": SAMPLING,
+        "seed": 0,
+    }
+    rounds = 0
+
+    def http() -> float:
+        (runs,) = comparison.levels([comparison.us], clients, budget, repeat=1, warm_up=0)
+        return runs[0].tokens_per_second
+
+    def alone() -> float:
+        nonlocal rounds
+        rounds += 1  # no prompt comes twice
+        return loop.ask(**question, first=rounds * 1_000_000 + clients * 10_000)["tokens_per_second"]
+
+    for _ in range(options.loop_warm):
+        http()
+        alone()
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(options.repeat):
+        both = ((found[0], http), (found[1], alone))
+        for rates, measured in both if number % 2 == 0 else reversed(both):
+            rates.append(measured())
+        if budget.over:
+            break
+    return found
+
+
+def around(values: list[float], form: str = ",.0f") -> str:
+    """Their median, least and most."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def adapters_mixed(comparison: Comparison, adapters: dict[str, Path]) -> None:
@@ -175,6 +205,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--peer-clients", type=int, default=128, help="the largest level that the peer takes part in")
     parser.add_argument("--turns", type=int, default=32, help="the largest level at which it takes turns with ours")
     parser.add_argument("--loop-clients", default=(1, 8, 32, 128), **numbers)
+    parser.add_argument("--loop-warm", type=int, default=4, help="rounds that HTTP and the loop have before it counts")
     parser.add_argument("--adapter-clients", default=(8, 32, 128), **numbers)
     parser.add_argument("--max-rows", type=int, default=128, help="ours: rows in a batch")
     parser.add_argument("--repeat", type=int, default=3)

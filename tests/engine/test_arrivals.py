@@ -45,14 +45,23 @@ def test_a_step_comes_between_long_ones(busy: bool) -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_who_finds_the_engine_idle_goes_on_with_those_that_come_while_it_is_read(busy: bool) -> None:
+def test_who_comes_while_others_are_read_goes_on_with_them(busy: bool) -> None:
     """Up to some text: a step comes before all of a crowd is read."""
     of = arrivals(generate(0, prompt="x" * (TOGETHER // 4)))
     got = []
     for event in of.take(busy=busy, patience=lambda: 0.0):
         got.append(event)
         of._inbox.put(generate(len(got), prompt="x" * (TOGETHER // 4)))
-    assert len(got) == (1 if busy else 4)
+    assert len(got) == 4
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_rows_do_not_wait_for_more_than_was_there_where_there_is_nothing_to_read(busy: bool) -> None:
+    of = arrivals(Cancel(1))
+    for number, _ in enumerate(of.take(busy=busy, patience=lambda: 0.0)):
+        if number < 5:
+            of._inbox.put(Cancel(number))
+    assert of._inbox.empty() == (not busy)
 
 
 def test_what_was_cancelled_meanwhile_is_not_read() -> None:

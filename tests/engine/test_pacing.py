@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.engine import prefill
+from runner.engine import prompt_calls
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel, load
 from runner.engine.pacing import Pacing
@@ -251,8 +251,8 @@ def test_a_step_builds_a_call_or_starts_layers_or_has_rows_join(
     while driver.engine.stats().rows < 1:
         driver.engine.step()
     started: list[int] = []
-    start = prefill.start
-    monkeypatch.setattr(prefill, "start", lambda layers: (started.append(len(layers)), start(layers))[1])
+    start = prompt_calls.start
+    monkeypatch.setattr(prompt_calls, "start", lambda layers: (started.append(len(layers)), start(layers))[1])
     driver.engine.submit(generate(1, prompt=prompt, max_tokens=5))
     each = []
     while driver.engine.stats().rows < 2:

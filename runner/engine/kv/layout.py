@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from runner.engine.kv import prompt_kernel
 from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Caches, leaves_of
 from runner.engine.kv.foreign import Foreign
@@ -102,6 +103,16 @@ class Layout:
         """Few where steps are launches, whose graphs are kept, for layers that cache all tokens."""
         launched = self.launch if self.quantisation is None else self.packed_launch
         return AS_NEEDED if launched is None else FEW
+
+    def prompt_reach(self, capacity: int) -> int:
+        """Tokens that rows may come to in a wide call that attends by launches alone, in caches that have room for
+        `capacity`: no window's ring may have to wrap. 0 where none does so; known once something was cached."""
+        planes = [plane for form in self._forms.values() for plane in form]
+        if self.prompt_launch is None or self.quantisation is not None or not planes:
+            return 0
+        if not all(prompt_kernel.takes(width, dtype) for _, width, dtype in planes):
+            return 0
+        return min([capacity, *(int(window) + self._slack for window in self.windows)])
 
     def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0, ends: Sequence[int] = ()) -> Caches:
         """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens.

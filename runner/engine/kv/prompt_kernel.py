@@ -58,13 +58,16 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     return (
         tokens > FEW
         and queries.dtype == keys.dtype == values.dtype
-        and queries.dtype in KINDS
         and keys.shape == values.shape
         and keys.shape[3] == width
         and heads % keys.shape[1] == 0
-        and width % _TILE == 0
-        and 0 < width <= _WIDEST
+        and takes(width, queries.dtype)
     )
+
+
+def takes(width: int, dtype: mx.Dtype) -> bool:
+    """Whether they can do it for lines so wide, of this type."""
+    return dtype in KINDS and width % _TILE == 0 and 0 < width <= _WIDEST
 
 
 def launch() -> Launch | None:
