@@ -43,8 +43,9 @@ _TWICE: Final = 256
 _SHARED: Final = 98_000
 """Bytes of shared memory that a block of any device with such products may have."""
 
-CROWD: Final = 4 * PROCESSORS
-"""Blocks that keep a large GPU busy: twice as many as in 16 bits, since a warp takes as long for half the bytes."""
+_AT_ONCE: Final = ((128, 4), (256, 3))
+"""How many blocks have room on a multiprocessor, by bytes of a block's queries for each of eight: registers allow no
+more. Others are two."""
 
 _SHARE: Final = 2048
 """Keys that are worth a block where there are so many of them."""
@@ -103,7 +104,8 @@ class Shape(msgspec.Struct, frozen=True):
     """How blocks share the work: `parts` of `heads` query heads for each of `groups` key heads.
 
     A block has eights of queries (`sets`), and warps, each with `stages` tiles on their way. `few` is how many tokens a
-    row may have. Of a key `line` bytes are codes, as many of scales as of biases, and `own` as the model has it.
+    row may have. Of a key `line` bytes are codes, as many of scales as of biases, and `own` as the model has it. A
+    multiprocessor has `at_once` blocks.
     """
 
     groups: int
@@ -115,8 +117,14 @@ class Shape(msgspec.Struct, frozen=True):
     scales: int
     own: int
     width: int
+    at_once: int
     warps: int = 4
     stages: int = 2
+
+    @property
+    def crowd(self) -> int:
+        """Blocks that keep a large GPU busy: all that have room. In 16 bits half as many do, of twice the bytes."""
+        return self.at_once * PROCESSORS
 
     @property
     def lines(self) -> int:
@@ -148,13 +156,17 @@ class Shape(msgspec.Struct, frozen=True):
 
 @cache
 def shape(width: int, itemsize: int, how: tuple[int, int], heads: int, groups: int, tokens: int) -> Shape | None:
-    """For lines of `width` values, and `how` many bits and values to a scale; None if the lines are too wide."""
+    """For lines of `width` values, and `how` many bits and values to a scale; None if the lines are too wide.
+
+    There are two of a model, for one token of a row and for several, and a start compiles both.
+    """
     shared, widest = heads // groups, 2 * _SET if width * itemsize <= _TWICE else _SET
     together = max(n for n in range(1, widest + 1) if shared % n == 0)
-    sets, few = -(-min(together * tokens, widest) // _SET), 1 if tokens == 1 else FEW
+    sets, few = -(-(together if tokens == 1 else widest) // _SET), 1 if tokens == 1 else FEW
     bits, size = how
     sizes = width * bits // 8, width // size * itemsize, width * itemsize
-    plain = Shape(groups, shared // together, together, sets, few, *sizes, width)
+    at_once = next((blocks for most, blocks in _AT_ONCE if sets * width * itemsize <= most), 2)
+    plain = Shape(groups, shared // together, together, sets, few, *sizes, width, at_once)
     for warps in (4, 2, 1):
         way = replace(plain, warps=warps, stages=max(2, min(4, _RING // (warps * plain.tile))))
         if way.shared_memory <= _SHARED:
@@ -167,9 +179,9 @@ def launch() -> PackedLaunch | None:
     return attend_and_write if cuda_kernels.usable(SWITCH) else None
 
 
-def splits(blocks: int, places: int, warps: int) -> int:
+def splits(way: Shape, blocks: int, places: int) -> int:
     """How many blocks may share the keys of a row that has room for so many, where there are `blocks` without that."""
-    return decode_kernel.splits(blocks, places, warps, CROWD, _MOST_SPLITS)
+    return decode_kernel.splits(blocks, places, way.warps, way.crowd, _MOST_SPLITS)
 
 
 def shape_of(call: PackedCall) -> Shape:
@@ -187,7 +199,7 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     # What is copied of a row ends with a tile.
     assert places % _KEYS == 0
     blocks = way.blocks(rows, tokens)
-    shares = splits(blocks, min(places, call.window or places), way.warps)
+    shares = splits(way, blocks, min(places, call.window or places))
     frequencies, rotation = rotating(call.rotation)
     dtype, sizes = call.queries.dtype, constants(width, call.bits, call.group_size, call.window or 0, way)
     out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation).launch(
@@ -212,7 +224,7 @@ def constants(width: int, bits: int, group_size: int, window: int, way: Shape) -
         *(("D", width), ("BITS", bits), ("GROUP", group_size), ("WINDOW", window), ("FEW", way.few)),
         *(("KEY_HEADS", way.groups), ("PARTS", way.parts), ("HEADS", way.heads), ("SETS", way.sets)),
         *(("WARPS", way.warps), ("STAGES", way.stages), ("MOST_SPLITS", _MOST_SPLITS)),
-        *(("CROWD", CROWD), ("SHARE", _SHARE // _KEYS)),
+        *(("CROWD", way.crowd), ("SHARE", _SHARE // _KEYS)),
     )
 
 
