@@ -100,15 +100,16 @@ def _tile(width: int) -> int:
     return _TILE * width * 2 * 2
 
 
-def splits(blocks: int, places: int, warps: int) -> int:
+def splits(blocks: int, places: int, warps: int, crowd: int | None = None, most: int = _MOST_SPLITS) -> int:
     """How many blocks may share the keys of a row that has room for so many, where there are `blocks` without that.
 
-    As many as keep a GPU busy if each of their warps has a tile; or, where there is work for all anyway, one for each
-    _SHARE keys, so that a long row is not waited for.
+    As many as keep a GPU busy (`crowd`) if each of their warps has a tile; or, where there is work for all anyway, one
+    for each _SHARE keys, so that a long row is not waited for. `most` at most.
     """
-    busy = min(CROWD // blocks, places // (warps * _TILE)) if blocks < CROWD else 1
-    most = min(max(busy, places // _SHARE), _MOST_SPLITS)
-    return 1 << max(0, most.bit_length() - 1)
+    crowd = CROWD if crowd is None else crowd
+    busy = min(crowd // blocks, places // (warps * _TILE)) if blocks < crowd else 1
+    wanted = min(max(busy, places // _SHARE), most)
+    return 1 << max(0, wanted.bit_length() - 1)
 
 
 def header(dtype: mx.Dtype, constants: Constants, scale: float) -> str:

@@ -18,7 +18,31 @@ __device__ inline void close_group() { asm volatile("cp.async.commit_group;" :::
 template <int LATEST> __device__ inline void wait_for_groups() {
     asm volatile("cp.async.wait_group %0;" :: "n"(LATEST) : "memory");
 }
-// sum += a · b, of a warp: a's lines r and r + 8 at two places, b's column r (PTX ISA, mma.m16n8k16).
+// COUNT matrices, 4 or 2, of 8 lines of 16 bytes: lane i points at line i % 8 of matrix i / 8. A thread gets word
+// lane % 4 of line lane / 4 of each; with COLUMNS, 16 bits at lane / 4 of lines lane % 4 * 2 and the next.
+template <bool COLUMNS, int COUNT> __device__ inline void matrices(uint32_t (&to)[COUNT], const void* line) {
+    const unsigned from = unsigned(__cvta_generic_to_shared(line));
+    if constexpr (COUNT == 4 && COLUMNS) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+    } else if constexpr (COUNT == 4) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+    } else if constexpr (COLUMNS) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
+    }
+}
+// An 8 × 8 matrix of 16 bits, of which a thread has the two values at lane % 4 * 2 of line lane / 4, transposed.
+__device__ inline uint32_t transposed(uint32_t two) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
+    return result;
+}
+// sum += a · b, of a warp: a's lines g and g + 8 at two places, b's column g (PTX ISA, mma.m16n8k16).
 __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -38,6 +62,16 @@ __device__ inline uint32_t halves_of(float low, float high) {
 }
 __device__ inline float low_of(uint32_t halves) { return __half2float(__ushort_as_half(halves & 0xffff)); }
 __device__ inline float high_of(uint32_t halves) { return __half2float(__ushort_as_half(halves >> 16)); }
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float logarithm(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 """
 
 HEADER: Final = """
@@ -46,6 +80,12 @@ template <typename A> __device__ inline A of_all_four(A (*better)(A, A), A x) {
     x = better(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return better(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+template <typename A> __device__ inline A of_all_eight(A (*better)(A, A), A x) {
+    x = better(x, __shfl_xor_sync(0xffffffffu, x, 4));
+    x = better(x, __shfl_xor_sync(0xffffffffu, x, 8));
+    return better(x, __shfl_xor_sync(0xffffffffu, x, 16));
+}
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline float plus(float a, float b) { return a + b; }
 template <int COUNT> __device__ inline void words(const void* from, uint32_t (&to)[COUNT]) {
     if constexpr (COUNT % 4 == 0) {

@@ -13,20 +13,21 @@ from typing import Final
 
 import mlx.core as mx
 import msgspec
+from msgspec.structs import replace
 
 from runner.engine import cuda_kernels
-from runner.engine.cuda_kernels import Kernel
-from runner.engine.kv import attention_source
-from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, few_alike, partial, rotating, splits
+from runner.engine.cuda_kernels import PROCESSORS, Kernel
+from runner.engine.kv import attention_source, decode_kernel
+from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, few_alike, partial, rotating
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_device import DEVICE, HEADER
 from runner.engine.kv.quantised_source import SOURCE
 from runner.engine.kv.rotary import Rotation
 
 _KEYS: Final = 16
-"""Keys of a tile."""
+"""Keys of a product."""
 
-_LINES: Final = 16
+_SET: Final = 8
 """Queries of a product."""
 
 _RING: Final = 40_000
@@ -34,10 +35,22 @@ _RING: Final = 40_000
 delivers within its latency."""
 
 _WIDEST: Final = 256
-"""Values of a key at most: a thread sums up half as many."""
+"""Values of a key at most: a thread sums up a quarter as many, for eight queries."""
+
+_TWICE: Final = 256
+"""Bytes of a query of which a block may have two eights: their sums have room in registers."""
 
 _SHARED: Final = 98_000
 """Bytes of shared memory that a block of any device with such products may have."""
+
+_AT_ONCE: Final = ((128, 4), (256, 3))
+"""How many blocks have room on a multiprocessor, by bytes of a block's queries for each of eight: registers allow no
+more. Others are two."""
+
+_SHARE: Final = 2048
+"""Keys that are worth a block where there are so many of them."""
+
+_MOST_SPLITS: Final = 64
 
 HELD: Final = tuple(f"held_{name}{part}" for name in ("key", "value") for part in ("s", "_scales", "_biases"))
 """What the source calls the planes."""
@@ -75,7 +88,7 @@ PackedLaunch = Callable[[PackedCall], tuple[mx.array, Sequence[mx.array]]]
 
 def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, group_size: int) -> bool:
     """Whether a launch can do it: few tokens, whole vectors."""
-    heads, width = queries.shape[1], queries.shape[3]
+    _, heads, tokens, width = queries.shape
     return (
         few_alike(queries, keys, values)
         and width <= _WIDEST
@@ -83,36 +96,81 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, grou
         and group_size >= 32
         and width % group_size == 0
         and width * bits % 128 == 0
-        and shape(width, queries.dtype.size, bits, group_size, heads // keys.shape[1]) is not None
+        and shape(width, queries.dtype.size, (bits, group_size), heads, keys.shape[1], tokens) is not None
     )
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """How a block shares the work: query heads of a block, warps, and tiles that each has on their way."""
+    """How blocks share the work: `parts` of `heads` query heads for each of `groups` key heads.
 
+    A block has eights of queries (`sets`), and warps, each with `stages` tiles on their way. `few` is how many tokens a
+    row may have. Of a key `line` bytes are codes, as many of scales as of biases, and `own` as the model has it. A
+    multiprocessor has `at_once` blocks.
+    """
+
+    groups: int
+    parts: int
     heads: int
-    warps: int
-    stages: int
-    shared_memory: int
+    sets: int
+    few: int
+    line: int
+    scales: int
+    own: int
+    width: int
+    at_once: int
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def crowd(self) -> int:
+        """Blocks that keep a large GPU busy: all that have room. In 16 bits half as many do, of twice the bytes."""
+        return self.at_once * PROCESSORS
+
+    @property
+    def lines(self) -> int:
+        """Queries of a block, of which those of its last tokens may not be there."""
+        return self.sets * _SET
 
     @property
     def several(self) -> int:
         """Tokens of a block."""
-        return _LINES // self.heads
+        return self.lines // self.heads
+
+    def blocks(self, rows: int, tokens: int) -> int:
+        """For so many tokens of each row, where nobody shares keys."""
+        return rows * self.groups * self.parts * -(-tokens // self.several)
+
+    @property
+    def tile(self) -> int:
+        """Bytes of 16 keys and values."""
+        return _KEYS * 2 * (self.line + 2 * self.scales)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of it that a block asks for."""
+        sums = self.lines * (self.width + 4) * 4
+        new = self.lines * self.own + self.few * 2 * (self.line + self.own + 2 * self.scales)
+        used = max(self.warps * max(self.stages * self.tile, sums) + new, self.lines * _MOST_SPLITS * 4)
+        return used + 2 * self.warps * self.lines * 4 + 16
 
 
 @cache
-def shape(width: int, itemsize: int, bits: int, group_size: int, shared: int) -> Shape | None:
-    """For lines of `width` values, and `shared` query heads a key head; None if the lines are too wide."""
-    line = width * bits // 8
-    scales = width // group_size * itemsize
-    tile = 2 * (_KEYS * line + _KEYS // 4 * 32) + 4 * _KEYS * scales
-    rest = _LINES * (width + 4) * 4 + FEW * (2 * line + 4 * scales + 2 * width * itemsize)
+def shape(width: int, itemsize: int, how: tuple[int, int], heads: int, groups: int, tokens: int) -> Shape | None:
+    """For lines of `width` values, and `how` many bits and values to a scale; None if the lines are too wide.
+
+    There are two of a model, for one token of a row and for several, and a start compiles both.
+    """
+    shared, widest = heads // groups, 2 * _SET if width * itemsize <= _TWICE else _SET
+    together = max(n for n in range(1, widest + 1) if shared % n == 0)
+    sets, few = -(-(together if tokens == 1 else widest) // _SET), 1 if tokens == 1 else FEW
+    bits, size = how
+    sizes = width * bits // 8, width // size * itemsize, width * itemsize
+    at_once = next((blocks for most, blocks in _AT_ONCE if sets * width * itemsize <= most), 2)
+    plain = Shape(groups, shared // together, together, sets, few, *sizes, width, at_once)
     for warps in (4, 2, 1):
-        stages = max(2, min(4, _RING // (warps * tile)))
-        needed = max(warps * stages * tile + rest, warps * _LINES * (width + 2) * 4 + 16)
-        if needed <= _SHARED:
-            return Shape(max(n for n in range(1, _LINES + 1) if shared % n == 0), warps, stages, needed)
+        way = replace(plain, warps=warps, stages=max(2, min(4, _RING // (warps * plain.tile))))
+        if way.shared_memory <= _SHARED:
+            return way
     return None
 
 
@@ -121,16 +179,15 @@ def launch() -> PackedLaunch | None:
     return attend_and_write if cuda_kernels.usable(SWITCH) else None
 
 
-def blocks_of(call: PackedCall, way: Shape) -> int:
-    """Blocks of a launch in which none share keys."""
-    rows, heads, tokens, _ = call.queries.shape
-    return rows * (heads // way.heads) * -(-tokens // way.several)
+def splits(way: Shape, blocks: int, places: int) -> int:
+    """How many blocks may share the keys of a row that has room for so many, where there are `blocks` without that."""
+    return decode_kernel.splits(blocks, places, way.warps, way.crowd, _MOST_SPLITS)
 
 
 def shape_of(call: PackedCall) -> Shape:
     """The shape of a launch that applies."""
-    _, heads, _, width = call.queries.shape
-    way = shape(width, call.queries.dtype.size, call.bits, call.group_size, heads // call.keys.shape[1])
+    _, heads, tokens, width = call.queries.shape
+    way = shape(width, call.queries.dtype.size, (call.bits, call.group_size), heads, call.keys.shape[1], tokens)
     assert way is not None
     return way
 
@@ -141,8 +198,8 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     way, places = shape_of(call), call.planes[0].shape[2]
     # What is copied of a row ends with a tile.
     assert places % _KEYS == 0
-    blocks = blocks_of(call, way)
-    shares = splits(blocks, min(places, call.window or places))
+    blocks = way.blocks(rows, tokens)
+    shares = splits(way, blocks, min(places, call.window or places))
     frequencies, rotation = rotating(call.rotation)
     dtype, sizes = call.queries.dtype, constants(width, call.bits, call.group_size, call.window or 0, way)
     out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation).launch(
@@ -154,7 +211,7 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
         ],
         grid=(blocks * shares * way.warps * 32, 1, 1),
         threadgroup=(way.warps * 32, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.several * way.heads, width)],
+        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.lines, width)],
         output_dtypes=[dtype, mx.float32],
     )
     return out.swapaxes(1, 2), call.planes
@@ -164,8 +221,10 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
 def constants(width: int, bits: int, group_size: int, window: int, way: Shape) -> Constants:
     """What the source calls the numbers that are known when it is compiled."""
     return (
-        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("WINDOW", window), ("FEW", FEW)),
-        *(("HEADS", way.heads), ("WARPS", way.warps), ("STAGES", way.stages)),
+        *(("D", width), ("BITS", bits), ("GROUP", group_size), ("WINDOW", window), ("FEW", way.few)),
+        *(("KEY_HEADS", way.groups), ("PARTS", way.parts), ("HEADS", way.heads), ("SETS", way.sets)),
+        *(("WARPS", way.warps), ("STAGES", way.stages), ("MOST_SPLITS", _MOST_SPLITS)),
+        *(("CROWD", way.crowd), ("SHARE", _SHARE // _KEYS)),
     )
 
 

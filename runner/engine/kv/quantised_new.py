@@ -5,27 +5,54 @@ from __future__ import annotations
 from typing import Final
 
 NEW: Final = """
-    for (int i = threadIdx.x; i < LINES * D; i += THREADS) {
-        const int line = i / D, n = token + line / HEADS;
-        float x = 0.0f;
-        if (line < used) {
-            const T* from = queries + row * queries_strides[0] + (head + line % HEADS) * queries_strides[1];
-            x = rotated(from + n * queries_strides[2], queries_strides[3], i % D, start + n);
-        }
-        asked[line * (D + 4) + i % D] = x;
-    }
-    // The call's own keys (rotated, if the model has not done so) and values up to the block's tokens, and these packed
-    // as mx.quantize does it, where they are seen.
-    const bool own = begin < end && end * KEYS > start;
-    if (own) {
-        for (int i = threadIdx.x; i < (token + count) * D; i += THREADS) {
-            const int n = i / D;
-            plain[i] = T(rotated(line_of(keys, keys_strides, n), keys_strides[3], i % D, start + n));
-            plain[FEW * D + i] = line_of(values, values_strides, n)[i % D * values_strides[3]];
+    // Blocks that see own tokens: the tiles of these are next to each other.
+    const int newest = highest(start / KEYS - low, 0);
+    auto of_split = [&](int tile) { return unsigned(tile / WARPS) % unsigned(blocks) == unsigned(split); };
+    const bool writes = of_split(newest), own = writes || of_split(tiles - 1);
+    // Queries, and the call's own keys and values up to the block's tokens, rotated as MLX's rope does it, and rounded
+    // as there. A thread has pairs of columns, which are rotated together, or neighbours. Several are on their way at
+    // once.
+    {
+        constexpr int COUPLES = D / 2, HALF = ROTATED / 2, TOGETHER = 2;
+        const int seen = own ? token + count : 0, items = (used + 2 * seen) * COUPLES;
+        const T* const query = queries + row * queries_strides[0] + head * queries_strides[1]
+            + token * queries_strides[2];
+        const T* const key = line_of(keys, keys_strides, 0);
+        const T* const value = line_of(values, values_strides, 0);
+        for (int base = threadIdx.x; base < items; base += THREADS * TOGETHER) {
+            float x[TOGETHER], y[TOGETHER], frequency[TOGETHER];
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const int item = base + i * THREADS < items ? base + i * THREADS : items - 1;
+                const int n = item / COUPLES, which = item % COUPLES, of = n - used;
+                const bool turned = HALF > 0 && which < HALF, halves = turned && !TRADITIONAL;
+                const T* const from = of < 0 ? query + n % HEADS * queries_strides[1] + n / HEADS * queries_strides[2]
+                    : of < seen ? key + of * keys_strides[2] : value + (of - seen) * values_strides[2];
+                const int step = of < 0 ? queries_strides[3] : of < seen ? keys_strides[3] : values_strides[3];
+                frequency[i] = turned ? frequencies[which] : 0.0f;
+                x[i] = float(from[(halves ? which : which * 2) * step]);
+                y[i] = float(from[(halves ? which + HALF : which * 2 + 1) * step]);
+            }
+            #pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const int item = base + i * THREADS, n = item / COUPLES, which = item % COUPLES, of = n - used;
+                if (item >= items) continue;
+                const bool turned = HALF > 0 && which < HALF, halves = turned && !TRADITIONAL;
+                if (turned && of < seen) {
+                    const float angle = float(of < 0 ? least + n / HEADS : start + of) * frequency[i], was = x[i];
+                    float sine, cosine;
+                    sincosf(angle, &sine, &cosine);
+                    x[i] = was * cosine - y[i] * sine;
+                    y[i] = was * sine + y[i] * cosine;
+                }
+                T* const to = of < 0 ? asked + n * D : plain + (of < seen ? of : FEW + of - seen) * D;
+                to[halves ? which : which * 2] = T(x[i]);
+                to[halves ? which + HALF : which * 2 + 1] = T(y[i]);
+            }
         }
     }
     __syncthreads();
-    // A warp packs a group.
+    // These packed as mx.quantize does it: a warp packs a group.
     for (int item = warp; own && item < (token + count) * 2 * GROUPS; item += WARPS) {
         const int n = item / (2 * GROUPS), what = item / GROUPS % 2, of = item % GROUPS;
         const T* x = plain + (what * FEW + n) * D + of * GROUP;
@@ -39,6 +66,7 @@ NEW: Final = """
             least = lowest(least, __shfl_xor_sync(0xffffffffu, least, w));
             most = highest(most, __shfl_xor_sync(0xffffffffu, most, w));
         }
+        constexpr uint32_t MASK = (1u << BITS) - 1u;
         float scale = highest((most - least) / float(MASK), 1e-7f);
         const bool side = fabsf(least) > fabsf(most);
         scale = side ? scale : -scale;
@@ -58,8 +86,9 @@ NEW: Final = """
             fresh[(what * FEW + n) * LINE + of * (GROUP / PER_WORD) + word] = packed;
         }
     }
-    __syncthreads();
-    if (part == 0 && begin <= at / KEYS && at / KEYS < end) {
+    if (own) __syncthreads();
+    // The planes are written in place: see attention_kernel.
+    if (part == 0 && writes) {
         for (int n = token; n < token + count; ++n) {
             #pragma unroll
             for (int what = 0; what < 2; ++what) {

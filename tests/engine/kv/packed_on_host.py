@@ -58,6 +58,39 @@ static uint32_t multiply_add(uint32_t x, uint32_t y, uint32_t z) {
     return halves_of(low_of(x) * low_of(y) + low_of(z), high_of(x) * high_of(y) + high_of(z));
 }
 
+static float power_of_two(float x) { return std::exp2(x); }
+static float logarithm(float x) { return std::log2(x); }
+// Of a warp: all have left what they have before any reads, and have read before any goes on.
+static const unsigned char* lines_of[1024];
+template <bool COLUMNS, int COUNT> static void matrices(uint32_t (&to)[COUNT], const void* line) {
+    if (reinterpret_cast<size_t>(line) % 16) std::abort();
+    lines_of[threadIdx.x] = static_cast<const unsigned char*>(line);
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    const unsigned char* const* const warp = lines_of + threadIdx.x - lane;
+    for (int m = 0; m < COUNT; ++m) {
+        for (int i = 0; i < 2; ++i) {
+            const unsigned char* const from = COLUMNS
+                ? warp[m * 8 + lane % 4 * 2 + i] + lane / 4 * 2 : warp[m * 8 + lane / 4] + lane % 4 * 4 + i * 2;
+            std::memcpy(reinterpret_cast<uint16_t*>(&to[m]) + i, from, 2);
+        }
+    }
+    __syncwarp();
+}
+static uint32_t words_of[1024];
+static uint32_t transposed(uint32_t two) {
+    words_of[threadIdx.x] = two;
+    __syncwarp();
+    const int lane = threadIdx.x % 32, line = lane / 4;
+    uint32_t result = 0;
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t its = words_of[threadIdx.x - lane + (lane % 4 * 2 + i) * 4 + line / 2];
+        result |= (its >> (line % 2 * 16) & 0xffff) << (16 * i);
+    }
+    __syncwarp();
+    return result;
+}
+
 static float value(uint32_t word, int which) { return which ? high_of(word) : low_of(word); }
 """
     + MULTIPLY
@@ -77,14 +110,16 @@ _TYPES: Final = {
 class PackedOnHost:
     """Does what `quantised_kernel.attend_and_write` does, in blocks of so many warps, of which `splits` share keys.
 
-    Scales and biases lie `apart` bytes from where 16 of them could be copied at once.
+    There are never enough blocks (`crowd`), or always. Scales and biases lie `apart` bytes from where 16 could be
+    copied at once.
     """
 
-    def __init__(self, warps: int = 1, splits: int = 1, apart: int = 0) -> None:
+    def __init__(self, warps: int = 1, splits: int = 1, apart: int = 0, crowd: int = 1 << 20) -> None:
         self.launches = 0
         self._warps = warps
         self._splits = splits
         self._apart = apart
+        self._crowd = crowd
         self._built: dict[tuple[Any, ...], Run] = {}
 
     def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
@@ -93,7 +128,7 @@ class PackedOnHost:
         dtype = call.queries.dtype
         way = replace(quantised_kernel.shape_of(call), warps=self._warps)
         frequencies, rotation = rotating(call.rotation)
-        blocks = quantised_kernel.blocks_of(call, way)
+        blocks = way.blocks(rows, tokens)
         counters = np.zeros((self._splits, blocks), dtype=np.int32)
         given = [call.queries, call.keys, call.values, *call.planes, call.starts, call.starts]
         mx.eval(*given, *(() if call.after is None else (call.after,)))
@@ -102,11 +137,11 @@ class PackedOnHost:
         planes = {name: arrays[name] for name in quantised_kernel.HELD}
         arrays |= {name: _placed(plane, self._apart * (name not in _CODES)) for name, plane in planes.items()}
         out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
-        size = way.several * way.heads, width + 2
-        partial = np.full((blocks, self._splits, *size), np.nan, dtype=np.float32)
+        partial = np.full((blocks, self._splits, way.lines, width + 2), np.nan, dtype=np.float32)
         # All windows are one text.
         sizes = dict(quantised_kernel.constants(width, call.bits, call.group_size, 0, way)) | dict(rotation)
         del sizes["WINDOW"]
+        sizes["CROWD"] = self._crowd
         numbers: dict[str, Any] = {"WINDOW": ctypes.c_int(call.window or 0)}
         numbers["SCALE"] = ctypes.c_float(call.scale * np.log2(np.e))
         self._run(dtype, sizes, arrays, (out, partial), numbers, blocks * self._splits)
