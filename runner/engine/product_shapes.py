@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _TOLERANCE: Final = 0.02
 """Of a product's norm. What rounding does is a tenth of it."""
 
-_FEW_BESIDE_WIDE: Final = 16
+_FEW_BESIDE_WIDE: Final = {"plain": 16, "swiglu": 0}
 """Tokens up to which the kernel for few is the faster one where there is one for more, without changes."""
 
 _ROWS: Final = tuple(8 * (eights - 1) + 1 for eights in TILES)
@@ -156,7 +156,7 @@ class Shape:
 
     def product(self, x: mx.array) -> Multiply | None:
         """The kernel for these tokens, None where there is none."""
-        if self._few(x, MOST_ROWS if self._wide is None else _FEW_BESIDE_WIDE):
+        if self._few(x, MOST_ROWS if self._wide is None else _FEW_BESIDE_WIDE[self.epilogue]):
             return self._multiply
         return self._wide if self._many(x) else None
 

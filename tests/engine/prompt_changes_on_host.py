@@ -22,7 +22,9 @@ WARPS = 2
 class PromptChangesOnHost:
     """Makes products as `prompt_changes.changed` does. Each is computed at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
+        """So many would run at once."""
+        self._blocks = blocks
         self._built: dict[tuple[mx.Dtype, str | None], Run] = {}
 
     def changed(self, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str) -> Changed:
@@ -52,13 +54,13 @@ class PromptChangesOnHost:
         rest = [] if epilogue == "swiglu" else [mx.zeros((1,), y.dtype) if added is None else added]
         views = [on_host(array) for array in (y, inner, *rest, stack.packed, board_of(slots))]
         result = np.zeros((rows, tokens, outputs), dtype=np.uint16)
-        blocks = rows * -(-tokens // prompts.TOKENS) * -(-outputs // (32 * WARPS))
+        blocks = prompts.adding_blocks(rows, tokens, outputs, WARPS, self._blocks)
         launch(self._run(y.dtype, epilogue), blocks, WARPS * 32, views, result)
         return mx.array(result).view(y.dtype)
 
     def _run(self, dtype: mx.Dtype, epilogue: str | None) -> Run:
         if (dtype, epilogue) not in self._built:
-            header = TYPES + prompts.constants(dtype, epilogue, WARPS) + DEVICE
+            header = TYPES + prompts.constants(dtype, epilogue, WARPS, self._blocks) + DEVICE
             header += SWIGLU if epilogue == "swiglu" else ""
             arguments = arguments_of([*prompts.inputs_of(epilogue, dtype)], "T")
             if epilogue is None:

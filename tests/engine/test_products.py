@@ -167,8 +167,8 @@ def test_up_to_128_tokens_have_kernels_of_their_own(model_folder: ModelFolder, r
     many.calls.clear()
     model(PROMPT)
     model(mx.ones((1, wide_product_kernel.MOST_ROWS + 1), dtype=mx.int32))
-    assert many.calls.total() == 0
-    assert few.calls == Counter({"plain": 3, "swiglu": 3, "sum": 6, "then gate": 3})
+    assert many.calls == Counter({"swiglu": 3}), "gates are faster so for few tokens, too"
+    assert few.calls == Counter({"plain": 3, "sum": 6, "then gate": 3})
 
 
 def test_weights_that_no_wide_kernel_fits_have_one_for_few_tokens() -> None:

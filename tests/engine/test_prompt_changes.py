@@ -48,9 +48,9 @@ def check(make: Make, outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str,
         )
 
 
-@pytest.fixture(scope="module")
-def on_host() -> PromptChangesOnHost:
-    return PromptChangesOnHost()
+@pytest.fixture(scope="module", params=[2, 100], ids=["few blocks", "many blocks"])
+def on_host(request: pytest.FixtureRequest) -> PromptChangesOnHost:
+    return PromptChangesOnHost(request.param)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from runner.engine import cuda_kernels
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.prompts_source import ADD, INNER, PLACES
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import KINDS, Kernel
+from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
 from runner.engine.product_source import SWIGLU
 from runner.engine.tensor_cores import DEVICE
 
 _TILES: Final = 2
+_STAGES: Final = 3
 _CHUNK: Final = 64
 _RANKS: Final = 16
 _OUTPUTS: Final = 32
@@ -29,8 +30,11 @@ _LONG: Final = 4096
 WARPS: Final = 8
 """Of a block; twice as many share more than _LONG inputs."""
 
-TOKENS: Final = 64
-"""That a warp adds changes to."""
+_TOKENS, _MOST_TOKENS = 64, 256
+"""That a warp adds changes to, at least and at most; shorter rows have fewer."""
+
+BLOCKS: Final = 2 * PROCESSORS
+"""That run at once."""
 
 
 def fits(inputs: int, stack: Stack) -> bool:
@@ -72,7 +76,7 @@ def add(
     rows, tokens, outputs = y.shape
     outputs //= parts(epilogue)
     rest = [] if epilogue == "swiglu" else [_nothing(y.dtype) if added is None else added]
-    blocks = rows * -(-tokens // TOKENS) * -(-outputs // (_OUTPUTS * WARPS))
+    blocks = adding_blocks(rows, tokens, outputs)
     result: mx.array = add_kernel(y.dtype, epilogue).launch(
         inputs=[y, inner, *rest, stack.packed, board],
         grid=(blocks * WARPS * 32, 1, 1),
@@ -91,6 +95,14 @@ def prepare(inputs: int, dtype: mx.Dtype, epilogue: str) -> None:
         _nothing(dtype)
 
 
+def adding_blocks(rows: int, tokens: int, outputs: int, warps: int = WARPS, blocks: int = BLOCKS) -> int:
+    """Of `add`, each of so many warps, where `blocks` run at once."""
+    shares, step = -(-outputs // (_OUTPUTS * warps)), _MOST_TOKENS
+    while step > _TOKENS and rows * -(-tokens // step) * shares < blocks:
+        step //= 2
+    return rows * -(-tokens // step) * shares
+
+
 def warps_of(inputs: int) -> int:
     """That share the inputs."""
     return 2 * WARPS if inputs > _LONG else WARPS
@@ -104,12 +116,14 @@ def source(epilogue: str | None) -> str:
     return cuda_kernels.terse(text)
 
 
-def constants(dtype: mx.Dtype, epilogue: str | None, warps: int = WARPS) -> str:
+def constants(dtype: mx.Dtype, epilogue: str | None, warps: int = WARPS, blocks: int = BLOCKS) -> str:
     """What the source does not say."""
     kind, operand = KINDS[dtype]
     return (
         f'using T = {kind};\n#define KIND "{operand}"\nconstexpr int WARPS = {warps}, TILES = {_TILES};\n'
-        f"constexpr int TOKENS = {TOKENS}, PARTS = {parts(epilogue or 'plain')};\n"
+        f"constexpr int STAGES = {_STAGES};\n"
+        f"constexpr int TOKENS = {_TOKENS}, MOST_TOKENS = {_MOST_TOKENS}, BLOCKS = {blocks};\n"
+        f"constexpr int PARTS = {parts(epilogue or 'plain')};\n"
     )
 
 
@@ -135,7 +149,7 @@ def inner_kernel(dtype: mx.Dtype, warps: int) -> Kernel:
         outputs={"out": mx.float32},
         source=source(None),
         header=header(dtype, None, warps),
-        shared_memory=warps * _TILES * 128 * 4,
+        shared_memory=warps * _STAGES * (4 + 2 * _TILES) * 32 * 16,
     )
 
 

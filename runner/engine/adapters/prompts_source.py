@@ -5,13 +5,14 @@ WARPS-th chunk of 64 values, and their sums are added in the order of the warps.
 WARPS only, and a token's inner products are the same bits whatever is beside it. Ranks are the tensor cores' 16 × 16
 operand, tokens their 16 × 8 one, read as `product_source` reads them. Of a row without a change nothing is written.
 
-In ADD a warp has 32 outputs of up to TOKENS tokens of one row, 16 at a time. Tokens are the 16 × 16 operand: eight of
+In ADD a warp has 32 outputs of tokens of one row, 16 at a time: of MOST_TOKENS, or half as many until there are BLOCKS
+blocks or a warp has TOKENS. Tokens are the 16 × 16 operand: eight of
 their inner products, as the sum of two numbers of T, which are to half a rank's rounding what they were; outputs are
 the 16 × 8 one, each rank twice. Which outputs a product has for its columns does not matter, so a thread's are eight
 that follow each other. A row's ranks are added eight by eight to its rounded product.
 
-T, WARPS, TILES, TOKENS and PARTS are constants; `tensor_cores` has what only a GPU can do. An entry of PLACES says what
-becomes of the changed product; a sum's other part has one axis where there is none.
+T, WARPS, STAGES, TILES, TOKENS, MOST_TOKENS, BLOCKS and PARTS are constants; `tensor_cores` has what only a GPU can do.
+An entry of PLACES says what becomes of the changed product; a sum's other part has one axis where there is none.
 """
 
 from __future__ import annotations
@@ -30,35 +31,52 @@ INNER: Final = """
     const T* const down = changes + size_t(S) * 64 + size_t(slot) * R * K + t * 8;
     const T* const low = down + size_t(min(lowest + g, R - 1)) * K;
     const T* const high = down + size_t(min(lowest + g + 8, R - 1)) * K;
-    const T* from[TILES];
+    const T* from[2 + TILES];
+    from[0] = low, from[1] = high;
     float sum[TILES][4];
     #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-        from[i] = x + (size_t(row) * tokens + begin + min(i * 8 + g, count - 1)) * K + t * 8;
+        from[2 + i] = x + (size_t(row) * tokens + begin + min(i * 8 + g, count - 1)) * K + t * 8;
         sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
     }
-    #pragma unroll 2
-    for (int k = warp * 64; k < K; k += WARPS * 64) {
-        uint4 a[2][2], b[2][TILES];
-        #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            a[h][0] = *reinterpret_cast<const uint4*>(low + k + h * 32);
-            a[h][1] = *reinterpret_cast<const uint4*>(high + k + h * 32);
+    // A thread reads what it has copied itself, so nobody waits for others: STAGES rounds are on their way. (Loads into
+    // registers are not, as in `product_source`.)
+    constexpr int COPIES = 4 + 2 * TILES, APART = STAGES * COPIES * 32;
+    const int rounds = (K / 64 + WARPS - 1) / WARPS;
+    uint4* const own = ring + warp * APART + lane;
+    auto fetch = [&](int round) {
+        const int k = (round * WARPS + warp) * 64;
+        if (round < rounds) {
             #pragma unroll
-            for (int i = 0; i < TILES; ++i) b[h][i] = *reinterpret_cast<const uint4*>(from[i] + k + h * 32);
-        }
-        #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            #pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-                multiply(sum[i], a[h][0].x, a[h][1].x, a[h][0].y, a[h][1].y, b[h][i].x, b[h][i].y);
-                multiply(sum[i], a[h][0].z, a[h][1].z, a[h][0].w, a[h][1].w, b[h][i].z, b[h][i].w);
+            for (int i = 0; i < COPIES; ++i) {
+                copy(own + (round % STAGES * COPIES + i) * 32, from[i / 2] + k + i % 2 * 32, k < K);
             }
         }
+        close_group();
+    };
+    #pragma unroll
+    for (int round = 0; round < STAGES; ++round) fetch(round);
+    #pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+        wait_for_groups<STAGES - 1>();
+        const uint4* const its = own + round % STAGES * COPIES * 32;
+        #pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint4 a = its[h * 32], c = its[(2 + h) * 32];
+            #pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const uint4 b = its[(4 + i * 2 + h) * 32];
+                multiply(sum[i], a.x, c.x, a.y, c.y, b.x, b.y);
+                multiply(sum[i], a.z, c.z, a.w, c.w, b.z, b.w);
+            }
+        }
+        fetch(round + STAGES);
     }
+    // A warp's sums go where its copies were.
+    __syncwarp();
     float* const sums = reinterpret_cast<float*>(ring);
     #pragma unroll
-    for (int i = 0; i < TILES * 4; ++i) sums[warp * TILES * 128 + i * 32 + lane] = sum[i / 4][i % 4];
+    for (int i = 0; i < TILES * 4; ++i) sums[warp * APART * 4 + i * 32 + lane] = sum[i / 4][i % 4];
     __syncthreads();
     for (int at = threadIdx.x; at < TILES * 128; at += WARPS * 32) {
         const int n = at % 16, r = at / 16;
@@ -67,17 +85,19 @@ INNER: Final = """
         const int place = ((r / 8 * 2 + n / 8) * 2 + r % 2) * 32 + n % 8 * 4 + r % 8 / 2;
         float total = 0.0f;
         #pragma unroll
-        for (int v = 0; v < WARPS; ++v) total += sums[v * TILES * 128 + place];
+        for (int v = 0; v < WARPS; ++v) total += sums[v * APART * 4 + place];
         out[(size_t(row) * tokens + begin + r) * R + lowest + n] = total;
     }
 """
 
 ADD: Final = """
     const int tokens = y_shape[1], O = y_shape[2], N = O / PARTS, R = inner_shape[1], S = changes_shape[0];
-    const int shares = (N + WARPS * 32 - 1) / (WARPS * 32), tiles = (tokens + TOKENS - 1) / TOKENS;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int shares = (N + WARPS * 32 - 1) / (WARPS * 32);
+    int step = MOST_TOKENS;
+    while (step > TOKENS && y_shape[0] * ((tokens + step - 1) / step) * shares < BLOCKS) step /= 2;
+    const int tiles = (tokens + step - 1) / step, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first = (blockIdx.x % shares * WARPS + threadIdx.x / 32) * 32, tile = blockIdx.x / shares;
-    const int row = tile / tiles, begin = tile % tiles * TOKENS, end = min(begin + TOKENS, tokens);
+    const int row = tile / tiles, begin = tile % tiles * step, end = min(begin + step, tokens);
     if (first >= N) return;
     const int slot = board[32 + row];
     // Stack.packed: a span is where a part's outputs end and the ranks [low, high) that reach them.
