@@ -42,6 +42,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     words: int
     shared_words: int = 0
     max_tokens: int = 128
+    spread: float = 0.0
+    """By how much of `max_tokens` answers' lengths differ from it at most, both ways: by the request's number."""
     body: dict[str, Any] = {}
     """Further fields of each request: temperature, top_p, …"""
     adapters: tuple[str, ...] = ()

@@ -25,6 +25,14 @@ def prompt(load: Load, index: int) -> str:
     return f"{_draw(load.seed, SHARED_PREFIX_INDEX, load.shared_words)} {own}"
 
 
+def answer_tokens(load: Load, index: int) -> int:
+    """How long the answer to request number `index` may be."""
+    if not load.spread:
+        return load.max_tokens
+    share = random.Random(f"{load.seed}/{index}/answer").uniform(-load.spread, load.spread)
+    return max(1, round(load.max_tokens * (1 + share)))
+
+
 def _draw(seed: int, index: int, count: int) -> str:
     return " ".join(random.Random(f"{seed}/{index}").choices(WORDS, k=count))
 
@@ -33,7 +41,7 @@ def request_fields(load: Load, index: int, *, model: str, usage: bool) -> dict[s
     """The JSON object of request number `index`."""
     fields: dict[str, Any] = {
         "messages": [{"role": "user", "content": prompt(load, index)}],
-        "max_tokens": load.max_tokens,
+        "max_tokens": answer_tokens(load, index),
         "stream": True,
         **load.body,
     }

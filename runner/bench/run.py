@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 256
     shared_prefix: int = 0
     max_tokens: int = 128
+    spread: float = 0.0
     body: dict[str, Any] = {}
     adapter_field: str = "adapter_name"
     seed: int = 0
@@ -132,7 +133,9 @@ def calibrate(workers: Workers, target: Target, settings: Settings, adapters: tu
     probe = _Probe(workers, target, load)
     words, calibrated = _words(probe, settings.prompt_tokens)
     shared = round(words * min(settings.shared_prefix / settings.prompt_tokens, 1))
-    load = msgspec.structs.replace(load, words=words - shared, shared_words=shared, max_tokens=settings.max_tokens)
+    load = msgspec.structs.replace(
+        load, words=words - shared, shared_words=shared, max_tokens=settings.max_tokens, spread=settings.spread
+    )
     return Subject(probe.target, load, calibrated)
 
 

@@ -70,6 +70,13 @@ def _configure_requests(group: argparse._ArgumentGroup) -> None:
         "--shared-prefix", type=_count_or_none, default=0, metavar="N", help="of these, tokens that all prompts share"
     )
     group.add_argument("--max-tokens", type=_count, default=128, metavar="N", help="new tokens (default: 128)")
+    group.add_argument(
+        "--spread",
+        type=_share,
+        default=0.0,
+        metavar="S",
+        help="answers' lengths differ by up to this share (default: 0)",
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="default: the server's")
     group.add_argument("--top-p", type=float, metavar="P", help="default: the server's")
     group.add_argument("--adapters", type=_names, default=(), metavar="A,B,…", help="taken in turn; none: plain model")
@@ -122,6 +129,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         prompt_tokens=arguments.prompt_tokens,
         shared_prefix=arguments.shared_prefix,
         max_tokens=arguments.max_tokens,
+        spread=arguments.spread,
         body=body,
         adapter_field=arguments.adapter_field,
         seed=random.randrange(1_000_000) if arguments.seed is None else arguments.seed,
@@ -155,6 +163,16 @@ def _count(text: str) -> int:
 
 def _count_or_none(text: str) -> int:
     return 0 if text == "0" else _count(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return share
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ def _describe(settings: Settings, subject: Subject) -> str:
     parts = [f"prompts of {settings.prompt_tokens} tokens"]
     if settings.shared_prefix:
         parts[0] += f" ({settings.shared_prefix} shared)"
-    parts.append(f"{settings.max_tokens} new")
+    parts.append(f"{settings.max_tokens} new" + (f", give or take {settings.spread:.0%}" if settings.spread else ""))
     parts += [f"{name} {value}" for name, value in settings.body.items()]
     if subject.load.adapters:
         parts.append(f"adapters {', '.join(name or 'none' for name in subject.load.adapters)}")

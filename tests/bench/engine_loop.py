@@ -25,7 +25,7 @@ if __name__ == "__main__":
     environment.restart_if_needed(time.monotonic())
 
 from runner.bench.job import Load  # noqa: E402
-from runner.bench.prompts import prompt  # noqa: E402
+from runner.bench.prompts import answer_tokens, prompt  # noqa: E402
 from runner.engine import cuda_kernels  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loader import load  # noqa: E402
@@ -53,7 +53,12 @@ class ClosedLoop:
 
     def run(self, question: dict[str, Any]) -> dict[str, float]:
         """One measurement."""
-        words = Load(words=question["words"], seed=question["seed"])
+        words = Load(
+            words=question["words"],
+            seed=question["seed"],
+            max_tokens=question["max_tokens"],
+            spread=question.get("spread", 0.0),
+        )
         waiting = iter(range(question["first"], question["first"] + question["requests"]))
         self._tokens = self._ended = 0
         submitted = 0
@@ -64,7 +69,7 @@ class ClosedLoop:
                     Generate(
                         id=number,
                         messages=[{"role": "user", "content": prompt(words, number)}],
-                        max_tokens=question["max_tokens"],
+                        max_tokens=answer_tokens(words, number),
                         sampling=Sampling(**question["sampling"]),
                     )
                 )

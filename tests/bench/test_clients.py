@@ -1,11 +1,13 @@
 import asyncio
 from array import array
 
+import msgspec
 import pytest
 
 from runner.bench.clients import Clients, encode_request
 from runner.bench.figures import level_of
 from runner.bench.job import Job, Load, Outcome, Target
+from runner.bench.prompts import answer_tokens, request_fields
 from tests.bench.server import USAGE, Exchange, ScriptedServer, sse, text, three_tokens
 
 
@@ -86,6 +88,18 @@ async def test_requests_say_what_was_asked_for(server: ScriptedServer) -> None:
     assert (body["stream"], body["max_tokens"], body["temperature"]) == (True, 9, 0.7)
     assert body["logit_bias"] == {"1": -100}
     assert body["stream_options"] == {"include_usage": True}
+
+
+def test_answers_lengths_differ_by_what_was_asked_for() -> None:
+    load = Load(words=3, max_tokens=100, spread=0.25, seed=3)
+    lengths = [answer_tokens(load, index) for index in range(200)]
+    assert lengths == [answer_tokens(load, index) for index in range(200)], "the same for a seed"
+    assert {75 <= length <= 125 for length in lengths} == {True}
+    assert max(lengths) - min(lengths) > 40
+    fields = request_fields(load, 7, model="", usage=False)
+    assert fields["max_tokens"] == lengths[7]
+    assert answer_tokens(msgspec.structs.replace(load, spread=0.0), 7) == 100
+    assert answer_tokens(msgspec.structs.replace(load, max_tokens=1, spread=0.9), 7) >= 1
 
 
 def test_an_api_key_is_sent() -> None:

@@ -11,8 +11,9 @@ Sections:
 All servers are up at the same time, warmed before each level by requests like its own (the loop, and ours beside it, by
 `--loop-warm` rounds of them), and take turns, so that none has the better minute. An idle server costs nothing here. A
 level that takes longer than `--limit` seconds ends there, and is not repeated: what was answered, what failed and what
-was not finished is counted. With more than `--turns` clients the peer comes after ours, and a new server in its place
-where it did not finish: it would work on for nobody. Shown are medians over repetitions (of the loop with the least and
+was not finished is counted. The loop's answers are of equal lengths, which ends whole groups of them at once, and then
+of lengths that differ (`--loop-spreads`). With more than `--turns` clients the peer comes after ours, and a new server in
+its place where it did not finish: it would work on for nobody. Shown are medians over repetitions (of the loop with the least and
 the most, and of each repetition's share); with `--record` the lines of JSON have every repetition, as soon as there is
 one.
 """
@@ -81,17 +82,22 @@ def beside_the_loop(comparison: Comparison, model: Path) -> None:
             if budget.over:
                 record.left_out(f"{clients} clients")
                 continue
-            http, alone = in_turn(comparison, loop, clients, budget)
-            shares = [one / other for one, other in zip(http, alone, strict=True)]
-            row = {"clients": str(clients), "HTTP, tokens/s": around(http), "loop alone": around(alone)}
-            row |= {"share": f"{statistics.median(http) / statistics.median(alone):.3f}"}
-            row |= {"of neighbours": around(shares, ".3f")}
-            figures = {"http": http, "loop": alone, "shares": shares, "share": statistics.median(shares)}
-            record.row(row, {"clients": clients, **figures})
+            # One client's requests never end together.
+            for spread in options.loop_spreads if clients > 1 else (0.0,):
+                http, alone = in_turn(comparison, loop, clients, spread, budget)
+                shares = [one / other for one, other in zip(http, alone, strict=True)]
+                row = {"clients": str(clients), "lengths differ by": f"{spread:.0%}"}
+                row |= {"HTTP, tokens/s": around(http), "loop alone": around(alone)}
+                row |= {"share": f"{statistics.median(http) / statistics.median(alone):.3f}"}
+                row |= {"of neighbours": around(shares, ".3f")}
+                figures = {"http": http, "loop": alone, "shares": shares, "share": statistics.median(shares)}
+                record.row(row, {"clients": clients, "spread": spread, **figures})
     record.finish()
 
 
-def in_turn(comparison: Comparison, loop: EngineLoop, clients: int, budget: Budget) -> tuple[list[float], list[float]]:
+def in_turn(
+    comparison: Comparison, loop: EngineLoop, clients: int, spread: float, budget: Budget
+) -> tuple[list[float], list[float]]:
     """Tokens a second over HTTP and of the loop alone, each repetition of one beside one of the other.
 
     Before, both have as many rounds of just such requests: what an engine builds when it sees a shape of prompts, or of
@@ -103,19 +109,22 @@ def in_turn(comparison: Comparison, loop: EngineLoop, clients: int, budget: Budg
         "requests": comparison.requests(clients),
         "words": comparison.us.load.words,
         "max_tokens": options.max_tokens,
+        "spread": spread,
         "sampling": SAMPLING,
         "seed": 0,
     }
+    us = comparison.us._replace(load=msgspec.structs.replace(comparison.us.load, spread=spread))
     rounds = 0
 
     def http() -> float:
-        (runs,) = comparison.levels([comparison.us], clients, budget, repeat=1, warm_up=0)
+        (runs,) = comparison.levels([us], clients, budget, repeat=1, warm_up=0)
         return runs[0].tokens_per_second
 
     def alone() -> float:
         nonlocal rounds
         rounds += 1  # no prompt comes twice
-        return loop.ask(**question, first=rounds * 1_000_000 + clients * 10_000)["tokens_per_second"]
+        first = rounds * 1_000_000 + clients * 10_000 + (5_000 if spread else 0)
+        return loop.ask(**question, first=first)["tokens_per_second"]
 
     for _ in range(options.loop_warm):
         http()
@@ -205,6 +214,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--peer-clients", type=int, default=128, help="the largest level that the peer takes part in")
     parser.add_argument("--turns", type=int, default=32, help="the largest level at which it takes turns with ours")
     parser.add_argument("--loop-clients", default=(1, 8, 32, 128), **numbers)
+    parser.add_argument("--loop-spreads", default=(0.0, 0.5), type=_shares, metavar="0,0.5", help="of answers' lengths")
     parser.add_argument("--loop-warm", type=int, default=4, help="rounds that HTTP and the loop have before it counts")
     parser.add_argument("--adapter-clients", default=(8, 32, 128), **numbers)
     parser.add_argument("--max-rows", type=int, default=128, help="ours: rows in a batch")
@@ -221,6 +231,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--until", type=float, metavar="SECONDS", help="end by itself then, counted from the start")
     add_options(parser)
     return parser.parse_args()
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 def _budgets(text: str) -> dict[str, float]:

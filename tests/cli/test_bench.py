@@ -99,7 +99,16 @@ def test_a_prefix_that_leaves_nothing_of_the_prompt(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--clients", "0"], ["--clients", "1,x"], ["--body", "[]"], ["--body", "{"], ["--max-tokens", "-1"]]
+    "arguments",
+    [
+        ["--clients", "0"],
+        ["--clients", "1,x"],
+        ["--body", "[]"],
+        ["--body", "{"],
+        ["--max-tokens", "-1"],
+        ["--spread", "1"],
+        ["--spread", "x"],
+    ],
 )
 def test_arguments_that_are_none(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
