@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.engine import attention_block
 from runner.engine.compatibility import (
     batches,
     fuses,
@@ -45,6 +46,8 @@ def choose(model: Any, slack: int = 0) -> tuple[Layout, int, bool]:
 def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary: int) -> Layout:
     """The layout that leaves most to launches: the rotation of queries and keys as well, if the model lets it."""
     rotary.install(model)
+    if attention_kernel.joined_launch(launch) is not None:
+        attention_block.install(model)
     prompt_launch = prompt_kernel.launch()
     for rotates in (True, False):
         fused = Layout(model, slack, launch=launch, rotates=rotates)

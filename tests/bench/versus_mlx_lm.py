@@ -12,10 +12,10 @@ All servers are up at the same time, warmed before each level by requests like i
 `--loop-warm` rounds of them), and take turns, so that none has the better minute. An idle server costs nothing here. A
 level that takes longer than `--limit` seconds ends there, and is not repeated: what was answered, what failed and what
 was not finished is counted. The loop's answers are of equal lengths, which ends whole groups of them at once, and then
-of lengths that differ (`--loop-spreads`). With more than `--turns` clients the peer comes after ours, and a new server in
-its place where it did not finish: it would work on for nobody. Shown are medians over repetitions (of the loop with the least and
-the most, and of each repetition's share); with `--record` the lines of JSON have every repetition, as soon as there is
-one.
+of lengths that differ (`--loop-spreads`). With more than `--turns` clients the peer comes after ours, and a new server
+in its place where it did not finish: it would work on for nobody. Shown are medians over repetitions (of the loop with
+the least and the most, and of each repetition's share); with `--record` the lines of JSON have every repetition, as
+soon as there is one.
 """
 
 from __future__ import annotations

@@ -105,6 +105,25 @@ Launch = Callable[[Call], tuple[mx.array, Planes]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
 
 
+class JoinedCall(msgspec.Struct, frozen=True, eq=False):
+    """The same for queries, keys and values side by side in `joined` [rows, tokens, (heads + 2 · groups) · width], as a
+    product of all three has them; of layers that cache all tokens, without a window."""
+
+    joined: mx.array
+    heads: int
+    groups: int
+    width: int
+    planes: Planes
+    starts: mx.array
+    scale: float
+    after: mx.array | None
+    rotation: Rotation
+
+
+JoinedLaunch = Callable[[JoinedCall], tuple[mx.array, Planes]]
+"""What does that: returns what is attended to, [rows, tokens, heads · width], and the planes."""
+
+
 def few_alike(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether they are of few tokens, of one type that kernels take, and heads that share keys are whole numbers."""
     _, heads, tokens, width = queries.shape
@@ -229,6 +248,44 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     return out.swapaxes(1, 2), call.planes
 
 
+def joined_launch(launch: Launch | None) -> JoinedLaunch | None:
+    """What a layer that has this launch may call where nothing was taken apart yet: six views a layer less, each of
+    which costs the host as much as half a launch."""
+    return attend_joined if launch is attend_and_write else None
+
+
+def applies_joined(dtype: mx.Dtype, tokens: int, heads: int, groups: int, width: int) -> bool:
+    """Whether there is a kernel for it."""
+    few = tokens <= FEW and heads % groups == 0
+    return few and decode_kernel.shape(dtype, width, heads, groups, tokens, FEW) is not None
+
+
+def attend_joined(call: JoinedCall) -> tuple[mx.array, Planes]:
+    """As `attend_and_write`."""
+    rows, tokens, _ = call.joined.shape
+    dtype, places = call.joined.dtype, call.planes[0].shape[2]
+    way = decode_kernel.shape(dtype, call.width, call.heads, call.groups, tokens, FEW)
+    assert way is not None
+    frequencies, constants = rotating(call.rotation)
+    blocks = way.blocks(rows, tokens)
+    shares = decode_kernel.splits(blocks, places, way.warps)
+    out, _ = decode_kernel.kernel(way, 0, 0, constants, call.scale, joined_types(dtype)).launch(
+        inputs=[
+            call.joined,
+            *call.planes,
+            call.starts,
+            call.joined if call.after is None else call.after,
+            counters(shares, blocks),
+            frequencies,
+        ],
+        grid=(blocks * shares * way.threads, 1, 1),
+        threadgroup=(way.threads, 1, 1),
+        output_shapes=[(rows, tokens, call.heads * call.width), partial(blocks, shares, way.lines, call.width)],
+        output_dtypes=[dtype, mx.float32],
+    )
+    return out, call.planes
+
+
 def partial(blocks: int, shares: int, heads: int, width: int) -> tuple[int, ...]:
     """The shape of what blocks leave for the last of those that share keys."""
     return (blocks, shares, heads, width + 2) if shares > 1 else (1,)
@@ -239,6 +296,12 @@ def types(dtype: mx.Dtype) -> decode_kernel.Types:
     """Of the arrays that a launch takes, in their order."""
     others = {"starts": mx.int32, "counters": mx.int32, "frequencies": mx.float32}
     return tuple((name, others.get(name, dtype)) for name in INPUTS)
+
+
+@cache
+def joined_types(dtype: mx.Dtype) -> decode_kernel.Types:
+    """The same where queries, keys and values are one."""
+    return (("joined", dtype), *types(dtype)[3:])
 
 
 def header(scale: float) -> str:

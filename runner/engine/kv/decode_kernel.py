@@ -16,7 +16,7 @@ import msgspec
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
-from runner.engine.kv.decode_source import DEVICE, SOURCE
+from runner.engine.kv.decode_source import DEVICE, JOINED, SOURCE
 from runner.engine.kv.prompt_source import DEVICE as MATRICES
 from runner.engine.tensor_cores import DEVICE as PRODUCTS
 
@@ -140,15 +140,14 @@ def whole_header(dtype: mx.Dtype, numbers: Constants, scale: float) -> str:
 @cache
 def kernel(way: Shape, window: int, ring: int, rotating: Constants, scale: float, types: Types) -> Kernel:
     """Of arrays of such types, by the names that the source has for them."""
-    inputs = dict(types)
-    dtype = inputs["queries"]
+    inputs, dtype, joined = dict(types), types[0][1], types[0][0] == "joined"
     numbers = constants(way, window, ring, rotating)
     name = "_".join(str(value) for _, value in numbers)
     return Kernel(
-        name=f"decode_{KINDS[dtype][1]}_{name}_{struct.pack('>f', scale).hex()}",
+        name=f"{'joined_' if joined else ''}decode_{KINDS[dtype][1]}_{name}_{struct.pack('>f', scale).hex()}",
         inputs=inputs,
         outputs={"out": dtype, "partial": mx.float32},
-        source=cuda_kernels.terse(SOURCE),
+        source=cuda_kernels.terse(JOINED + SOURCE if joined else SOURCE),
         header=whole_header(dtype, numbers, scale),
         # A copy of the planes would be written in their place. Strides are the kernel's business.
         ensure_row_contiguous=False,

@@ -34,6 +34,20 @@ __device__ inline unsigned transposed(unsigned two) {
 }
 """
 
+JOINED: Final = """
+    // Queries, keys and values [rows, heads, tokens, D] as one product has them, side by side.
+    constexpr int ALL = GROUPS * PARTS * HEADS;
+    const int queries_shape[3] = {joined_shape[0], ALL, joined_shape[1]};
+    const long across = joined_strides[2];
+    const long queries_strides[4] = {joined_strides[0], D * across, joined_strides[1], across};
+    const long* const keys_strides = queries_strides;
+    const long* const values_strides = queries_strides;
+    const T* const queries = joined;
+    const T* const keys = queries + ALL * D * across;
+    const T* const values = keys + GROUPS * D * across;
+"""
+"""What stands before the source of a kernel that gets them so."""
+
 _PLACE: Final = """
     constexpr int THREADS = WARPS * 32, LINES = SETS * 8, SEVERAL = LINES / HEADS, HALVES = D / 16, TILE = 2 * HALVES;
     constexpr float NONE = -1e30f, NEVER = -1e38f;

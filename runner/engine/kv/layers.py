@@ -6,19 +6,19 @@ the layer is a recurrent one, for the arrays of its state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from runner.engine.kv import attention_kernel, masks, prompt_kernel
-from runner.engine.kv.attention_kernel import Call, Launch
+from runner.engine.kv.attention_kernel import Call, JoinedCall, Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
-from runner.engine.kv.rotary import Deferred, Unrotated, rotated, together
+from runner.engine.kv.rotary import Deferred, Unrotated, rotated, rotation_of, together
 from runner.engine.kv.unwritten import Unwritten
 
 
@@ -188,6 +188,35 @@ class Straight:
             return launch(Call(queries, keys, values, held, starts, scale, window, ring, after, rotation))
 
         return self._planes.launch(run)
+
+    def joined(
+        self, form: tuple[int, int, int], dtype: mx.Dtype, rope: Any, scale: float, mask: masks.Mask
+    ) -> Callable[[mx.array], mx.array] | None:
+        """What writes and attends in one launch, where queries, keys and values are side by side in one array; `form`
+        says how many heads and key heads there are, and how wide. None if that cannot be.
+
+        It takes [rows, count, (heads + 2 · groups) · width], and returns [rows, count, heads · width].
+        """
+        launch, rotation = attention_kernel.joined_launch(self._launch), rotation_of(rope)
+        positions, planes = self._positions, self._planes
+        if launch is None or rotation is None or not self._rotates or self._ring is not None or not planes.known:
+            return None
+        if self._seen(mask) != (None,) or not attention_kernel.applies_joined(dtype, positions.count, *form):
+            return None
+        planes.reserve(positions.slots, self._room(), ())
+        if planes.types != [dtype, dtype]:
+            return None
+        self._attended = True
+        starts = positions.once("row starts", lambda: positions.row_starts)
+
+        def attend(joined: mx.array) -> mx.array:
+            return planes.launch(
+                lambda held, after: launch(
+                    JoinedCall(joined, *form, (held[0], held[1]), starts, scale, after, rotation)
+                )
+            )
+
+        return attend
 
     def added(self, mask: mx.array, shape: tuple[int, int, int, int] | None = None) -> mx.array | None:
         """`masks.added` of a mask that a cache has made for the call under way, or `masks.numbers` where there is no

@@ -63,6 +63,11 @@ def together(queries: Any, keys: Any) -> tuple[mx.array, mx.array, Rotation | No
     return rotated(queries), rotated(keys), None
 
 
+def rotation_of(rope: Any) -> Rotation | None:
+    """What a model's embedding would leave to others, None for one that leaves nothing."""
+    return rope.rotation if isinstance(rope, _Deferring) else None
+
+
 class _Deferring(nn.Module):  # type: ignore[misc]
     """An embedding that leaves its work to others if it is asked to."""
 

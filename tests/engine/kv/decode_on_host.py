@@ -10,8 +10,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.attention_kernel import Call, Planes, rotating
-from runner.engine.kv.decode_source import SOURCE
+from runner.engine.kv.attention_kernel import Call, JoinedCall, Planes, rotating
+from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_on_host import Array, Run, compiled, described
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
@@ -33,42 +33,76 @@ class DecodeOnHost:
         self._apart = apart
         self._built: dict[str, Run] = {}
 
+    def joined(self, call: JoinedCall) -> tuple[mx.array, Planes]:
+        """As `attention_kernel.attend_joined`."""
+        rows, tokens, _ = call.joined.shape
+        given = {"joined": call.joined, "held_keys": call.planes[0], "held_values": call.planes[1]}
+        form = call.heads, call.groups, call.width
+        out = self._launch(given, call, rows, tokens, form, (0, 0), JOINED + SOURCE)
+        return out.reshape(rows, tokens, -1), call.planes
+
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         rows, heads, tokens, width = call.queries.shape
-        dtype = call.queries.dtype
-        way = decode_kernel.shape(dtype, width, heads, call.keys.shape[1], tokens, FEW)
+        given = dict(zip(attention_kernel.INPUTS, (call.queries, call.keys, call.values, *call.planes), strict=False))
+        form = heads, call.keys.shape[1], width
+        out = self._launch(given, call, rows, tokens, form, (call.window or 0, call.ring or 0), SOURCE)
+        return out.swapaxes(1, 2), call.planes
+
+    def _launch(
+        self,
+        given: dict[str, mx.array],
+        call: Call | JoinedCall,
+        rows: int,
+        tokens: int,
+        form: tuple[int, int, int],
+        behind: tuple[int, int],
+        source: str,
+    ) -> mx.array:
+        """[rows, tokens, heads, width]; the planes are written."""
+        (heads, groups, width), (window, ring) = form, behind
+        dtype = next(iter(given.values())).dtype
+        way = decode_kernel.shape(dtype, width, heads, groups, tokens, FEW)
         assert way is not None
         way = replace(way, warps=self._warps)
         frequencies, rotation = rotating(call.rotation)
         blocks = way.blocks(rows, tokens)
         counters = np.zeros((self._splits, blocks), dtype=np.int32)
-        given = (call.queries, call.keys, call.values, *call.planes, call.starts, call.starts)
-        mx.eval(*given, frequencies)
+        given = {**given, "starts": call.starts, "after": call.starts}
+        mx.eval(*given.values(), frequencies)
         mx.synchronize()
-        arrays = dict(
-            zip(attention_kernel.INPUTS, [*map(_view, given), counters, np.asarray(frequencies)], strict=True)
-        )
+        arrays = {name: _view(array) for name, array in given.items()}
+        arrays |= {"counters": counters, "frequencies": np.asarray(frequencies)}
         own = {name: arrays[name] for name in ("held_keys", "held_values")}
         arrays |= {name: _placed(plane, self._apart) for name, plane in own.items()}
-        out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
+        out = np.zeros((rows, tokens, heads, width), dtype=arrays["held_keys"].dtype)
         partial = np.full((blocks, self._splits, way.lines, width + 2), np.nan, dtype=np.float32)
-        numbers = decode_kernel.constants(way, call.window or 0, call.ring or 0, rotation)
+        numbers = decode_kernel.constants(way, window, ring, rotation)
         numbers = tuple((name, self._crowd if name == "CROWD" else value) for name, value in numbers)
         header = TYPES + decode_kernel.header(dtype, numbers, call.scale) + DEVICE
-        self._run(header, arrays, {"out": out, "partial": partial}, blocks * self._splits, way.threads)
+        outputs = {"out": out, "partial": partial}
+        self._run(header, source, arrays, outputs, blocks * self._splits, way.threads)
         assert not counters.any(), "the next launch finds zeros"
         for name, array in own.items():
             np.copyto(array, arrays[name])
         result = mx.array(out)
-        return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+        return result.view(dtype) if out.dtype == np.uint16 else result
 
-    def _run(self, header: str, inputs: dict[str, Array], outputs: dict[str, Array], blocks: int, threads: int) -> None:
+    def _run(
+        self,
+        header: str,
+        source: str,
+        inputs: dict[str, Array],
+        outputs: dict[str, Array],
+        blocks: int,
+        threads: int,
+    ) -> None:
         arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
         arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
-        if header not in self._built:
-            self._built[header] = compiled(header, SOURCE, arguments, "")
+        key = header + source
+        if key not in self._built:
+            self._built[key] = compiled(header, source, arguments, "")
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in [*passed, *outputs.values()]]
-        self._built[header](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
+        self._built[key](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
 
 
 def _placed(plane: Array, apart: int) -> Array:

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from runner.engine.kv import attention_kernel
-from runner.engine.kv.attention_kernel import Call, Launch, Planes
+from runner.engine.kv.attention_kernel import Call, JoinedCall, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from tests.engine.cuda_on_host import Run, compiled
@@ -41,6 +41,16 @@ def separately(call: Call) -> tuple[mx.array, Planes]:
     k, v = (mx.repeat(array, shared, axis=1) for array in (k, v))
     scores = mx.where(seen[:, None], call.scale * (queries @ k.swapaxes(-1, -2)), -mx.inf)
     return (mx.softmax(scores, axis=-1) @ v).astype(call.queries.dtype), (keys, values)
+
+
+def separately_joined(call: JoinedCall) -> tuple[mx.array, Planes]:
+    """The same of queries, keys and values side by side."""
+    rows, tokens, _ = call.joined.shape
+    lines = call.joined.reshape(rows, tokens, -1, call.width).swapaxes(1, 2)
+    parts = mx.split(lines, [call.heads, call.heads + call.groups], axis=1)
+    whole = Call(*parts, call.planes, call.starts, call.scale, None, None, call.after, call.rotation)
+    attended, planes = separately(whole)
+    return attended.swapaxes(1, 2).reshape(rows, tokens, -1), planes
 
 
 def packed_separately(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:

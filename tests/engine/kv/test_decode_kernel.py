@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.decode_source import SOURCE
+from runner.engine.kv.attention_kernel import JoinedCall
+from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.decode_on_host import DecodeOnHost
@@ -80,6 +81,45 @@ def test_a_window_in_a_ring(ring: int) -> None:
 )
 def test_on_the_host(geometry: Geometry, dtype: mx.Dtype, splits: int, crowd: int, apart: int) -> None:
     check(DecodeOnHost(splits, crowd=crowd, apart=apart), geometry, dtype, rows=3, longest=150)
+
+
+@pytest.mark.usefixtures("arrays_on_the_host")
+@pytest.mark.parametrize(("tokens", "geometry"), [(1, (4, 2, 64)), (3, (3, 1, 64))])
+def test_what_one_product_has_need_not_be_taken_apart(tokens: int, geometry: Geometry) -> None:
+    """To the bit; wherever it lies."""
+    heads, groups, width = geometry
+    (plain,) = (
+        call
+        for call in cases(geometry, mx.bfloat16, rows=3, longest=60)
+        if call.window is None and call.queries.shape[2] == tokens
+    )
+    call = replace(plain, rotation=rotations(width)[0])
+    parts = [part.swapaxes(1, 2).reshape(3, tokens, -1) for part in (call.queries, call.keys, call.values)]
+    joined = mx.concatenate([*parts, parts[0]], axis=-1)[..., : (heads + 2 * groups) * width]
+    copies = [mx.contiguous(plane + 0) for plane in call.planes]
+    launch = DecodeOnHost(splits=2)
+    expected, right = launch(call)
+    given = JoinedCall(
+        joined, heads, groups, width, (copies[0], copies[1]), call.starts, call.scale, None, call.rotation
+    )
+    attended, written = launch.joined(given)
+    assert mx.array_equal(attended, expected.swapaxes(1, 2).reshape(3, tokens, -1)).item()
+    assert all(mx.array_equal(mine, its).item() for mine, its in zip(written, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_that_compiles_for_the_device(dtype: mx.Dtype) -> None:
+    way = decode_kernel.shape(dtype, 64, 32, 8, 1, FEW)
+    assert way is not None
+    numbers = decode_kernel.constants(way, 0, 0, (("ROTATED", 64), ("TRADITIONAL", 0)))
+    made = compile_kernel(
+        decode_kernel.whole_header(dtype, numbers, 0.125),
+        cuda_kernels.terse(JOINED + SOURCE),
+        dict(attention_kernel.joined_types(dtype)),
+        {"out": dtype, "partial": mx.float32},
+    )
+    assert made.registers * way.threads <= 65536 // 2, "two blocks have room on a multiprocessor"
+    assert made.local <= 64
 
 
 def test_tokens_share_a_block() -> None:
