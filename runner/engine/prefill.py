@@ -58,6 +58,8 @@ class Prefiller:
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self.pacing = Pacing()
+        self.computed = 0.0
+        """Tokens of prompts so far, padding included; of calls under way, as much as the layers that are started."""
         self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
@@ -203,7 +205,9 @@ class Prefiller:
         was_started = call.started
         if not was_started:
             waiting = len(call.rows) + len(self.waiting)
-            call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
+            layers = self.pacing.layers(call.tokens, call.layers, self._decoding, waiting)
+            self.computed += call.tokens * min(layers, call.left) / call.layers
+            call.start(layers)
             if not call.started:
                 return
             self.pacing.started()
@@ -271,6 +275,11 @@ class _Call:
         self._next += layers
         if self.started:
             self.caches.dispatched()
+
+    @property
+    def left(self) -> int:
+        """Layers that are not started."""
+        return self.layers - self._next
 
     @property
     def started(self) -> bool:
