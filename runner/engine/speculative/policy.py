@@ -283,8 +283,7 @@ class Policy:
         self._wanted = 0.0
         self.tried += 1
         self._trial = _Trial(size, length)
-        # Whether it can be timed or not: the next one is as far off again, unless this one finds something.
-        self._since_trial[size], self._gaps[size] = 0, min(2 * max(_RETRY, self._gaps[size]), _RETRY_MOST)
+        self._since_trial[size], self._gaps[size] = 0, max(_RETRY, self._gaps[size])
         return True
 
     def _building(self, rows: int, length: int) -> float:
@@ -297,11 +296,17 @@ class Policy:
         return self._builds.get(length, max(self._builds.values())) * self.costs.step(rows, length)
 
     def _goes_on(self, trial: _Trial, size: int, most: int) -> bool:
-        if trial.timed >= ENOUGH:
-            return False
         trial.left -= 1
-        affordable = self.allowance.seconds >= trial.building
-        return trial.left > 0 and trial.size == size and trial.length <= most and affordable
+        if trial.size == size and trial.length <= most:
+            if trial.timed < ENOUGH and trial.left > 0 and self.allowance.seconds >= trial.building:
+                return True
+            had = 1.0
+        else:
+            had = min(1.0, (_TRIAL_MOST - trial.left) / _TRIAL)
+        # Whether it could be timed or not: unless it has found something, the next one is as far off again, or, after
+        # one that the size of the batch has ended, by as much of that as there was of it.
+        self._gaps[trial.size] = min(round((1 + had) * max(_RETRY, self._gaps[trial.size])), _RETRY_MOST)
+        return False
 
     def _next(self, size: int) -> int:
         """The present length, or a plain step where it is long ago that one was timed."""

@@ -175,7 +175,7 @@ def test_batches_of_nearly_as_many_rows_share_the_graphs_of_their_rounds(
         if rows > 8:
             seen.add(rows)
             built.append(speculation.proposer.building > before)
-    assert len(seen) >= 4
+    assert len(seen) >= 2
     assert sum(built) == 3, "two are built, and one is kept"
     if "top_p" not in sampling:
         assert said(driver.answers) == said(plain)

@@ -116,6 +116,24 @@ def test_trials_that_find_nothing_are_ever_farther_apart_though_no_round_is_time
     assert all(later > 1.5 * earlier for earlier, later in pairwise(gaps))
 
 
+def test_a_trial_that_the_size_interrupts_is_hardly_a_reason_to_wait_longer() -> None:
+    policy = Policy(H200.costs())
+    for rows in (4, 16):
+        plain_steps(policy, rows, 10)
+    begun, before = [], 0
+    for step in range(400):
+        policy.allowance.seconds = 1.0
+        rows = 16 if policy.tried > before else 4
+        if policy.tried > before:
+            before = policy.tried
+            begun.append(step)
+        length = policy.decide([Acceptance(0.3)] * rows, 4, lambda: 0, changed=True)
+        policy.took(Taken(rows, length, 0.02 if length else 0.002, 1.0, None if length else 0, False, True))
+    gaps = [later - earlier for earlier, later in pairwise(begun)]
+    assert len(gaps) > 8
+    assert all(later < 1.5 * earlier for earlier, later in pairwise(gaps[1:]))
+
+
 # ------------------------------------------------------------- costs
 
 
