@@ -30,11 +30,10 @@ class _WholeAttention(nn.Module):  # type: ignore[misc]
         """x is [rows, tokens, width]."""
         joined = getattr(cache, "joined", None)
         attend = joined and joined(self.form, x.dtype, self.rope, self.scale, mask)
-        if attend is None:
-            result: mx.array = super().__call__(x, mask, cache)
-            return result
-        result = self["o_proj"](attend(self.together.layer(x)))
-        return result
+        whole: mx.array = (
+            super().__call__(x, mask, cache) if attend is None else self["o_proj"](attend(self.together.layer(x)))
+        )
+        return whole
 
 
 def install(model: Any) -> int:

@@ -42,10 +42,11 @@ class Decoding:
     def join(self, rows: Sequence[Row], caches: Caches, soon: int = 0) -> None:
         """Add rows whose caches hold their prompts but for the last token; so many more will come `soon`."""
         self._settle()
-        self._begins = self._begins or not self._batch.rows
+        first = not self._batch.rows
+        self._begins = self._begins or first
         self._batch.join(rows, caches, soon)
         if self._speculation is not None:
-            self._speculation.joined(rows, under_way=self._in_flight is not None)
+            self._speculation.joined(rows, under_way=self._in_flight is not None, first=first)
 
     def ended(self) -> list[Row]:
         """Rows that are done. No step is under way then whose outcome decides how much of them is computed."""
@@ -62,7 +63,7 @@ class Decoding:
         """Let go of the rows that `ended` has told of."""
         if ended := [i for i, row in enumerate(self._batch.rows) if row.done]:
             self._batch.remove(ended)
-            self.disturbed()
+            self.disturbed(rows=len(ended))
 
     def abandon(self) -> list[Row]:
         """Give everything up, after a failure; returns the rows."""
@@ -70,10 +71,13 @@ class Decoding:
         self._batch.remove(range(len(rows)))
         return rows
 
-    def disturbed(self) -> None:
-        """Something else than steps takes time: how long the next ones take tells nothing of them."""
+    def disturbed(self, *, rows: int = 0, tokens: int = 0) -> None:
+        """Something else than steps takes time: how long the next ones take tells nothing of them.
+
+        It were so many `rows` that left, or `tokens` of prompts.
+        """
         if self._speculation is not None:
-            self._speculation.disturbed(under_way=self._in_flight is not None)
+            self._speculation.disturbed(under_way=self._in_flight is not None, rows=rows, tokens=tokens)
 
     # ------------------------------------------------------------- steps
 

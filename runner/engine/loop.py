@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -27,7 +27,7 @@ from runner.engine.prefix_cache import PrefixCache
 from runner.engine.room import Room
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
-from runner.engine.speculative.policy import lengths
+from runner.engine.speculative.rehearsal import rehearse
 from runner.engine.speculative.speculation import Speculation
 from runner.errors import EngineDied, NotServed, RequestError, Unavailable
 from runner.protocol import (
@@ -154,6 +154,7 @@ class Engine:
         decoding, chunk = len(self._batch.rows), self.limits.prefill_step_size
         free = self._free
         if free > 0 and self._prefiller.due(free, chunk, decoding):
+            computed = self._prefiller.computed
             self._decoding.disturbed()
             for rows, caches in self._prefiller.step(free, chunk, self._batch.room[1], decoding):
                 left = max(0, free + decoding - len(self._batch.rows) - len(self._prefiller.active))
@@ -161,6 +162,7 @@ class Engine:
                 self._decoding.join(rows, caches, self.room.soon(rows, waiting, free + decoding))
                 self._decoding.counters.prompt_tokens += sum(len(row.prompt) for row in rows)
                 self._decoding.counters.cached_tokens += sum(row.cached for row in rows)
+            self._decoding.disturbed(tokens=round(self._prefiller.computed - computed))
 
     def _most_proposals(self) -> int:
         """Tokens that the draft may propose: none on the CPU while the batch fills up.
@@ -297,30 +299,35 @@ class Engine:
 
     def trial(self, request: Generate) -> str | None:
         """Generate for nobody; returns why it failed, or None. Leaves no trace in counters and prefix cache."""
+        return self._trial([request], lambda: False)
+
+    def _trial(self, requests: Sequence[Generate], enough: Callable[[], bool]) -> str | None:
+        """The same of several, until it is `enough`."""
         answers: list[FromEngine] = []
         emit, self._emit = self._emit, answers.append
         try:
-            self.submit(request)
+            for request in requests:
+                self.submit(request)
             while self.busy:
+                if enough():
+                    self.cancel_all()
                 self.step()
         finally:
             self._emit, self._decoding.counters = emit, Counters()
-            self._prefixes.evict(request.adapter)
+            for adapter in {request.adapter for request in requests}:
+                self._prefixes.evict(adapter)
         failures = [answer.reason for answer in answers if isinstance(answer, Rejected)]
         deltas = [delta for answer in answers if isinstance(answer, Step) for delta in answer.deltas]
         failures += [delta.error for delta in deltas if delta.finish_reason == "error"]
         return failures[0] if failures else None
 
     def rehearse(self) -> str | None:
-        """Have rounds of every length that may be proposed, for nobody, which compiles their kernels; as `trial`."""
+        """Have steps of every kind with a draft, for nobody, which compiles their kernels; as `trial`."""
         if self._speculation is None:
             return None
-        for length in lengths(self.limits.num_draft_tokens):
-            with self._speculation.rehearsing(length):
-                failure = self.trial(Generate(id=-1, prompt=[0, 0, 0], max_tokens=4 * (length + 1)))
-            if failure is not None:
-                return failure
-        return None
+        # Where graphs are not kept, what was timed of calls does: it takes long, and there is nothing to be compiled.
+        rows = self.limits.max_rows if self._loaded.batches and self._decoding.ahead else 1
+        return rehearse(self._speculation, self.limits.num_draft_tokens, rows, self._trial)
 
     # ------------------------------------------------------------- adapters, limits, counters
 

@@ -61,6 +61,8 @@ class Prefiller:
         self.active: list[Row] = []
         self.pacing = Pacing()
         self.successors = Successors(sharing.steps)
+        self.computed = 0.0
+        """Tokens of prompts so far, padding included; of calls under way, as much as the layers that are started."""
         self._traced = TracedCalls(model, bank)
         self._bank = bank
         self._prefixes = prefixes
@@ -210,7 +212,9 @@ class Prefiller:
         was_started = call.started
         if not was_started:
             waiting = len(call.rows) + len(self.waiting)
-            call.start(self.pacing.layers(call.tokens, call.layers, self._decoding, waiting))
+            layers = self.pacing.layers(call.tokens, call.layers, self._decoding, waiting)
+            self.computed += call.tokens * min(layers, call.left) / call.layers
+            call.start(layers)
             if not call.started:
                 return
             self.pacing.started()

@@ -33,6 +33,11 @@ class Call:
             self.caches.dispatched()
 
     @property
+    def left(self) -> int:
+        """Layers that are not started."""
+        return self.layers - self._next
+
+    @property
     def started(self) -> bool:
         """Whether all of it is."""
         return self._next >= self.layers

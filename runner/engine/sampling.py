@@ -235,6 +235,13 @@ class _Bias:
         return biased
 
 
+def repeated_last(array: mx.array, rows: int) -> mx.array:
+    """[rows, …] of [B, …], at most as many: its last row stands in for those that are not there."""
+    if (more := rows - array.shape[0]) <= 0:
+        return array
+    return mx.concatenate([array, mx.broadcast_to(array[-1:], (more, *array.shape[1:]))])
+
+
 def most_likely(values: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """Indices [..., count] of the largest of [..., V], largest first, and their values.
 

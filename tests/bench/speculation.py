@@ -111,9 +111,12 @@ class Run:
             parts = {"target": costs.verifying(rows, length), "draft": costs.proposing(rows, length)}
             found = {f"predicted, {part}": 1e3 * seconds for part, seconds in parts.items()}
             timed = costs.timed[size, length]
+            found["expected"] = 1e3 * costs.predicted(rows, length)
             found |= {"timed": timed, "of": policy.steps[size, length]}
             if timed:
                 found["taken"] = 1e3 * costs.step(rows, length)
+            elif costs.known(rows, length):
+                found["among others"] = 1e3 * costs.step(rows, length)
             steps[length] = found
         return {"rows": rows, "steps": steps, "trials": policy.tried, "building": self.building}
 
@@ -204,8 +207,9 @@ def measure(
     costs = draft.costs()
     record.note("costs", costs)
     for length, found in costs["steps"].items():
-        taken = f"{found['taken']:.2f}" if found["timed"] else "unknown"
+        taken = next((f"{found[kind]:.2f}" for kind in ("taken", "among others") if kind in found), "unknown")
         parts = f"target {found['predicted, target']:.2f}, draft {found['predicted, draft']:.2f}"
+        parts += f", with rehearsals {found['expected']:.2f}"
         progress(f"k = {length}: predicted {parts}; {taken} ms in {found['timed']} timed of {found['of']} steps")
     progress(f"{costs['trials']} trials; {costs['building']:.2f} s of building graphs")
 

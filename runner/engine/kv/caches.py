@@ -181,13 +181,9 @@ class Caches:
 
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Let go of rows. Returns the others in their new order: the last ones have moved into the holes."""
-        gone = set(rows)
-        left = self.rows - len(gone)
-        holes = sorted(row for row in gone if row < left)
-        last = [row for row in range(left, self.rows) if row not in gone]
-        order = list(range(left))
-        for hole, row in zip(holes, last, strict=True):
-            order[hole] = row
+        order = order_without(self.rows, rows)
+        holes = [row for row, before in enumerate(order) if before != row]
+        last = [order[row] for row in holes]
         lifted: list[list[mx.array]] = [[] for _ in self._leaves]
         if holes:
             moves = Moves(last, holes, max(self._positions.written[row] for row in last))
@@ -275,6 +271,17 @@ class Caches:
                     for one in range(row, row + rows):
                         leaf.put_state(one, arrays)
         return done
+
+
+def order_without(count: int, rows: Sequence[int]) -> list[int]:
+    """Which of `count` rows is where once `rows` are gone: see `Caches.remove`."""
+    gone = set(rows)
+    left = count - len(gone)
+    holes = sorted(row for row in gone if row < left)
+    order = list(range(left))
+    for hole, row in zip(holes, (row for row in range(left, count) if row not in gone), strict=True):
+        order[hole] = row
+    return order
 
 
 def _slots(rows: list[int]) -> Slots:

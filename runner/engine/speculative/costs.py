@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from itertools import pairwise
+from math import log2
 from statistics import median
 from typing import Final
 
@@ -19,7 +20,11 @@ _ENOUGH_PLAIN: Final = 5
 """Rounds of a kind, and plain steps, that have to be timed before it is known what they cost."""
 
 _ENOUGH_DISTURBED: Final = 12
-"""Rounds that have to be seen where too few can be timed: what the third fastest of them took is what they cost."""
+"""Rounds that have to be seen where too few can be timed: what the third fastest of them took is what they cost, or
+the median, where it is known what the work beside them took."""
+
+_LEAST: Final = 0.2
+"""Of what is predicted, that a round takes at least: what others took may have been less than was thought."""
 
 
 class Curve:
@@ -55,9 +60,15 @@ class Costs:
     Batches of like sizes learn from each other: what is kept of a step is how far the prediction for it was off.
     """
 
-    def __init__(self, target: Curve, draft: Curve) -> None:
+    def __init__(self, target: Curve, draft: Curve, reading: Curve | None = None) -> None:
+        """`reading` is of calls by which the draft reads what it has missed, if they are others than its steps."""
         self._target = target
         self._draft = draft
+        self._reading = reading or draft
+        self._rehearsed: dict[int, dict[int, float]] = {}
+        self._among: dict[tuple[int, int], deque[tuple[float, bool]]] = defaultdict(
+            lambda: deque(maxlen=_ENOUGH_DISTURBED)
+        )
         self._errors: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self._disturbed: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_ENOUGH_DISTURBED))
         self._medians: dict[tuple[int, int], float] = {}
@@ -71,9 +82,10 @@ class Costs:
         kind = size, _ = size_class(rows), length
         error = seconds / self.predicted(rows, length)
         self._errors[kind].append(error)
+        self._among[kind].append((error, False))
         self.timed[kind] += 1
-        if self.timed[kind] >= ENOUGH or len(self._disturbed[kind]) < _ENOUGH_DISTURBED:
-            self._medians[kind] = median(self._errors[kind])
+        if self.timed[kind] >= ENOUGH or not self.known(rows, length):
+            self._medians[kind] = self._mostly_among(kind) or median(self._errors[kind])
         if not length:
             before = self._averages.get(size, error)
             self._averages[size] = before + (error - before) / min(self.timed[kind], _AVERAGED)
@@ -89,12 +101,32 @@ class Costs:
             if len(self._disturbed[kind]) == _ENOUGH_DISTURBED:
                 self._medians[kind] = sorted(self._disturbed[kind])[_ENOUGH_DISTURBED // 4 - 1]
 
+    def record_among_others(self, rows: int, length: int, seconds: float) -> None:
+        """A round took about `seconds`, the work of others not counted.
+
+        Where most are such, they are what counts: one that finds other rows than the one before it cannot begin before
+        that is read.
+        """
+        kind = size_class(rows), length
+        self._among[kind].append((max(_LEAST, seconds / self.predicted(rows, length)), True))
+        if (found := self._mostly_among(kind)) is not None:
+            self._medians[kind] = found
+
+    def _mostly_among(self, kind: tuple[int, int]) -> float | None:
+        """How far off predictions are where most of the last steps were among others' work; None elsewhere."""
+        last = self._among[kind]
+        if len(last) < _ENOUGH_DISTURBED or 2 * sum([among for _, among in last]) <= _ENOUGH_DISTURBED:
+            return None
+        return median([error for error, _ in last])
+
     def known(self, rows: int, length: int) -> bool:
         """Whether enough such steps have been seen."""
         kind = size_class(rows), length
         if not length:
             return self.timed[kind] >= _ENOUGH_PLAIN
-        return self.timed[kind] >= ENOUGH or len(self._disturbed[kind]) == _ENOUGH_DISTURBED
+        if self.timed[kind] >= ENOUGH or len(self._disturbed[kind]) == _ENOUGH_DISTURBED:
+            return True
+        return self._mostly_among(kind) is not None
 
     def step(self, rows: int, length: int) -> float:
         """Seconds of a step to come, if nothing disturbs it."""
@@ -105,10 +137,32 @@ class Costs:
         return self.predicted(rows, 0) * self._averages[size_class(rows)]
 
     def predicted(self, rows: int, length: int) -> float:
-        """Seconds of a step by the calls that were timed at loading."""
+        """Seconds of a step by the calls that were timed at loading, and by the steps that were rehearsed."""
         if (rows, length) not in self._predictions:
-            self._predictions[rows, length] = self.verifying(rows, length) + self.proposing(rows, length)
+            self._predictions[rows, length] = self._calls(rows, length) * self._factor(rows, length)
         return self._predictions[rows, length]
+
+    def rehearsed(self, rows: int, length: int, seconds: float) -> None:
+        """A step of so many rows took `seconds` at loading."""
+        self._rehearsed.setdefault(length, {})[rows] = seconds / self._calls(rows, length)
+        self._predictions.clear()
+
+    def _factor(self, rows: int, length: int) -> float:
+        """How many times as long as its calls a step takes, by those that were rehearsed, in between by a line."""
+        known = self._rehearsed.get(length)
+        if not known:
+            return 1.0
+        if rows in known:
+            return known[rows]
+        fewer, more = [n for n in known if n < rows], [n for n in known if n > rows]
+        if not fewer or not more:
+            return known[max(fewer) if fewer else min(more)]
+        below, above = max(fewer), min(more)
+        share = log2(rows / below) / log2(above / below)
+        return known[below] + share * (known[above] - known[below])
+
+    def _calls(self, rows: int, length: int) -> float:
+        return self.verifying(rows, length) + self.proposing(rows, length)
 
     def verifying(self, rows: int, length: int) -> float:
         """The target's part of that."""
@@ -120,7 +174,7 @@ class Costs:
 
     def catching_up(self, tokens: int) -> float:
         """Seconds for the draft to read so many tokens, as predicted."""
-        return self._draft(tokens) if tokens else 0.0
+        return self._reading(tokens) if tokens else 0.0
 
     def _error(self, size: int, length: int) -> float:
         """How far predictions for such steps were off: for these, or else for those that are most like them."""

@@ -30,6 +30,9 @@ _LARGE: Final = 32
 _SHAPES: Final = ((1, 1), (8, 1), (4, 8), (5, 8), (8, 8))
 """Rows, and tokens of each, of calls that are timed where graphs are kept. Beyond 32 tokens products are others."""
 
+_READ: Final = ((32, 2), (32, 16), (32, 64))
+"""Rows, and tokens of each, that a draft reads to see what that costs: nothing of it is kept as a graph."""
+
 _WARM: Final = 5
 _COUNTED: Final = 7
 """Calls that are not counted, until the graph is kept and the device knows it, and those that are."""
@@ -79,7 +82,7 @@ def refusal(target: LoadedModel, draft: LoadedModel) -> str | None:
 
 def start_speculation(target: LoadedModel, draft: LoadedModel, slack: int) -> Speculation:
     """Speculation with the two; times a few calls of each, which also compiles their kernels."""
-    costs = Costs(timed(target), timed(draft))
+    costs = Costs(timed(target), timed(draft), None if draft.layout.launch is None else reading(draft))
     windows = target.layout.windows or draft.layout.windows
     proposer = Proposer(draft.model, draft.layout, draft.vocabulary, target.vocabulary)
     token_bytes = cache_bytes_per_token(draft.model, draft.layout)
@@ -93,6 +96,19 @@ def timed(loaded: LoadedModel) -> Curve:
         return Curve({rows * width: _steady(loaded, rows, width) for rows, width in _SHAPES})
     tries = 1 if mx.default_device() == mx.Device(mx.cpu) else 2
     return Curve({size: min(_seconds(loaded, size) for _ in range(tries)) for size in (1, _LARGE)})
+
+
+def reading(draft: LoadedModel) -> Curve:
+    """What it costs to have a draft read tokens that it has missed, by their number."""
+    return Curve({rows * width: min(_reading(draft, rows, width) for _ in range(2)) for rows, width in _READ})
+
+
+def _reading(draft: LoadedModel, rows: int, width: int) -> float:
+    began = time.perf_counter()
+    caches = draft.layout.restore([None] * rows)
+    caches.call(draft.model, mx.zeros((rows, width), dtype=mx.uint32), [width] * (rows - 1) + [width - 1])
+    mx.eval(caches.arrays)
+    return time.perf_counter() - began
 
 
 def _seconds(loaded: LoadedModel, tokens: int) -> float:

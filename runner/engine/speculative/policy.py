@@ -18,6 +18,7 @@ import msgspec
 
 from runner.engine.speculative.allowance import Allowance
 from runner.engine.speculative.costs import ENOUGH, Costs, size_class
+from runner.engine.speculative.others import Others, Work
 
 _PRIOR: Final = 0.8
 """Acceptance of a draft of which nothing is known yet."""
@@ -36,7 +37,11 @@ _CHANGE: Final = 1.02
 """Gains below which plain steps, or the present length, are kept."""
 
 _DECIDE_EVERY: Final = 8
-"""Steps of the same rows between two decisions."""
+"""Steps of the same rows between two decisions; and of others, where many rows take plain steps: to look at each of
+them takes a tenth of a step."""
+
+_FEW: Final = 8
+"""Rows of which it is decided anew whenever they have changed."""
 
 _TRIAL: Final = 7
 """Rounds that a trial takes where nothing has to be built; those at both of its ends are not timed."""
@@ -97,10 +102,10 @@ class Taken(msgspec.Struct, frozen=True):
     """A step that has ended, of `rows` rows and `length` proposals, and the `seconds` since the one before it ended.
 
     It gave each row `tokens` on the average. `following` proposals are under way, None where nothing is. A `timed` one
-    took what such steps take. With `shared`, somebody else's work was done as well. `reading` are seconds in which the
-    draft caught up, as predicted, `building` those in which graphs were built for the step that follows. An `alone` one
-    was begun when the one before it had been read, and read before another was begun: nothing follows, and what was
-    read or built was for itself.
+    took what such steps take. With `shared`, somebody else's work was done as well: so much `work` (`others.py`), and
+    after an `idle` time if there was one. `reading` are seconds in which the draft caught up, as predicted, `building`
+    those in which graphs were built for the step that follows. An `alone` one was begun when the one before it had been
+    read, and read before another was begun: nothing follows, and what was read or built was for itself.
     """
 
     rows: int
@@ -113,6 +118,8 @@ class Taken(msgspec.Struct, frozen=True):
     reading: float = 0.0
     building: float = 0.0
     alone: bool = False
+    work: Work = Work()
+    idle: bool = False
 
     @property
     def for_length(self) -> int | None:
@@ -135,10 +142,12 @@ class Policy:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.allowance = Allowance()
+        self.others = Others()
         self.tried = 0
         self.steps: Counter[tuple[int, int]] = Counter()
         self._length = 0
         self._settled = 0
+        self._size: int | None = None
         self._plain_left = 0
         self._wanted = 0.0
         self._builds: dict[int, float] = {}
@@ -166,9 +175,13 @@ class Policy:
             self._plain_left = max(0, self._plain_left - 1)
             self._settled = 0
             return 0
-        if self._settled <= 0 or changed or self._length > most or (self._length and self.allowance.spent):
-            self._settled = _DECIDE_EVERY
-            self._settle(rows, most, missed())
+        changed = changed and (bool(self._length) or len(rows) <= _FEW)
+        spent = bool(self._length) and self.allowance.spent
+        if self._settled <= 0 or changed or self._size != size or self._length > most or spent:
+            self._settled, self._size = _DECIDE_EVERY, size
+            if self._settle([row.rate for row in rows], most, missed()):
+                for row in rows:
+                    row.fade(_TRIED_AGAIN)
         self._settled -= 1
         return self._next(size)
 
@@ -180,8 +193,8 @@ class Policy:
             self.costs.record(step.rows, step.length, step.seconds)
             if self._trial is not None and (self._trial.size, self._trial.length) == (size, step.length):
                 self._trial.timed += 1
-        elif step.length and step.for_length == step.length:
-            self.costs.record_disturbed(step.rows, step.length, step.seconds)
+        elif step.length and step.for_length == step.length and not step.idle:
+            self._record_disturbed(step)
         (self._since_plain if step.length else self._since_trial)[size] += 1
         if step.building and (built := step.for_length) is not None:
             self._builds[built] = step.building / self.costs.step(step.rows, built)
@@ -189,6 +202,7 @@ class Policy:
             self._trial.building = step.building if step.for_length else 0.0
         if self.costs.known(step.rows, 0):
             plain = self.costs.average(step.rows)
+            self._learn_of_others(step, plain)
             self.allowance.begin(plain)
             # Of what others did, or of a time without requests, nothing is saved up.
             self.allowance.passed(plain if step.shared else step.seconds)
@@ -202,15 +216,35 @@ class Policy:
         What is done for a round while the plain step before it is waited for is part of it. Of one that nothing follows
         on, some of the time may have gone by before the one before it was read.
         """
-        if not step.shared and step.for_length is not None:
-            return step.seconds - step.tokens * plain
+        if step.for_length is not None:
+            if not step.shared:
+                return step.seconds - step.tokens * plain
+            if not step.idle and self.others.known:
+                # Whatever was expected of rounds: where rows come and go all the time, they are charged with what is.
+                return step.seconds - self.others.seconds(step.work) - step.tokens * plain
         rounds = self.costs.step(step.rows, step.length) - step.tokens * plain if step.length else 0.0
         return rounds + (step.reading + step.building if step.for_length else 0.0)
 
+    def _learn_of_others(self, step: Taken, plain: float) -> None:
+        if step.length or step.following or step.idle:
+            self.others.dropped()
+        elif step.shared:
+            self.others.learn(step.work, step.seconds - plain)
+        elif step.timed:
+            self.others.settled()
+
+    def _record_disturbed(self, step: Taken) -> None:
+        if step.shared and self.others.known:
+            alone = step.seconds - self.others.seconds(step.work) - step.reading - step.building
+            self.costs.record_among_others(step.rows, step.length, alone)
+        else:
+            self.costs.record_disturbed(step.rows, step.length, step.seconds)
+
     # ------------------------------------------------------------- what pays
 
-    def _settle(self, rows: Sequence[Acceptance], most: int, missed: int) -> None:
-        """Decide anew: how many from now on, and whether to try another number first."""
+    def _settle(self, rows: Sequence[float], most: int, missed: int) -> bool:
+        """Decide anew, by the rates of `rows`: how many from now on, and, as is returned, whether to try another number
+        first."""
         known = [length for length in lengths(most) if self.costs.known(len(rows), length)]
         unknown = [length for length in lengths(most) if length not in known]
         spent = self.allowance.spent
@@ -225,32 +259,32 @@ class Policy:
             unknown = [length for length in unknown if self._rate(rows, length, missed) > rates[best] * _CHANGE]
             self._gaps[size_class(len(rows))] = _RETRY
         if not spent and (candidates := unknown or ([] if best else known)):
-            self._try(rows, max(candidates, key=lambda length: self._rate(rows, length, missed)), missed)
+            return self._try(rows, max(candidates, key=lambda length: self._rate(rows, length, missed)), missed)
+        return False
 
-    def _rate(self, rows: Sequence[Acceptance], length: int, missed: int) -> float:
+    def _rate(self, rows: Sequence[float], length: int, missed: int) -> float:
         """Tokens a second."""
         once = self.costs.catching_up(missed) / _PAYS_BACK if length else 0.0
         return _tokens(rows, length) * len(rows) / (self.costs.step(len(rows), length) + once)
 
     # ------------------------------------------------------------- trials
 
-    def _try(self, rows: Sequence[Acceptance], length: int, missed: int) -> None:
-        """Begin a trial, if it is time, and it can be afforded."""
+    def _try(self, rows: Sequence[float], length: int, missed: int) -> bool:
+        """Begin a trial, if it is time, and it can be afforded; returns whether it is so."""
         size, plain = size_class(len(rows)), self.costs.step(len(rows), 0)
         if not self._length and self._since_trial[size] < self._gaps[size]:
-            return
+            return False
         lost = _TRIAL * max(0.0, self.costs.step(len(rows), length) - _tokens(rows, length) * plain)
         reading = self.costs.catching_up(missed)
         self._wanted = min(lost, _SAVED_FOR_ROUNDS * plain) + min(reading, _SAVED_FOR_READING * plain)
         self._wanted += self._building(len(rows), length)
         if self.allowance.seconds < self._wanted:
-            return
+            return False
         self._wanted = 0.0
         self.tried += 1
         self._trial = _Trial(size, length)
         self._since_trial[size], self._gaps[size] = 0, max(_RETRY, self._gaps[size])
-        for row in rows:
-            row.fade(_TRIED_AGAIN)
+        return True
 
     def _building(self, rows: int, length: int) -> float:
         """Seconds that building graphs may take in the first round of a length, by the last that were built.
@@ -262,12 +296,17 @@ class Policy:
         return self._builds.get(length, max(self._builds.values())) * self.costs.step(rows, length)
 
     def _goes_on(self, trial: _Trial, size: int, most: int) -> bool:
-        if trial.timed >= ENOUGH:
-            self._gaps[size] = min(max(_RETRY, 2 * self._gaps[size]), _RETRY_MOST)
-            return False
         trial.left -= 1
-        affordable = self.allowance.seconds >= trial.building
-        return trial.left > 0 and trial.size == size and trial.length <= most and affordable
+        if trial.size == size and trial.length <= most:
+            if trial.timed < ENOUGH and trial.left > 0 and self.allowance.seconds >= trial.building:
+                return True
+            had = 1.0
+        else:
+            had = min(1.0, (_TRIAL_MOST - trial.left) / _TRIAL)
+        # Whether it could be timed or not: unless it has found something, the next one is as far off again, or, after
+        # one that the size of the batch has ended, by as much of that as there was of it.
+        self._gaps[trial.size] = min(round((1 + had) * max(_RETRY, self._gaps[trial.size])), _RETRY_MOST)
+        return False
 
     def _next(self, size: int) -> int:
         """The present length, or a plain step where it is long ago that one was timed."""
@@ -285,6 +324,6 @@ def lengths(most: int) -> tuple[int, ...]:
     return (most, most // 2) if most > 1 else (1,)
 
 
-def _tokens(rows: Sequence[Acceptance], length: int) -> float:
-    """Tokens that a row is expected to get from a step, on the average."""
-    return sum([expected_tokens(row.rate, length) for row in rows]) / len(rows) if length else 1.0
+def _tokens(rows: Sequence[float], length: int) -> float:
+    """Tokens that a row is expected to get from a step, on the average, by the rate of each."""
+    return sum([expected_tokens(rate, length) for rate in rows]) / len(rows) if length else 1.0

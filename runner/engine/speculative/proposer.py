@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.filters import NONE
-from runner.engine.kv.caches import Caches, Held, Traced
+from runner.engine.kv.caches import Caches, Held, Traced, order_without
 from runner.engine.kv.layout import Layout
 from runner.engine.memory import coming
 from runner.engine.row import Row
-from runner.engine.sampling import Sampler, State
+from runner.engine.sampling import Sampler, State, repeated_last
 from runner.engine.speculative.verify import Proposal, sequence
 from runner.engine.traced import KeptGraphs, TracedCalls
 
@@ -28,6 +28,9 @@ _READS: Final = 1024
 
 _READS_TOGETHER: Final = 4096
 """Tokens of all rows, likewise: everybody waits meanwhile."""
+
+_MOST_GONE: Final = 16
+"""Times that rows have left since the last round, after which what the draft has of the others is let go as well."""
 
 _CALL: Final = 2048
 """Tokens in one call while it reads."""
@@ -51,6 +54,9 @@ class Proposer:
         self._rows: list[Row] = []
         # How many tokens of each row it has come to; those before may have been left out.
         self._at: list[int] = []
+        self._own_arrays: tuple[Sampler, int, list[mx.array]] | None = None
+        # Rows that have left, and have to leave the caches before these are used again: plain steps do not wait for it.
+        self._gone: list[Sequence[int]] = []
 
     @property
     def nbytes(self) -> int:
@@ -64,13 +70,14 @@ class Proposer:
 
     def narrow(self) -> bool:
         """Let go of room that the rows do not need; False if there is none."""
+        self._let_go()
         return self._caches is not None and self._caches.narrow()
 
     def missed(self, rows: Sequence[Row]) -> int:
         """Tokens to be read before it can propose for `rows`."""
-        known = len(self._rows) if self._knows(rows) else 0
-        behind = sum(max(0, _due(row) - at) for row, at in zip(rows[:known], self._at[:known], strict=True))
-        return behind + sum(min(_due(row), _reads(rows)) for row in rows[known:])
+        known, most = len(self._rows) if self._knows(rows) else 0, _reads(rows)
+        behind = sum([max(0, _due(row) - at) for row, at in zip(rows[:known], self._at[:known], strict=True)])
+        return behind + sum([min(_due(row), most) for row in rows[known:]])
 
     def ready(self, rows: Sequence[Row]) -> bool:
         """Whether it can propose for `rows`, with nothing to be read."""
@@ -82,6 +89,7 @@ class Proposer:
         """Read what was missed of `rows`, whose tokens the host knows, but for the one that a plain step is making."""
         if not self._knows(rows):
             self.clear()
+        self._let_go()
         if self._caches is not None:
             behind = zip(self._rows, self._at, strict=True)
             self._read(self._caches, [_tokens(row)[at : _due(row)] for row, at in behind])
@@ -100,14 +108,17 @@ class Proposer:
 
     def propose(self, last: mx.array, count: int, sampler: Sampler) -> Proposal:
         """`count` tokens for each row, to follow `last` [B, 2], its last two."""
+        self._let_go()
         caches = self._caches
         assert caches is not None
         caches.mark()
         shape = caches.shape(count + 1)
         if shape is None or sampler.form is None:
             return self._one_by_one(lambda tokens: self._call(caches, tokens), last, count, sampler)
-        proposing, position = sampler.proposing, sampler.state.position
-        positions = [] if position is None else [position + _numbers(count)]
+        # Rows come and go, and each number of them would want a graph of its own.
+        proposing, position, rows, padded = sampler.proposing, sampler.state.position, caches.rows, caches.padded
+        positions = [] if position is None else [repeated_last(position, padded) + _numbers(count)]
+        arrays = self._arrays(proposing, padded)
 
         def trace(last: mx.array, starts: mx.array, own: _Own, held: Held) -> Traced[list[mx.array]]:
             return self._together(caches, proposing.having(own[0]), last, starts, own[1], held)
@@ -115,15 +126,22 @@ class Proposer:
         def call(graph: Callable[..., Traced[list[mx.array]]]) -> Proposal:
             # What is made of starts and positions here is what a graph would compile a kernel for.
             made, *logits = caches.call_graph(
-                lambda last, starts, held: graph(last, starts + _begun(count), (proposing.arrays, positions), held),
-                last,
+                lambda last, starts, held: graph(last, starts + _begun(count), (arrays, positions), held), last, padded
             )
+            if padded > rows:
+                made, logits = made[:rows], [all_of_them[:rows] for all_of_them in logits]
             return Proposal(made, sampler.draw.weights(logits[0]) if sampler.draw is not None and logits else None)
 
         def build() -> Proposal:
             return self._one_by_one(lambda tokens: caches.call(self._model, tokens), last, count, sampler)
 
-        return self._graphs.run((shape, proposing.form), trace, call, build)
+        return self._graphs.run((shape[1:], padded, proposing.form), trace, call, build)
+
+    def _arrays(self, proposing: Sampler, rows: int) -> list[mx.array]:
+        """What it chooses by, of so many rows; made once for the rows of a batch."""
+        if self._own_arrays is None or self._own_arrays[0] is not proposing or self._own_arrays[1] != rows:
+            self._own_arrays = proposing, rows, [repeated_last(array, rows) for array in proposing.arrays]
+        return self._own_arrays[2]
 
     def _together(
         self,
@@ -185,12 +203,23 @@ class Proposer:
         if self._caches is None or len(self._rows) != len(indices) + len(rows):
             self.clear()
             return
-        order = self._caches.remove(indices)
+        order = order_without(len(self._rows), indices)
+        self._gone.append(indices)
         self._rows, self._at = [self._rows[i] for i in order], [self._at[i] for i in order]
+        if len(self._gone) > _MOST_GONE:
+            self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self._caches, self._rows, self._at = None, [], []
+        self._caches, self._rows, self._at, self._gone = None, [], [], []
+        self._own_arrays = None
+
+    def _let_go(self) -> None:
+        """Have rows leave the caches that have left the batch."""
+        if self._caches is not None:
+            for indices in self._gone:
+                self._caches.remove(indices)
+        self._gone = []
 
     def _knows(self, rows: Sequence[Row]) -> bool:
         """Whether its rows are the first of these, and it has not missed too much of them."""

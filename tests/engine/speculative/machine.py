@@ -30,8 +30,10 @@ class Machine:
     """Seconds of model calls by their tokens, what a round takes beyond its calls, and what loading made of it all.
 
     `scatter` is a share of a step's time, at most. The first calls of a shape take `first` times as long. Predictions
-    are wrong by a factor, those for the draft by another. One that is not `ahead` holds up whoever starts a step;
-    its rounds are each read before the next step is started, and so is what is before a round.
+    are wrong by a factor, those for the draft by another, and know nothing of calls of more than 64 tokens. One that is
+    not `ahead` holds up whoever starts a step; its rounds are each read before the next step is started, and so is what
+    is before a round. `host` is the share of a step's time that the host takes to start it. `reading` is what the draft
+    takes to read so many tokens, if that is another thing than its calls. Requests ask for some of `answers` tokens.
     """
 
     target: Callable[[int], float]
@@ -42,6 +44,9 @@ class Machine:
     target_error: float = 1.0
     draft_error: float = 1.0
     ahead: bool = True
+    host: float = 0.1
+    reading: Callable[[int], float] | None = None
+    answers: tuple[int, int] = ANSWERS
 
     def costs(self) -> Costs:
         """As predicted."""
@@ -49,6 +54,7 @@ class Machine:
         return Costs(
             Curve({tokens: self.target_error * self.target(tokens) for tokens in sizes}),
             Curve({tokens: self.draft_error * self.draft(tokens) for tokens in sizes}),
+            None if self.reading is None else Curve({tokens: self.reading(tokens) for tokens in (32, 512, 2048)}),
         )
 
     def step(self, rows: int, length: int) -> float:
@@ -85,6 +91,9 @@ class Outcome:
     points: list[tuple[float, float]] = field(default_factory=list)
     lengths: Counter[tuple[int, int]] = field(default_factory=Counter)
     policy: Any = None
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of all rows, and of everything: what others did as well."""
 
     def speed(self, since: float = 0.0) -> float:
         """In units of plain steps that are never disturbed, after a share of the steps."""
@@ -128,13 +137,14 @@ class _Run:
         changed = len(stay) < len(self.rows) or bool(new)
         if changed:
             self.settle()
-            self.speculation.disturbed(under_way=self.flying is not None)
+            gone = len(self.rows) - len(stay)
+            self.speculation.disturbed(under_way=self.flying is not None, rows=gone, tokens=PROMPT * len(new))
             self.work(0.2 * self.machine.target(1))
         self.rows = stay + new
         if new:
             self.work(self.machine.target(PROMPT * len(new)))
             self.reader.add(PROMPT * len(new))
-            self.speculation.joined(new, under_way=self.flying is not None)
+            self.speculation.joined(new, under_way=self.flying is not None, first=not stay)
         return changed
 
     def work(self, seconds: float) -> None:
@@ -149,7 +159,7 @@ class _Run:
             prompt=[1, 2],
             generated=[],
             unread=False,
-            left=self.answers.randint(*ANSWERS),
+            left=self.answers.randint(*self.machine.answers),
         )
 
     def step(self, rate: float, *, changed: bool) -> None:
@@ -163,18 +173,18 @@ class _Run:
         seconds = self.machine.step(len(rows), length) * (1 + self.machine.scatter * self.dice.random())
         if length and self.reader.behind:
             self.settle()
-            self.free = max(self.now, self.free) + self.machine.draft(self.reader.behind)
+            self.free = max(self.now, self.free) + (self.machine.reading or self.machine.draft)(self.reader.behind)
             self.speculation.catch_up(rows, under_way=self.flying is not None)
         self.calls[len(rows), length] += 1
         if self.machine.first > 1 and self.calls[len(rows), length] <= BUILT:
             building = (self.machine.first - 1) * seconds
             self.now += building
             self.speculation.built(building, under_way=self.flying is not None)
-        self.now += 0.1 * seconds
+        self.now += self.machine.host * seconds
         if self.machine.ahead:
             self.free = max(self.now, self.free) + seconds
         else:
-            self.free = self.now = max(self.now, self.free) + 0.9 * seconds
+            self.free = self.now = max(self.now, self.free) + (1 - self.machine.host) * seconds
         kept = [next((n for n in range(length) if self.dice.random() >= rate), length) for _ in rows]
         before, self.flying = self.flying, (rows, length, kept, self.free)
         self.ended(before, length)
@@ -204,6 +214,7 @@ class _Run:
         self.plain += said / count * self.machine.step(count, 0)
         self.speculation.ended(count, length, said / count, following)
         self.outcome.points.append((self.plain, self.now - self.others))
+        self.outcome.tokens, self.outcome.seconds = self.outcome.tokens + said, self.now
 
 
 def simulate(machine: Machine, sequences: Sequences, *, steps: int = 2000, most: int = 4, seed: int = 1) -> Outcome:
@@ -221,3 +232,10 @@ def gain(machine: Machine, sequences: Sequences, *, since: float = 0.0, **option
     outcome = simulate(machine, sequences, **options)
     plain = simulate(machine, sequences, **{**options, "most": 0})
     return outcome.speed(since) / plain.speed(since), outcome
+
+
+def whole_gain(machine: Machine, sequences: Sequences, **options: Any) -> tuple[float, Outcome]:
+    """How many times as many tokens come in a second, prompts and all the rest included."""
+    outcome = simulate(machine, sequences, **options)
+    plain = simulate(machine, sequences, **{**options, "most": 0})
+    return outcome.tokens / outcome.seconds / (plain.tokens / plain.seconds), outcome

@@ -129,3 +129,22 @@ def test_what_rows_are_given_is_counted_by_their_number(model_folder: ModelFolde
     driver = Driver(target, speculation=speculation, num_draft_tokens=4)
     driver.run([generate(i, prompt=PROMPT, max_tokens=12) for i in range(2)])
     assert [(step.rows, step.length, step.tokens) for step in taken[:3]] == [(2, 4, 5.0), (2, 4, 5.0), (2, 4, 2.0)]
+
+
+def test_what_others_do_is_counted(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = model_folder("llama")
+    target = load(folder, slack=SLACK)
+    speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"))
+    policy: Any = always(0)
+    taken: list[Taken] = []
+    policy.took = taken.append
+    speculation.policy = policy
+    driver = Driver(target, speculation=speculation, num_draft_tokens=4, max_rows=2, prefill_step_size=8)
+    driver.run([generate(i, prompt=(3 * PROMPT)[: 12 + i], max_tokens=20 + 10 * i) for i in range(3)])
+    assert sum(step.work.tokens for step in taken) == sum(11 + i for i in range(3))
+    assert sum(step.work.rows for step in taken) == 3 + 3, "all have come and left"
+    assert all(step.shared for step in taken if step.work.rows or step.work.tokens)
+    del taken[:]
+    driver.run([generate(7, prompt=PROMPT, max_tokens=4)])
+    assert len(taken) > 1
+    assert [step.idle for step in taken] == [True] + [False] * (len(taken) - 1)
