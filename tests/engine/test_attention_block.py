@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from runner.engine import attention_block
-from runner.engine.kv import attention_kernel
+from runner.engine.kv import attention_kernel, quantised_kernel
 from runner.engine.kv.attention_kernel import JoinedCall, Launch, Planes
+from runner.engine.kv.quantised import Quantisation
+from runner.engine.kv.quantised_kernel import JoinedPackedCall
 from runner.engine.loader import load
 from tests.engine.conftest import ModelFolder
-from tests.engine.kv.launches import separately, separately_joined
+from tests.engine.kv.launches import packed_separately, packed_separately_joined, separately, separately_joined
 from tests.engine.speculative.drafts import SLACK, draft_folder
 from tests.engine.test_products import joined
 from tests.engine.test_traced import answers, sources
@@ -74,6 +77,28 @@ def test_rows_say_the_same(
     launches = Joined(monkeypatch)
     assert answers(load(folder, slack=SLACK), draft, adapters) == expected
     assert launches.calls > 100
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_few_bits_say_the_same(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int
+) -> None:
+    folder, how, calls = model_folder("llama", wide=True), Quantisation(bits, 32), []
+    adapters = sources(load(folder), tmp_path)
+    monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
+    expected = answers(load(folder, slack=SLACK, quantisation=how), None, adapters)
+    Joined(monkeypatch)
+
+    def noted(call: JoinedPackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        calls.append(call.joined.shape)
+        return packed_separately_joined(call)
+
+    monkeypatch.setattr(
+        quantised_kernel, "joined_launch", lambda launch: noted if launch is packed_separately else None
+    )
+    assert answers(load(folder, slack=SLACK, quantisation=how), None, adapters) == expected
+    assert len(calls) > 100
 
 
 def test_a_step_has_no_views_between_product_and_attention(

@@ -9,7 +9,7 @@ in which chunks a prompt is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -20,8 +20,8 @@ from runner.engine.kv import masks, quantised_kernel, unpacked, widened
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
-from runner.engine.kv.quantised_kernel import PackedCall
-from runner.engine.kv.rotary import Unrotated, rotated, together
+from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall
+from runner.engine.kv.rotary import Unrotated, rotated, rotation_of, together
 from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
@@ -122,6 +122,28 @@ class Quantised(Straight):
             return launch(PackedCall(queries, keys, values, planes, starts, scale, window, bits, size, after, rotation))
 
         return self._planes.launch(run)
+
+    def joined(
+        self, form: tuple[int, int, int], dtype: mx.Dtype, rope: Any, scale: float, mask: masks.Mask
+    ) -> Callable[[mx.array], mx.array] | None:
+        launch, rotation = quantised_kernel.joined_launch(self._packed_launch), rotation_of(rope)
+        positions, planes, how = self._positions, self._planes, (self.quantisation.bits, self.quantisation.group_size)
+        if launch is None or rotation is None or not (self._rotates and self._launches and planes.known):
+            return None
+        if self._seen(mask) != (None,) or not quantised_kernel.applies_joined(dtype, positions.count, *form, *how):
+            return None
+        planes.reserve(positions.slots, positions.capacity, ())
+        if [planes.types[1], planes.types[4]] != [dtype, dtype]:
+            return None
+        self._attended = True
+        starts = positions.once("row starts", lambda: positions.row_starts)
+
+        def attend(joined: mx.array) -> mx.array:
+            return planes.launch(
+                lambda held, after: launch(JoinedPackedCall(joined, *form, held, starts, scale, *how, after, rotation))
+            )
+
+        return attend
 
     @property
     def _in_place(self) -> bool:

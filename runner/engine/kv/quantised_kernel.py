@@ -19,6 +19,7 @@ from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import PROCESSORS, Kernel
 from runner.engine.kv import attention_source, decode_kernel
 from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, few_alike, partial, rotating
+from runner.engine.kv.decode_source import JOINED
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_device import DEVICE, HEADER
 from runner.engine.kv.quantised_source import SOURCE
@@ -80,10 +81,30 @@ class PackedCall(msgspec.Struct, frozen=True, eq=False):
     rotation: Rotation | None = None
 
 
+class JoinedPackedCall(msgspec.Struct, frozen=True, eq=False):
+    """The same of queries, keys and values side by side, as `attention_kernel.JoinedCall` has them."""
+
+    joined: mx.array
+    heads: int
+    groups: int
+    width: int
+    planes: Sequence[mx.array]
+    starts: mx.array
+    scale: float
+    bits: int
+    group_size: int
+    after: mx.array | None
+    rotation: Rotation
+
+
 Constants = tuple[tuple[str, int], ...]
 
 PackedLaunch = Callable[[PackedCall], tuple[mx.array, Sequence[mx.array]]]
 """What does a call: returns what is attended to, and the planes with the new keys and values."""
+
+
+JoinedPackedLaunch = Callable[[JoinedPackedCall], tuple[mx.array, Sequence[mx.array]]]
+"""What does that: returns what is attended to, [rows, tokens, heads · width], and the planes."""
 
 
 def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, group_size: int) -> bool:
@@ -98,6 +119,15 @@ def applies(queries: mx.array, keys: mx.array, values: mx.array, bits: int, grou
         and width * bits % 128 == 0
         and shape(width, queries.dtype.size, (bits, group_size), heads, keys.shape[1], tokens) is not None
     )
+
+
+@cache
+def applies_joined(
+    dtype: mx.Dtype, tokens: int, heads: int, groups: int, width: int, bits: int, group_size: int
+) -> bool:
+    """The same where queries, keys and values are one."""
+    queries, keys = (mx.zeros((1, count, tokens, width), dtype) for count in (heads, groups))
+    return applies(queries, keys, keys, bits, group_size)
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -217,6 +247,37 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     return out.swapaxes(1, 2), call.planes
 
 
+def joined_launch(launch: PackedLaunch | None) -> JoinedPackedLaunch | None:
+    """What a layer that has this launch may call where nothing was taken apart yet."""
+    return attend_joined if launch is attend_and_write else None
+
+
+def attend_joined(call: JoinedPackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+    """As `attend_and_write`."""
+    rows, tokens, _ = call.joined.shape
+    dtype, places = call.joined.dtype, call.planes[0].shape[2]
+    way = shape(call.width, dtype.size, (call.bits, call.group_size), call.heads, call.groups, tokens)
+    assert way is not None
+    assert places % _KEYS == 0
+    blocks = way.blocks(rows, tokens)
+    shares = splits(way, blocks, places)
+    frequencies, rotation = rotating(call.rotation)
+    sizes = constants(call.width, call.bits, call.group_size, 0, way)
+    out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation, joined=True).launch(
+        inputs=[
+            *(call.joined, *call.planes, call.starts),
+            call.joined if call.after is None else call.after,
+            counters(shares, blocks),
+            frequencies,
+        ],
+        grid=(blocks * shares * way.warps * 32, 1, 1),
+        threadgroup=(way.warps * 32, 1, 1),
+        output_shapes=[(rows, tokens, call.heads * call.width), partial(blocks, shares, way.lines, call.width)],
+        output_dtypes=[dtype, mx.float32],
+    )
+    return out, call.planes
+
+
 @cache
 def constants(width: int, bits: int, group_size: int, window: int, way: Shape) -> Constants:
     """What the source calls the numbers that are known when it is compiled."""
@@ -235,6 +296,16 @@ def types(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     return {name: others.get(name, dtype) for name in INPUTS}
 
 
+def joined_types(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+    """The same where queries, keys and values are one."""
+    return {"joined": dtype} | {name: kind for name, kind in types(dtype).items() if name not in INPUTS[:3]}
+
+
+def joined_source() -> str:
+    """The kernel's text for that."""
+    return JOINED.replace("GROUPS", "KEY_HEADS") + SOURCE
+
+
 def header(scale: float) -> str:
     """What comes before the kernel: scores are powers of two, and MLX looks for a group's range from here on CUDA."""
     range_of = "constexpr float LEAST = 3.4028235e38f, MOST = 0.0f;\n"
@@ -244,12 +315,20 @@ def header(scale: float) -> str:
 
 
 @cache
-def _kernel(scale: float, dtype: mx.Dtype, sizes: Constants, shared_memory: int, rotating: Rotating) -> Kernel:
+def _kernel(
+    scale: float,
+    dtype: mx.Dtype,
+    sizes: Constants,
+    shared_memory: int,
+    rotating: Rotating,
+    *,
+    joined: bool = False,
+) -> Kernel:
     return Kernel(
-        name="attend_and_write_packed",
-        inputs=types(dtype),
+        name="attend_and_write_packed" + ("_joined" if joined else ""),
+        inputs=joined_types(dtype) if joined else types(dtype),
         outputs={"out": dtype, "partial": mx.float32},
-        source=cuda_kernels.terse(SOURCE),
+        source=cuda_kernels.terse(joined_source() if joined else SOURCE),
         header=header(scale),
         ensure_row_contiguous=False,
         shared_memory=shared_memory,

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from runner.engine.kv import attention_kernel
 from runner.engine.kv.attention_kernel import Call, JoinedCall, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall
 from tests.engine.cuda_on_host import Run, compiled
 
 
@@ -64,6 +64,16 @@ def packed_separately(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
         Call(queries, plain[0], plain[1], (plain[2], plain[3]), call.starts, call.scale, call.window, None, call.after)
     )
     return attended, planes
+
+
+def packed_separately_joined(call: JoinedPackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+    """And for those from queries, keys and values side by side."""
+    rows, tokens, _ = call.joined.shape
+    lines = call.joined.reshape(rows, tokens, -1, call.width).swapaxes(1, 2)
+    parts = mx.split(lines, [call.heads, call.heads + call.groups], axis=1)
+    how = call.scale, None, call.bits, call.group_size, call.after, call.rotation
+    attended, planes = packed_separately(PackedCall(*parts, call.planes, call.starts, *how))
+    return attended.swapaxes(1, 2).reshape(rows, tokens, -1), planes
 
 
 def turned(call: Call | PackedCall) -> tuple[mx.array, mx.array]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from runner.engine.kv import attention_source, quantised_kernel
 from runner.engine.kv.attention_kernel import rotating
 from runner.engine.kv.quantised_device import HEADER
-from runner.engine.kv.quantised_kernel import PackedCall
+from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall, Shape
 from runner.engine.kv.quantised_source import SOURCE
 from tests.engine.cuda_on_host import Run, compiled, described
 from tests.engine.tensor_cores_on_host import MULTIPLY
@@ -122,53 +122,77 @@ class PackedOnHost:
         self._crowd = crowd
         self._built: dict[tuple[Any, ...], Run] = {}
 
+    def joined(self, call: JoinedPackedCall) -> tuple[mx.array, Sequence[mx.array]]:
+        """As `quantised_kernel.attend_joined`."""
+        (rows, tokens, _), dtype = call.joined.shape, call.joined.dtype
+        how = call.bits, call.group_size
+        way = quantised_kernel.shape(call.width, dtype.size, how, call.heads, call.groups, tokens)
+        assert way is not None
+        out = self._launch([call.joined], call, way, (rows, tokens, call.heads, call.width), 0)
+        return out.reshape(rows, tokens, -1), call.planes
+
     def __call__(self, call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
-        self.launches += 1
         rows, heads, tokens, width = call.queries.shape
-        dtype = call.queries.dtype
-        way = replace(quantised_kernel.shape_of(call), warps=self._warps)
+        own, way = [call.queries, call.keys, call.values], quantised_kernel.shape_of(call)
+        out = self._launch(own, call, way, (rows, tokens, heads, width), call.window or 0)
+        return out.swapaxes(1, 2), call.planes
+
+    def _launch(
+        self,
+        own: list[mx.array],
+        call: PackedCall | JoinedPackedCall,
+        way: Shape,
+        shape: tuple[int, int, int, int],
+        window: int,
+    ) -> mx.array:
+        """[rows, tokens, heads, width]; the planes are written."""
+        self.launches += 1
+        (rows, tokens, _, width), dtype = shape, own[0].dtype
+        way = replace(way, warps=self._warps)
         frequencies, rotation = rotating(call.rotation)
         blocks = way.blocks(rows, tokens)
         counters = np.zeros((self._splits, blocks), dtype=np.int32)
-        given = [call.queries, call.keys, call.values, *call.planes, call.starts, call.starts]
+        given = [*own, *call.planes, call.starts, call.starts]
+        types = quantised_kernel.types(dtype) if len(own) > 1 else quantised_kernel.joined_types(dtype)
         mx.eval(*given, *(() if call.after is None else (call.after,)))
         mx.synchronize()
-        arrays = dict(zip(quantised_kernel.INPUTS, [*map(_view, given), counters, _view(frequencies)], strict=True))
+        arrays = dict(zip(types, [*map(_view, given), counters, _view(frequencies)], strict=True))
         planes = {name: arrays[name] for name in quantised_kernel.HELD}
         arrays |= {name: _placed(plane, self._apart * (name not in _CODES)) for name, plane in planes.items()}
-        out = np.zeros((rows, tokens, heads, width), dtype=arrays["queries"].dtype)
+        out = np.zeros(shape, dtype=next(iter(arrays.values())).dtype)
         partial = np.full((blocks, self._splits, way.lines, width + 2), np.nan, dtype=np.float32)
         # All windows are one text.
         sizes = dict(quantised_kernel.constants(width, call.bits, call.group_size, 0, way)) | dict(rotation)
         del sizes["WINDOW"]
         sizes["CROWD"] = self._crowd
-        numbers: dict[str, Any] = {"WINDOW": ctypes.c_int(call.window or 0)}
+        numbers: dict[str, Any] = {"WINDOW": ctypes.c_int(window)}
         numbers["SCALE"] = ctypes.c_float(call.scale * np.log2(np.e))
-        self._run(dtype, sizes, arrays, (out, partial), numbers, blocks * self._splits)
+        self._run(types, sizes, arrays, (out, partial), numbers, blocks * self._splits)
         for name, plane in planes.items():
             ctypes.memmove(plane.ctypes.data, arrays[name].ctypes.data, plane.nbytes)
         assert not counters.any(), "a launch leaves them as they were"
         result = mx.array(out)
-        return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
+        return result.view(dtype) if out.dtype == np.uint16 else result
 
     def _run(
         self,
-        dtype: mx.Dtype,
+        types: dict[str, mx.Dtype],
         sizes: dict[str, int],
         arrays: dict[str, Array],
         results: tuple[Array, Array],
         numbers: dict[str, Any],
         blocks: int,
     ) -> None:
-        kinds = {name: _TYPES[str(kind).split(".")[-1]] for name, kind in quantised_kernel.types(dtype).items()}
+        kinds = {name: _TYPES[str(kind).split(".")[-1]] for name, kind in types.items()}
+        own, joined = next(iter(kinds.values())), "joined" in kinds
         arguments, passed = described(arrays, kinds)
-        arguments |= {"out": f"{kinds['queries']}*", "partial": "float*", "WINDOW": "int", "SCALE": "float"}
-        key = (str(dtype), *sizes.items())
+        arguments |= {"out": f"{own}*", "partial": "float*", "WINDOW": "int", "SCALE": "float"}
+        key = (own, joined, *sizes.items())
         if key not in self._built:
-            text = f"using T = {kinds['queries']}; constexpr int "
+            text = f"using T = {own}; constexpr int "
             text += ", ".join(f"{name} = {value}" for name, value in sizes.items()) + ";"
             header = DEVICE + attention_source.HEADER + HEADER
-            self._built[key] = compiled(header, SOURCE, arguments, text)
+            self._built[key] = compiled(header, quantised_kernel.joined_source() if joined else SOURCE, arguments, text)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (*passed, *results)]
         self._built[key](ctypes.c_int(blocks), ctypes.c_int(self._warps * 32), *pointers, *numbers.values())
 
