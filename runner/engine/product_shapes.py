@@ -171,6 +171,11 @@ class Shape:
         prompts = self._prompts_changed is not None and x.dtype == self.dtype and prompt_changes.applies(x)
         return self._prompts_changed if prompts and self._fits_prompts(stack) else None
 
+    def takes_all(self, stack: Stack) -> bool:
+        """Whether there are products with such changes for any number of tokens."""
+        prompts = self._prompts_changed is not None and self._fits_prompts(stack)
+        return prompts and any(make in self._wide_changed for make in self._fitting(stack))
+
     def _few(self, x: mx.array, most: int) -> bool:
         return 0 < x.size <= most * self.inputs and x.dtype == self.dtype
 

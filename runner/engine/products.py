@@ -100,6 +100,10 @@ class FewRowsLinear(ChangingLinear):
         """Compiles kernels, the first time."""
         (self.gated or self.product).shape.prepare(self["weight"], stack)
 
+    def takes_all(self, stack: Stack) -> bool:
+        """Whether changes are kernels' however many tokens there are."""
+        return (self.gated or self.product).shape.takes_all(stack)
+
 
 class FewRowsEmbedding(nn.Embedding):  # type: ignore[misc]
     """An embedding that may be the output head as well."""

@@ -144,7 +144,7 @@ class TracedCalls:
             # Graphs hold on to the adapters that they were traced with.
             self._generation = self._bank.generation
             self._graphs.clear()
-        only = None if slots is None else slots.only
+        only = None if slots is None or (self._bank is not None and self._bank.alike) else slots.only
         count, its_slots = padded or (caches.rows, slots)
         rows = [] if its_slots is None else its_slots.arrays
         shape = caches.shape(tokens.shape[1], lengths)

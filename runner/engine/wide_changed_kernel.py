@@ -1,4 +1,4 @@
-"""The product of 33 to 128 tokens in which each row has its own low-rank change, in one launch on Hopper GPUs.
+"""The product of up to 128 tokens in which each row has its own low-rank change, in one launch on Hopper GPUs.
 
 What it gives is what `wide_changes` does in two launches, to the bit, of which each costs the host 5 µs. Blocks that
 come first compute the tokens' inner products with all slots' ranks; the others need them only in the end, and have

@@ -1,4 +1,4 @@
-"""The product of 33 to 128 tokens with each row's low-rank change, in two launches on Hopper GPUs.
+"""The product of up to 128 tokens with each row's low-rank change, in two launches on Hopper GPUs.
 
 The first is the product, which has the inner products of all slots as more outputs; the second adds the changes, and
 what follows them.

@@ -1,8 +1,9 @@
-"""The product of 33 to 128 tokens with a layer's weight, in one launch on Hopper GPUs.
+"""The product of up to 128 tokens with a layer's weight, in one launch on Hopper GPUs.
 
 The device takes about as long for it as with cuBLAS (up to 1.9 times for the smallest weights, less for an MLP's, on an
 H200), but the host does not: cuBLAS takes 16 µs more a call, which is 1 to 1.4 ms of a step (`product_kernel`, which is
-for fewer tokens). Its epilogues are the same, and a row's result is the same bits in any batch of so many.
+faster for up to 16 tokens, but for gates). Its epilogues are the same, and a row's result is the same bits in any batch
+of so many.
 """
 
 from __future__ import annotations

@@ -13,18 +13,20 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
-from runner.engine import products, wide_changes, wide_product_kernel
+from runner.engine import products, traced, wide_changes, wide_product_kernel
 from runner.engine.adapters import mixed
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
+from runner.engine.kv.layout import Layout
 from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply, Way
 from runner.engine.product_shapes import Fits, Kernels, MakeChanged
 from runner.engine.weights import narrow_model
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder
+from tests.engine.kv.launches import separately
 from tests.engine.operations import operations
 from tests.engine.product_on_host import OnHost
 
@@ -190,6 +192,37 @@ def test_a_wide_kernel_that_fails_its_trial_leaves_the_other(model_folder: Model
     model(PROMPT)
     assert few.calls.total() == 12
     assert close(model(MANY), expected)
+
+
+@pytest.mark.usefixtures("gathers_16_bit")
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_of_any_one_adapter_share_a_graph_where_all_is_in_kernels(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Any, fits: bool
+) -> None:
+    model, spelled, kept = joined(model_folder("llama")), Spelled(), []
+    ours = ((lambda *what: spelled.changed(*what), lambda *_: True),)
+    prompts = (lambda *what: spelled.changed(*what), lambda *_: fits)
+    products.install(
+        model, Kernels(spelled, gate=spelled.gate, wide=spelled, wide_changed=ours, prompts_changed=prompts)
+    )
+    bank, shapes = AdapterBank(model, mx.bfloat16), linear_shapes(llama, (*ATTENTION, *MLP))
+    assert bank.alike, "nothing is changed"
+    for seed, name in enumerate("ab"):
+        folder = write_mlx(tmp_path / name, draw(shapes, 4, seed), keys=(*ATTENTION, *MLP))
+        bank.load(AdapterSource(name, str(folder)))
+    assert bank.alike == fits
+    monkeypatch.setattr(traced, "compiled", lambda function: kept.append(function) or function)
+    caches, call = Layout(model, launch=separately).new(2), traced.TracedCalls(model, bank)
+    caches.reserve(64)
+    caches.call(model, PROMPT)
+    said = []
+    for name in "ababababab":
+        slots = bank.slots([bank.acquire(name)] * 2)
+        said.append(call(caches, mx.array([[5], [6]]), slots))
+        mx.eval(said[-1], caches.arrays)
+        caches.dispatched()
+    assert len(kept) == (1 if fits else 2)
+    assert not mx.allclose(said[-1], said[-2])
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:

@@ -58,11 +58,21 @@ class AdapterBank:
         self._wrapped: dict[Site, AdaptedLinear | AdaptedSwitchLinear] = {}
         self._blocks: dict[str, AdaptedExperts] = {}
         self._residents: list[Resident] = []
+        self._alike: tuple[int, bool] | None = None
 
     @property
     def keys(self) -> list[str]:
         """Adapters that take new rows."""
         return [resident.key for resident in self._residents if not resident.dropped]
+
+    @property
+    def alike(self) -> bool:
+        """Whether a call's graph is the same for rows of any one adapter, and of several: all is in kernels then, which
+        find each row's slot. Until `generation` changes."""
+        if self._alike is None or self._alike[0] != self.generation:
+            layers = self._wrapped.values()
+            self._alike = self.generation, all(isinstance(one, AdaptedLinear) and one.alike for one in layers)
+        return self._alike[1]
 
     @property
     def nbytes(self) -> int:

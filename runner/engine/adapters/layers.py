@@ -125,6 +125,10 @@ class ChangingLinear(nn.Linear, ABC):  # type: ignore[misc]
     def prepare(self, stack: Stack) -> None:
         """For changes such as those of a stack."""
 
+    @abstractmethod
+    def takes_all(self, stack: Stack) -> bool:
+        """Whether it has them in products of any number of tokens."""
+
 
 class AdaptedLinear(nn.Module):  # type: ignore[misc]
     """A linear layer, and its stack while a resident adapter changes it."""
@@ -152,6 +156,11 @@ class AdaptedLinear(nn.Module):  # type: ignore[misc]
         kernel.prepare(self.stack)
         if isinstance(self.base, ChangingLinear):
             self.base.prepare(self.stack)
+
+    @property
+    def alike(self) -> bool:
+        """Whether rows of one adapter are computed as those of several are."""
+        return self.stack is None or (isinstance(self.base, ChangingLinear) and self.base.takes_all(self.stack))
 
     def _apart(self, x: mx.array, y: mx.array, stack: Stack, rows: RowSlots) -> mx.array:
         if kernel.applies(x, stack) and y.dtype == x.dtype:
