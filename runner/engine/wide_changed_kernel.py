@@ -125,22 +125,22 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     prepared = [_prepare(outputs, way, most, dtype, epilogue) for way, most in zip(ways, TOKENS, strict=True)]
     by_rows = wide_product_kernel.each_number(prepared)
     rest = no_sum(dtype, epilogue)
-    dtypes = [dtype, mx.float32, mx.float32]
+    dtypes = [dtype, mx.float32]
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         rows = x.size // inputs
         way, kernel, width, shared, counters = by_rows[rows]
         count, ranks, _ = stack.down.shape
         threads: Size = (way.groups * GROUP_THREADS + SIDE, 1, 1)
-        shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, count, ranks), (shared * rows,)]
+        # One for both: each result of a launch costs the host.
+        left = rows * (way.pieces * count * ranks + shared)
         arrays = [x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()]
-        many = 3 if shared else 2
         result: mx.array = kernel.launch(
             inputs=[*arrays, next(counters)] if shared else arrays,
             grid=((width + inner_blocks(way, count, ranks)) * threads[0], 1, 1),
             threadgroup=threads,
-            output_shapes=shapes[:many],
-            output_dtypes=dtypes[:many],
+            output_shapes=[(*x.shape[:-1], outputs), (left,)],
+            output_dtypes=dtypes,
         )[0]
         return result
 
@@ -184,9 +184,9 @@ def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     return usual | {"changes": dtype, "board": mx.int32} | counters
 
 
-def outputs_of(way: Way, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+def outputs_of(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """The same of what it writes."""
-    return {"out": dtype, "inner": mx.float32} | ({"partial": mx.float32} if way.splits > 1 else {})
+    return {"out": dtype, "left": mx.float32}
 
 
 _Prepared = tuple[Way, Kernel, int, int, Iterator[mx.array]]
@@ -206,7 +206,7 @@ def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
     return Kernel(
         name=f"wide_changed_{epilogue}_{KINDS[dtype][1]}_{sizes}",
         inputs=inputs_of(way, epilogue, dtype),
-        outputs=outputs_of(way, dtype),
+        outputs=outputs_of(dtype),
         source=source(way, epilogue),
         header=header(way, tokens, dtype, epilogue),
         shared_memory=way.shared_memory(tokens) + beside(way, tokens),

@@ -206,6 +206,9 @@ CHANGED: Final = {
     constexpr int INNER_LINES = LINES + SIDE / 2;
     const int before = (ranks + INNER_LINES - 1) / INNER_LINES * PIECES, own = blockIdx.x - before;
     const int shares = own < 0 ? PIECES : SPLITS, part = own < 0 ? blockIdx.x : own;
+    // What blocks leave for each other: inner products, and sums of parts of K.
+    float* const inner = left;
+    float* const partial = left + size_t(PIECES) * rows * ranks;
     const int block = part / shares, split = part % shares, first = block * (own < 0 ? INNER_LINES : OUT);
     __shared__ int slots[TOKENS], low[MOST_SLOTS * PARTS], high[MOST_SLOTS * PARTS], widest;
 """,

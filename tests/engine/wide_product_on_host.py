@@ -121,11 +121,16 @@ class WideOnHost:
         blocks = count * way.splits
         if stack is not None:
             slots, ranks, _ = stack.down.shape
-            results["inner"] = np.full((way.pieces, rows, slots, ranks), np.nan, dtype=np.float32)
+            inner = (way.pieces, rows, slots, ranks)
+            results["left" if whole else "inner"] = np.full(inner, np.nan, dtype=np.float32)
             first = way.groups * 64 + (wide_changed_kernel.SIDE // 2 if whole else 0)
             blocks += -(-slots * ranks // first) * way.pieces
         if way.splits > 1:
-            results["partial"] = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
+            sums = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
+            if whole:
+                results["left"] = np.concatenate([results["left"].flatten(), sums])
+            else:
+                results["partial"] = sums
         run = self._run(way, tokens_for(rows), dtype, epilogue, whole)
         threads = way.groups * 128 + (wide_changed_kernel.SIDE if whole else 0)
         launch(run, blocks, threads, views, *results.values())
@@ -139,7 +144,7 @@ class WideOnHost:
         if key not in self._built:
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             kernel = wide_changed_kernel if whole else wide_product_kernel
-            outputs = wide_changed_kernel.outputs_of(way, dtype)
+            outputs = wide_changed_kernel.outputs_of(dtype)
             if not whole:
                 outputs = wide_product_kernel.outputs_of(way, dtype, epilogue)
             arguments = arguments_of(
