@@ -119,7 +119,8 @@ class Speculation:
         next. It were so many `rows` that came or went, or `tokens` of prompts.
         """
         self._shared = max(self._shared, 1 + under_way)
-        self._work += Work(rows, tokens)
+        if rows or tokens:
+            self._work += Work(rows, tokens)
 
     def catch_up(self, rows: Sequence[Row], *, under_way: bool) -> None:
         """Have the draft read what it has missed of `rows`."""
