@@ -81,9 +81,9 @@ class Speculation:
             self._ended = self._clock()
 
     @property
-    def heard(self) -> bool:
-        """Whether enough steps of the rehearsal under way have been timed."""
-        return any(len(heard) >= _HEARD for heard in self._heard.values())
+    def heard(self) -> int:
+        """Rows of the largest batch of which enough steps of the rehearsal under way have been timed, 0 for none."""
+        return max((rows for rows, heard in self._heard.items() if len(heard) >= _HEARD), default=0)
 
     def joined(self, rows: Sequence[Row], *, under_way: bool, first: bool = False) -> None:
         """Rows are new in the batch: what is assumed of them is what others with their adapter had.

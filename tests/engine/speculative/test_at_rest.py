@@ -209,6 +209,25 @@ def test_a_rehearsal_has_batches_of_all_sizes_and_times_their_steps(
     assert speculation.proposer.building == before, "their graphs are there"
 
 
+def test_a_rehearsal_ends_when_most_rows_were_timed_together(
+    pair: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not go on to the rows' ends."""
+    monkeypatch.setattr(rehearsal, "_SECONDS", 100.0)
+    monkeypatch.setattr(rehearsal, "_STEPS", 100)
+    target, folder = pair
+    driver = Driver(target, speculation=speculating(target, folder), num_draft_tokens=4, max_rows=12)
+    steps, step = [0], driver.engine.step
+
+    def counted() -> None:
+        steps[0] += 1
+        step()
+
+    monkeypatch.setattr(driver.engine, "step", counted)
+    assert driver.engine.rehearse() is None
+    assert steps[0] < 9 * 40, "of three sizes, each of three lengths"
+
+
 def test_sizes_of_rehearsals() -> None:
     assert [sizes(n) for n in (1, 2, 8, 16, 128)] == [[1], [1, 2], [1, 8], [1, 16, 8], [1, 128, 32, 8]]
 
