@@ -59,11 +59,7 @@ def install(model: Any) -> int:
 
 def _together(module: Any) -> JoinedLayers | None:
     """What a module's projections are joined in, if it has the parts of upstream's usual attention and no more."""
-    if (
-        isinstance(module, _WholeAttention)
-        or set(module.children()) - {"rope"} != {*_PARTS, "o_proj"}
-        or "rope" not in module.children()
-    ):
+    if isinstance(module, _WholeAttention) or set(module.children()) != {*_PARTS, "o_proj", "rope"}:
         return None
     if [*signature(type(module).__call__).parameters] != ["self", "x", "mask", "cache"]:
         return None

@@ -20,7 +20,6 @@ from runner.engine.kv.masks import FEW
 _LEAST: Final = 256
 """Tokens that caches have room for at least."""
 
-
 _NARROW: Final = 512
 """Tokens of a call beyond which its width is a multiple of twice as many."""
 

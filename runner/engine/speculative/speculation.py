@@ -143,9 +143,15 @@ class Speculation:
         # Else the host has begun what follows meanwhile: that has to be of the same kind, and so has what was before.
         usual = (alone and length > 0) or (following == length and not self._alone)
         timed = usual and not self._shared and not self._warming
-        extra = self._reading, self._building
-        disturbed = self._shared > 0, *extra, alone, self._work, self._idle
-        taken = Taken(rows, length, now - self._ended, tokens, following, timed, *disturbed)
+        taken = Taken(
+            *(rows, length, now - self._ended, tokens, following, timed),
+            shared=self._shared > 0,
+            reading=self._reading,
+            building=self._building,
+            alone=alone,
+            work=self._work,
+            idle=self._idle,
+        )
         if self._rehearsed is None:
             self.policy.took(taken)
         elif timed and length == self._rehearsed:
