@@ -99,6 +99,15 @@ def test_new_rows_are_somebody_elses_work() -> None:
     assert timed.steps(0, 0, 0, 0) == [False, False, True, False]
 
 
+def watched(speculation: Speculation, proposals: int) -> list[Taken]:
+    """Always so many proposals from here on; the list gets the steps that the policy is told of."""
+    policy: Any = always(proposals)
+    taken: list[Taken] = []
+    policy.took = taken.append
+    speculation.policy = policy
+    return taken
+
+
 @pytest.mark.parametrize("proposals", [0, 3])
 def test_steps_that_build_graphs_are_not_timed(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proposals: int
@@ -106,10 +115,7 @@ def test_steps_that_build_graphs_are_not_timed(
     monkeypatch.setattr(attention_kernel, "launch", lambda: separately)
     folder = model_folder("llama")
     speculation = speculating(load(folder, slack=SLACK), draft_folder(folder, tmp_path / "draft", "self"))
-    policy: Any = always(proposals)
-    taken: list[Taken] = []
-    policy.took = taken.append
-    speculation.policy = policy
+    taken = watched(speculation, proposals)
     driver = Driver(load(folder, slack=SLACK), speculation=speculation, num_draft_tokens=3)
     driver.run([generate(0, prompt=PROMPT, max_tokens=40)])
     built = [i for i, step in enumerate(taken) if step.building]
@@ -122,10 +128,7 @@ def test_what_rows_are_given_is_counted_by_their_number(model_folder: ModelFolde
     folder = model_folder("llama")
     target = load(folder, slack=SLACK)
     speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"))
-    policy: Any = always(4)
-    taken: list[Taken] = []
-    policy.took = taken.append
-    speculation.policy = policy
+    taken = watched(speculation, 4)
     driver = Driver(target, speculation=speculation, num_draft_tokens=4)
     driver.run([generate(i, prompt=PROMPT, max_tokens=12) for i in range(2)])
     assert [(step.rows, step.length, step.tokens) for step in taken[:3]] == [(2, 4, 5.0), (2, 4, 5.0), (2, 4, 2.0)]
@@ -135,10 +138,7 @@ def test_what_others_do_is_counted(model_folder: ModelFolder, tmp_path: Path) ->
     folder = model_folder("llama")
     target = load(folder, slack=SLACK)
     speculation = speculating(target, draft_folder(folder, tmp_path / "draft", "self"))
-    policy: Any = always(0)
-    taken: list[Taken] = []
-    policy.took = taken.append
-    speculation.policy = policy
+    taken = watched(speculation, 0)
     driver = Driver(target, speculation=speculation, num_draft_tokens=4, max_rows=2, prefill_step_size=8)
     driver.run([generate(i, prompt=(3 * PROMPT)[: 12 + i], max_tokens=20 + 10 * i) for i in range(3)])
     assert sum(step.work.tokens for step in taken) == sum(11 + i for i in range(3))
