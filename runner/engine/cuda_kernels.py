@@ -37,6 +37,12 @@ PROCESSORS: Final = 132
 
 _AT_ONCE: Final = 64
 
+COUNTERS: Final = 128
+"""Integers that a room begins with."""
+
+_ROOMS: Final = 8
+"""Launches that may run at once: those of a model call that do not need each other's results."""
+
 Size = tuple[int, int, int]
 
 Types = Mapping[str, mx.Dtype]
@@ -137,6 +143,23 @@ def counters(*shape: int) -> Iterator[mx.array]:
     """int32 zeros of a shape, without end, which every launch leaves as they were. Those that may run at once do not
     share one."""
     arrays = [mx.zeros(shape, dtype=mx.int32) for _ in range(_AT_ONCE)]
+    mx.eval(arrays)
+    return cycle(arrays)
+
+
+def room(floats: int) -> mx.array:
+    """Where the blocks of a launch leave so many floats for each other: int32, of which the first COUNTERS are zeros
+    that every launch leaves as they were.
+
+    It is an input that the launch writes to: a second result would cost the host 2 µs a launch, which has it made,
+    allocated, and freed. Those that may run at once do not share one.
+    """
+    return next(_rooms(1 << max(0, floats - 1).bit_length()))
+
+
+@cache
+def _rooms(floats: int) -> Iterator[mx.array]:
+    arrays = [mx.zeros((COUNTERS + floats,), dtype=mx.int32) for _ in range(_ROOMS)]
     mx.eval(arrays)
     return cycle(arrays)
 

@@ -21,8 +21,8 @@ from runner.engine.adapters.stack import Span, Stack
 from runner.engine.changed_source import CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Changed, no_sum
-from runner.engine.wide_changed_source import CHANGED, MEETINGS, RESIDUAL
-from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Choose, Way
+from runner.engine.wide_changed_source import CHANGED, IN_A_ROOM, MEETINGS, RESIDUAL
+from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Choose, Way, in_a_room
 
 MOST_SLOTS: Final = 64
 
@@ -125,21 +125,27 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     prepared = [_prepare(outputs, way, most, dtype, epilogue) for way, most in zip(ways, TOKENS, strict=True)]
     by_rows = wide_product_kernel.each_number(prepared)
     rest = no_sum(dtype, epilogue)
-    dtypes = [dtype, mx.float32]
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         rows = x.size // inputs
-        way, kernel, width, shared, counters = by_rows[rows]
+        way, kernel, width, shared, counters, apart = by_rows[rows]
         count, ranks, _ = stack.down.shape
         threads: Size = (way.groups * GROUP_THREADS + SIDE, 1, 1)
-        # One for both: each result of a launch costs the host.
+        # Inner products and sums.
         left = rows * (way.pieces * count * ranks + shared)
         arrays = [x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()]
+        shapes, dtypes = [(*x.shape[:-1], outputs)], [dtype]
+        if apart:
+            arrays += [next(counters)] if counters is not None else []
+            shapes.append((left,))
+            dtypes.append(mx.float32)
+        else:
+            arrays.append(cuda_kernels.room(left))
         result: mx.array = kernel.launch(
-            inputs=[*arrays, next(counters)] if shared else arrays,
+            inputs=arrays,
             grid=((width + inner_blocks(way, count, ranks)) * threads[0], 1, 1),
             threadgroup=threads,
-            output_shapes=[(*x.shape[:-1], outputs), (left,)],
+            output_shapes=shapes,
             output_dtypes=dtypes,
         )[0]
         return result
@@ -157,9 +163,10 @@ def inner_blocks(way: Way, slots: int, ranks: int) -> int:
     return -(-slots * ranks // (way.groups * GROUP + SIDE // 2)) * way.pieces
 
 
-def source(way: Way, epilogue: str) -> str:
+def source(way: Way, tokens: int, epilogue: str) -> str:
     """The kernel's text."""
-    return wide_product_kernel.source(way, epilogue, CHANGED | RESIDUAL[epilogue])
+    left = {"LEFT": IN_A_ROOM if in_a_room(tokens, epilogue) else ""}
+    return wide_product_kernel.source(way, tokens, epilogue, CHANGED | left | RESIDUAL[epilogue])
 
 
 def constants(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
@@ -177,27 +184,31 @@ def _more_constants(way: Way, tokens: int) -> str:
     return f"constexpr int MOST_SLOTS = {MOST_SLOTS}, SIDE = {SIDE}, BESIDE = {beside(way, tokens)};\n"
 
 
-def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+def inputs_of(way: Way, tokens: int, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """What the source calls a call's arrays, and their types."""
-    usual = wide_product_kernel.inputs_of(way, epilogue, dtype)
-    counters = {name: usual.pop(name) for name in ["counters"] if name in usual}
+    usual = wide_product_kernel.inputs_of(way, tokens, epilogue, dtype)
+    counters = {name: usual.pop(name) for name in ["counters", "room"] if name in usual}
+    if in_a_room(tokens, epilogue):
+        counters = {"room": mx.int32}
     return usual | {"changes": dtype, "board": mx.int32} | counters
 
 
-def outputs_of(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+def outputs_of(tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
     """The same of what it writes."""
-    return {"out": dtype, "left": mx.float32}
+    return {"out": dtype} if in_a_room(tokens, epilogue) else {"out": dtype, "left": mx.float32}
 
 
-_Prepared = tuple[Way, Kernel, int, int, Iterator[mx.array]]
+_Prepared = tuple[Way, Kernel, int, int, Iterator[mx.array] | None, bool]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its blocks that have outputs, how many sums a token has beside its result, counters for launches."""
+    """The kernel, its blocks that have outputs, how many sums a token has beside its result, counters for launches,
+    and whether these, and what blocks leave for each other, are arrays of their own."""
     count = wide_product_kernel.blocks(outputs, way, epilogue)
     shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
-    counters = cuda_kernels.counters(count) if shared else iter(())
-    return way, _kernel(way, tokens, dtype, epilogue), count * way.splits, shared, counters
+    counters = wide_product_kernel.counters_for(count, tokens, epilogue) if shared else None
+    apart = not in_a_room(tokens, epilogue)
+    return way, _kernel(way, tokens, dtype, epilogue), count * way.splits, shared, counters, apart
 
 
 @cache
@@ -205,9 +216,9 @@ def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
     sizes = f"{way.groups}_{way.stages}_{way.splits}_{way.pieces}_{tokens}"
     return Kernel(
         name=f"wide_changed_{epilogue}_{KINDS[dtype][1]}_{sizes}",
-        inputs=inputs_of(way, epilogue, dtype),
-        outputs=outputs_of(dtype),
-        source=source(way, epilogue),
+        inputs=inputs_of(way, tokens, epilogue, dtype),
+        outputs=outputs_of(tokens, dtype, epilogue),
+        source=source(way, tokens, epilogue),
         header=header(way, tokens, dtype, epilogue),
         shared_memory=way.shared_memory(tokens) + beside(way, tokens),
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from runner.engine.cuda_kernels import COUNTERS
 from runner.engine.wide_product_source import KEEP, LEAVE, LOOP
 
 MEETINGS: Final = """
@@ -207,6 +208,7 @@ CHANGED: Final = {
     const int before = (ranks + INNER_LINES - 1) / INNER_LINES * PIECES, own = blockIdx.x - before;
     const int shares = own < 0 ? PIECES : SPLITS, part = own < 0 ? blockIdx.x : own;
     // What blocks leave for each other: inner products, and sums of parts of K.
+    LEFT
     float* const inner = left;
     float* const partial = left + size_t(PIECES) * rows * ranks;
     const int block = part / shares, split = part % shares, first = block * (own < 0 ? INNER_LINES : OUT);
@@ -234,6 +236,12 @@ CHANGED: Final = {
     "THERE": "",
 }
 """What stands at these places of `wide_product_source.BODY`, in this order."""
+
+IN_A_ROOM: Final = f"""
+    int* const counters = const_cast<int*>(room);
+    float* const left = reinterpret_cast<float*>(counters + {COUNTERS});
+"""
+"""What stands at LEFT where that is in a room (`cuda_kernels.room`), not a result."""
 
 RESIDUAL: Final = {
     "plain": {

@@ -23,7 +23,7 @@ from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
 from runner.engine.product_source import SWIGLU
 from runner.engine.tensor_cores import DEVICE
-from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, PLAIN, SHARED, device
+from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, IN_A_ROOM, PLAIN, SHARED, device
 
 T = TypeVar("T")
 
@@ -113,13 +113,15 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
         rows = x.size // inputs
         kernel, grid, threads, shared, counters = by_rows[rows]
         arrays = [x, weight, *(rest if added is None else (added,))]
-        shape = (*x.shape[:-1], outputs)
+        shapes, dtypes = [(*x.shape[:-1], outputs)], [dtype]
+        if shared and counters is None:
+            arrays.append(cuda_kernels.room(shared * rows))
+        elif counters is not None:
+            arrays.append(next(counters))
+            shapes.append((shared * rows,))
+            dtypes.append(mx.float32)
         result: mx.array = kernel.launch(
-            inputs=[*arrays, next(counters)] if shared else arrays,
-            grid=grid,
-            threadgroup=threads,
-            output_shapes=[shape, (shared * rows,)] if shared else [shape],
-            output_dtypes=[dtype, mx.float32] if shared else [dtype],
+            inputs=arrays, grid=grid, threadgroup=threads, output_shapes=shapes, output_dtypes=dtypes
         )[0]
         return result
 
@@ -159,7 +161,7 @@ def with_inner(outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose = way)
         shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, slots, ranks), (shared * rows,)]
         arrays, count = [x, weight, stack.packed], 3 if shared else 2
         y, inner, *_ = kernel.launch(
-            inputs=[*arrays, next(counters)] if shared else arrays,
+            inputs=arrays if counters is None else [*arrays, next(counters)],
             grid=(width + more, 1, 1),
             threadgroup=threads,
             output_shapes=shapes[:count],
@@ -180,12 +182,19 @@ def usable() -> bool:
     return cuda_kernels.usable(SWITCH) and kernel_cache.architecture() == _ARCHITECTURE
 
 
-def source(way: Way, epilogue: str, lines: Mapping[str, str] | None = None) -> str:
+def in_a_room(tokens: int, epilogue: str) -> bool:
+    """Whether what blocks leave for each other is in a room, not a result of the launch: the host is what takes long
+    with few tokens, and rooms for many would be large."""
+    return tokens == TOKENS[0] and epilogue != "changes"
+
+
+def source(way: Way, tokens: int, epilogue: str, lines: Mapping[str, str] | None = None) -> str:
     """The kernel's text; `lines` are what stands in it beside the product of a weight's lines."""
     text = BODY
     shares = SHARED if way.splits > 1 else ALONE
     if lines is None:
-        lines = CHANGES if epilogue == "changes" else PLAIN
+        left = {"LEFT": IN_A_ROOM if way.splits > 1 and in_a_room(tokens, epilogue) else ""}
+        lines = CHANGES if epilogue == "changes" else PLAIN | left
     # Those that share K are in what `lines` are as well.
     for places in (shares, lines, shares, EPILOGUES[epilogue]):
         for place, what in places.items():
@@ -209,16 +218,17 @@ def header(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> str:
     return "".join([*texts, SWIGLU] if epilogue == "swiglu" else texts)
 
 
-def inputs_of(way: Way, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+def inputs_of(way: Way, tokens: int, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """What the source calls a call's arrays, and their types."""
     names = ["x", "w", "changes"] if epilogue == "changes" else product_kernel.inputs_of(epilogue)
     arrays = dict.fromkeys(names, dtype)
-    return arrays | {"counters": mx.int32} if way.splits > 1 else arrays
+    return arrays | {"room" if in_a_room(tokens, epilogue) else "counters": mx.int32} if way.splits > 1 else arrays
 
 
-def outputs_of(way: Way, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
+def outputs_of(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
     """The same of what it writes."""
-    sums = [*(["inner"] if epilogue == "changes" else []), *(["partial"] if way.splits > 1 else [])]
+    sums = ["inner"] if epilogue == "changes" else []
+    sums += ["partial"] if way.splits > 1 and not in_a_room(tokens, epilogue) else []
     return {"out": dtype} | dict.fromkeys(sums, mx.float32)
 
 
@@ -229,26 +239,35 @@ def blocks(outputs: int, way: Way, epilogue: str) -> int:
     return lines // (way.groups * GROUP)
 
 
-_Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array]]
+_Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array] | None]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches."""
+    """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches, if those
+    are not in a room."""
     assert way.shared_memory(tokens) <= ROOM
     threads, count = way.groups * GROUP_THREADS, blocks(outputs, way, epilogue)
     shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
     grid = (count * way.splits * threads, 1, 1)
-    counters = cuda_kernels.counters(count) if shared else iter(())
+    counters = counters_for(count, tokens, epilogue) if shared else None
     return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, counters
+
+
+def counters_for(count: int, tokens: int, epilogue: str) -> Iterator[mx.array] | None:
+    """So many for a launch; None where they are in a room."""
+    if in_a_room(tokens, epilogue):
+        assert count <= cuda_kernels.COUNTERS
+        return None
+    return cuda_kernels.counters(count)
 
 
 @cache
 def _kernel(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> Kernel:
     return Kernel(
         name=f"wide_{epilogue}_{KINDS[dtype][1]}_{way.groups}_{way.stages}_{way.splits}_{way.pieces}_{tokens}",
-        inputs=inputs_of(way, epilogue, dtype),
-        outputs=outputs_of(way, dtype, epilogue),
-        source=source(way, epilogue),
+        inputs=inputs_of(way, tokens, epilogue, dtype),
+        outputs=outputs_of(way, tokens, dtype, epilogue),
+        source=source(way, tokens, epilogue),
         header=header(way, tokens, dtype, epilogue),
         shared_memory=way.shared_memory(tokens),
     )

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from runner.engine.cuda_kernels import COUNTERS
+
 DEVICE: Final = """
 // Where the tensor cores' tiles may begin.
 __device__ inline uint4* aligned() {
@@ -249,6 +251,7 @@ NOTHING_CHANGED: Final = {"APART": "N", "OTHERS": "", "BEGIN": "", "FINISH": FIN
 
 PLAIN: Final = {
     "SHARE": """
+    LEFT
     constexpr int shares = SPLITS;
     const int block = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, first = block * OUT;
 """,
@@ -258,6 +261,12 @@ PLAIN: Final = {
     **NOTHING_CHANGED,
 }
 """What stands at these places of BODY where the weight's lines are all."""
+
+IN_A_ROOM: Final = f"""
+    int* const counters = const_cast<int*>(room);
+    float* const partial = reinterpret_cast<float*>(counters + {COUNTERS});
+"""
+"""What stands at LEFT where counters, and what blocks leave for each other, are in a room (`cuda_kernels.room`)."""
 
 LEAVE: Final = """
         float* const to = inner + size_t(split) * rows * ranks + first;

@@ -302,9 +302,9 @@ def test_one_launch_compiles_for_the_device(dtype: mx.Dtype, epilogue: str, outp
         way = choose(outputs, inputs, tokens, epilogue)
         needs = compile_kernel(
             wide_changed_kernel.header(way, tokens, dtype, epilogue),
-            wide_changed_kernel.source(way, epilogue),
-            wide_changed_kernel.inputs_of(way, epilogue, dtype),
-            wide_changed_kernel.outputs_of(dtype),
+            wide_changed_kernel.source(way, tokens, epilogue),
+            wide_changed_kernel.inputs_of(way, tokens, epilogue, dtype),
+            wide_changed_kernel.outputs_of(tokens, dtype, epilogue),
         )
         assert needs.local == 0, "nothing has to be put aside"
         assert needs.registers * (way.groups * 128 + wide_changed_kernel.SIDE) <= 65536

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +11,10 @@ import numpy as np
 from runner.engine import wide_changed_kernel, wide_product_kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
+from runner.engine.cuda_kernels import COUNTERS
 from runner.engine.product_kernel import Changed, Multiply
 from runner.engine.product_source import SWIGLU
-from runner.engine.wide_product_kernel import TOKENS, Choose, Inner, Way
+from runner.engine.wide_product_kernel import TOKENS, Choose, Inner, Way, in_a_room
 from tests.engine.cuda_on_host import Run, compiled
 from tests.engine.product_on_host import arguments_of, board_of, launch, on_host
 from tests.engine.tensor_cores_on_host import TYPES
@@ -110,32 +112,31 @@ class WideOnHost:
     def _call(
         self, way: Way, epilogue: str, given: dict[str, mx.array], outputs: int, stack: Stack | None = None
     ) -> dict[str, mx.array]:
-        x = given["x"]
-        rows, dtype = x.size // x.shape[-1], x.dtype
-        count = wide_product_kernel.blocks(outputs, way, epilogue)
-        given["counters"] = mx.zeros((count,), mx.int32)
-        whole = "board" in given
-        names = [*(wide_changed_kernel if whole else wide_product_kernel).inputs_of(way, epilogue, dtype)]
-        views = [on_host(given[name]) for name in names]
+        x, whole = given["x"], "board" in given
+        rows, dtype, kernel = x.size // x.shape[-1], x.dtype, wide_changed_kernel if whole else wide_product_kernel
+        tokens, count = tokens_for(rows), wide_product_kernel.blocks(outputs, way, epilogue)
+        shapes, blocks = [(count * way.splits, way.groups * 64, rows)] if way.splits > 1 else [], count * way.splits
         results: dict[str, np.ndarray[Any, Any]] = {"out": np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)}
-        blocks = count * way.splits
         if stack is not None:
             slots, ranks, _ = stack.down.shape
             inner = (way.pieces, rows, slots, ranks)
-            results["left" if whole else "inner"] = np.full(inner, np.nan, dtype=np.float32)
             first = way.groups * 64 + (wide_changed_kernel.SIDE // 2 if whole else 0)
             blocks += -(-slots * ranks // first) * way.pieces
-        if way.splits > 1:
-            sums = np.full(count * way.splits * way.groups * 64 * rows, np.nan, dtype=np.float32)
             if whole:
-                results["left"] = np.concatenate([results["left"].flatten(), sums])
+                shapes.insert(0, inner)
             else:
-                results["partial"] = sums
-        run = self._run(way, tokens_for(rows), dtype, epilogue, whole)
+                results["inner"] = np.full(inner, np.nan, dtype=np.float32)
+        # What blocks leave for each other: numbers are there once a block has written them.
+        left = np.full(sum(map(math.prod, shapes)), np.nan, dtype=np.float32)
+        given["counters"] = mx.zeros((count,), mx.int32)
+        given["room"] = mx.concatenate([mx.zeros((COUNTERS,), mx.int32), mx.array(left).view(mx.int32)])
+        if not in_a_room(tokens, epilogue) and left.size:
+            results["left" if whole else "partial"] = left
+        views = {name: on_host(given[name]) for name in kernel.inputs_of(way, tokens, epilogue, dtype)}
         threads = way.groups * 128 + (wide_changed_kernel.SIDE if whole else 0)
-        launch(run, blocks, threads, views, *results.values())
-        assert way.splits == 1 or not views[-1].any(), "the next launch finds zeros"
-        assert not whole or not views[names.index("board")].flatten()[:32].any(), "the next launch finds zeros"
+        launch(self._run(way, tokens, dtype, epilogue, whole), blocks, threads, [*views.values()], *results.values())
+        for name, size in (("counters", count), ("room", COUNTERS), ("board", 32)):
+            assert name not in views or not views[name].flatten()[:size].any(), "the next launch finds zeros"
         found = {name: mx.array(result) for name, result in results.items()}
         return found | {"out": found["out"].view(dtype)}
 
@@ -144,15 +145,14 @@ class WideOnHost:
         if key not in self._built:
             kind = "bfloat16" if dtype == mx.bfloat16 else "_Float16"
             kernel = wide_changed_kernel if whole else wide_product_kernel
-            outputs = wide_changed_kernel.outputs_of(dtype)
+            outputs = wide_changed_kernel.outputs_of(tokens, dtype, epilogue)
             if not whole:
-                outputs = wide_product_kernel.outputs_of(way, dtype, epilogue)
-            arguments = arguments_of(
-                [*kernel.inputs_of(way, epilogue, dtype)], kind, dict.fromkeys([*outputs][1:], "float*")
-            )
+                outputs = wide_product_kernel.outputs_of(way, tokens, dtype, epilogue)
+            names = [*kernel.inputs_of(way, tokens, epilogue, dtype)]
+            arguments = arguments_of(names, kind, dict.fromkeys([*outputs][1:], "float*"))
             header = TYPES + kernel.constants(way, tokens, dtype, epilogue) + DEVICE
             header += SWIGLU if epilogue == "swiglu" else ""
-            self._built[key] = compiled(header, kernel.source(way, epilogue), arguments, "")
+            self._built[key] = compiled(header, kernel.source(way, tokens, epilogue), arguments, "")
         return self._built[key]
 
 

@@ -172,8 +172,9 @@ def counted(scratch: Path, made: AdaptedLinear, tokens: int) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def test_on_the_cpu_a_change_is_two_products_and_a_sum(tmp_path: Path) -> None:
+def test_on_the_cpu_a_change_is_two_products_and_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is counted, cast or turned for each layer."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     made = layer(of_ranks(8, 4, 4), SLOTS)
     assert counted(tmp_path, made, 1) == {"GatherMM": 2, "Add": 1}
     x = mx.zeros((len(SLOTS), 1, INPUTS))
