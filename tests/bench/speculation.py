@@ -8,7 +8,8 @@ by construction (`pair.py`). Requests are chats that the demo model answers at l
 many as there are rows, and ask for different lengths: rows that all end at once would share the prompts' calls, which
 is a gain that a draft takes away by ending them apart. With and without the draft are measured in turns on the same
 weights, in one process, after runs of each that do not count, until no graph is built any more; shown are medians, and
-the median of the ratios of neighbouring runs. One engine with a draft serves all runs of a batch size, as it would in
+the median of the ratios of neighbouring runs; the same of what a row gets from its first token on, which leaves out the
+prompts, that a draft has to read as well. One engine with a draft serves all runs of a batch size, as it would in
 use: what it has learned stays learned. What it knows by then of steps' costs is printed as well: milliseconds of a
 plain step and of rounds with k proposals, as predicted and as timed, how many were timed, and how many there were.
 """
@@ -63,6 +64,7 @@ class Run:
 
     def __init__(self, loaded: LoadedModel, rows: int, draft_tokens: int, speculation: Speculation | None) -> None:
         self._tokens = 0
+        self._seen: dict[int, list[tuple[float, int]]] = {}
         self._speculation = speculation
         self._engine = Engine(
             loaded, Limits(max_rows=rows, num_draft_tokens=draft_tokens), self._count, speculation=speculation
@@ -73,11 +75,14 @@ class Run:
 
     def _count(self, frame: FromEngine) -> None:
         if isinstance(frame, Step):
-            self._tokens += sum(delta.tokens for delta in frame.deltas)
+            now = time.perf_counter()
+            for delta in frame.deltas:
+                self._tokens += delta.tokens
+                self._seen.setdefault(delta.id, []).append((now, delta.tokens))
 
-    def rate(self, tokens: int, sampling: Sampling) -> float:
-        """Tokens a second of requests that arrive together, two for each row."""
-        self._tokens = 0
+    def rate(self, tokens: int, sampling: Sampling) -> tuple[float, float]:
+        """Tokens a second of requests that arrive together, two for each row; and those of one from its first on."""
+        self._tokens, self._seen = 0, {}
         started = time.perf_counter()
         for i in range(2 * self._rows):
             question = QUESTIONS[i % len(QUESTIONS)].format(10 + i, 40 + 2 * i)
@@ -86,7 +91,9 @@ class Run:
             self._engine.submit(Generate(id=i, messages=messages, max_tokens=length, sampling=sampling))
         while self._engine.busy:
             self._engine.step()
-        return self._tokens / (time.perf_counter() - started)
+        rate = self._tokens / (time.perf_counter() - started)
+        seconds = sum(seen[-1][0] - seen[0][0] for seen in self._seen.values())
+        return rate, (self._tokens - sum(seen[0][1] for seen in self._seen.values())) / seconds
 
     def warm(self, tokens: int, sampling: Sampling) -> None:
         """Runs until one builds no graph."""
@@ -195,15 +202,20 @@ def measure(
     pairs = []
     while len(pairs) < arguments.repeat and not (pairs and budget.over):
         pairs.append((plain.rate(arguments.tokens, sampling), draft.rate(arguments.tokens, sampling)))
-    ratio = statistics.median(b / a for a, b in pairs)
+    ratio, alone = (statistics.median(b[which] / a[which] for a, b in pairs) for which in (0, 1))
     stats = draft.stats
     drafted = stats.drafted_tokens_total / max(1, stats.completion_tokens_total)
     accepted = stats.accepted_tokens_total / max(1, stats.drafted_tokens_total)
-    without, with_ = (statistics.median(column) for column in zip(*pairs, strict=True))
+    without, with_ = (statistics.median(rate for rate, _ in column) for column in zip(*pairs, strict=True))
     row = {"rows": str(rows), "plain, tokens/s": f"{without:,.0f}", "with the draft": f"{with_:,.0f}"}
-    row |= {"ratio": f"{ratio:.2f}", "drafted a token": f"{drafted:.2f}", "accepted": f"{accepted:.2f}"}
-    figures: dict[str, Any] = {"rows": rows, "pairs": pairs, "ratio": ratio, "drafted": drafted, "accepted": accepted}
-    record.row(row, figures)
+    row |= {
+        "ratio": f"{ratio:.2f}",
+        "from the first token on": f"{alone:.2f}",
+        "drafted a token": f"{drafted:.2f}",
+        "accepted": f"{accepted:.2f}",
+    }
+    figures: dict[str, Any] = {"rows": rows, "pairs": pairs, "ratio": ratio, "alone": alone}
+    record.row(row, {**figures, "drafted": drafted, "accepted": accepted})
     costs = draft.costs()
     record.note("costs", costs)
     for length, found in costs["steps"].items():
