@@ -34,9 +34,9 @@ planes are inputs, and the kernel casts `const` away. MLX takes arrays for value
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Final
+from typing import Final, Protocol
 
 import mlx.core as mx
 import msgspec
@@ -216,7 +216,7 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
     groups = call.keys.shape[1]
     places = call.planes[0].shape[2]
     places = min(places, call.window or places)
-    frequencies, constants = rotating(call.rotation)
+    _, constants = rotating(call.rotation)
     window, ring = call.window or 0, call.ring or 0
     if (by_products := decode_kernel.shape(dtype, width, heads, groups, tokens, FEW)) is not None:
         blocks = by_products.blocks(rows, tokens)
@@ -230,20 +230,8 @@ def attend_and_write(call: Call) -> tuple[mx.array, Planes]:
         shares = splits(blocks, places)
         kernel = _kernel(call.scale, dtype, width, way, window, ring, constants)
         threads, lines = way.threads, way.heads
-    out, _ = kernel.launch(
-        inputs=[
-            *(call.queries, call.keys, call.values),
-            *call.planes,
-            call.starts,
-            call.queries if call.after is None else call.after,
-            counters(shares, blocks),
-            frequencies,
-        ],
-        grid=(blocks * shares * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, lines, width)],
-        output_dtypes=[dtype, mx.float32],
-    )
+    new, sizes = (call.queries, call.keys, call.values), (blocks, shares, threads, lines)
+    out = launched(kernel, call, new, sizes, (rows, tokens, heads, width), width)
     # In this order upstream's next transposition makes it contiguous.
     return out.swapaxes(1, 2), call.planes
 
@@ -266,24 +254,48 @@ def attend_joined(call: JoinedCall) -> tuple[mx.array, Planes]:
     dtype, places = call.joined.dtype, call.planes[0].shape[2]
     way = decode_kernel.shape(dtype, call.width, call.heads, call.groups, tokens, FEW)
     assert way is not None
-    frequencies, constants = rotating(call.rotation)
+    _, constants = rotating(call.rotation)
     blocks = way.blocks(rows, tokens)
-    shares = decode_kernel.splits(blocks, places, way.warps)
-    out, _ = decode_kernel.kernel(way, 0, 0, constants, call.scale, joined_types(dtype)).launch(
-        inputs=[
-            call.joined,
-            *call.planes,
-            call.starts,
-            call.joined if call.after is None else call.after,
-            counters(shares, blocks),
-            frequencies,
-        ],
-        grid=(blocks * shares * way.threads, 1, 1),
-        threadgroup=(way.threads, 1, 1),
-        output_shapes=[(rows, tokens, call.heads * call.width), partial(blocks, shares, way.lines, call.width)],
-        output_dtypes=[dtype, mx.float32],
-    )
-    return out, call.planes
+    kernel = decode_kernel.kernel(way, 0, 0, constants, call.scale, joined_types(dtype))
+    sizes = blocks, decode_kernel.splits(blocks, places, way.warps), way.threads, way.lines
+    attended = rows, tokens, call.heads * call.width
+    return launched(kernel, call, (call.joined,), sizes, attended, call.width), call.planes
+
+
+class Held(Protocol):
+    """What is there before a call's new tokens, and what these wait for, in any format."""
+
+    @property
+    def planes(self) -> Sequence[mx.array]: ...
+    @property
+    def starts(self) -> mx.array: ...
+    @property
+    def after(self) -> mx.array | None: ...
+    @property
+    def rotation(self) -> Rotation | None: ...
+
+
+def launched(
+    kernel: Kernel,
+    held: Held,
+    new: Sequence[mx.array],
+    sizes: tuple[int, int, int, int],
+    shape: tuple[int, ...],
+    width: int,
+) -> mx.array:
+    """What a kernel for few tokens makes of `new` arrays, of a `shape`, with heads of `width`; `sizes` are its blocks
+    where nobody shares keys, how many do, a block's threads, and its queries."""
+    blocks, shares, threads, lines = sizes
+    frequencies, _ = rotating(held.rotation)
+    after = new[0] if held.after is None else held.after
+    out: mx.array = kernel.launch(
+        inputs=[*new, *held.planes, held.starts, after, counters(shares, blocks), frequencies],
+        grid=(blocks * shares * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[shape, partial(blocks, shares, lines, width)],
+        output_dtypes=[new[0].dtype, mx.float32],
+    )[0]
+    return out
 
 
 def partial(blocks: int, shares: int, heads: int, width: int) -> tuple[int, ...]:

@@ -18,8 +18,11 @@ from runner.engine.kv.masks import FEW
 from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Form, Planes, Slots
 from runner.engine.kv.positions import Positions
-from runner.engine.kv.rotary import Deferred, Unrotated, rotated, rotation_of, together
+from runner.engine.kv.rotary import Deferred, Rotation, Unrotated, rotated, rotation_of, together
 from runner.engine.kv.unwritten import Unwritten
+
+JoinedRun = Callable[[mx.array, Sequence[mx.array], mx.array, mx.array | None], tuple[mx.array, Sequence[mx.array]]]
+"""From a joined product, a layer's planes, the rows' starts and what the launch waits for, as a launch returns it."""
 
 
 class Layer(Protocol):
@@ -197,26 +200,32 @@ class Straight:
 
         It takes [rows, count, (heads + 2 · groups) · width], and returns [rows, count, heads · width].
         """
-        launch, rotation = attention_kernel.joined_launch(self._launch), rotation_of(rope)
-        positions, planes = self._positions, self._planes
-        if launch is None or rotation is None or not self._rotates or self._ring is not None or not planes.known:
+        rotation, positions, planes = rotation_of(rope), self._positions, self._planes
+        if rotation is None or not self._rotates or self._ring is not None or not planes.known:
             return None
-        if self._seen(mask) != (None,) or not attention_kernel.applies_joined(dtype, positions.count, *form):
+        if self._seen(mask) != (None,) or (run := self._joined(form, dtype, scale, rotation)) is None:
             return None
         planes.reserve(positions.slots, self._room(), ())
-        if planes.types != [dtype, dtype]:
+        if not self._holds(dtype):
             return None
         self._attended = True
         starts = positions.once("row starts", lambda: positions.row_starts)
+        return lambda joined: planes.launch(lambda held, after: run(joined, held, starts, after))
 
-        def attend(joined: mx.array) -> mx.array:
-            return planes.launch(
-                lambda held, after: launch(
-                    JoinedCall(joined, *form, (held[0], held[1]), starts, scale, after, rotation)
-                )
-            )
+    def _joined(
+        self, form: tuple[int, int, int], dtype: mx.Dtype, scale: float, rotation: Rotation
+    ) -> JoinedRun | None:
+        """What does that with the planes, if there is a launch for it."""
+        launch = attention_kernel.joined_launch(self._launch)
+        if launch is None or not attention_kernel.applies_joined(dtype, self._positions.count, *form):
+            return None
+        return lambda joined, held, starts, after: launch(
+            JoinedCall(joined, *form, (held[0], held[1]), starts, scale, after, rotation)
+        )
 
-        return attend
+    def _holds(self, dtype: mx.Dtype) -> bool:
+        """Whether keys and values of a type are held as such."""
+        return self._planes.types == [dtype, dtype]
 
     def added(self, mask: mx.array, shape: tuple[int, int, int, int] | None = None) -> mx.array | None:
         """`masks.added` of a mask that a cache has made for the call under way, or `masks.numbers` where there is no

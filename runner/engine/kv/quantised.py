@@ -9,7 +9,7 @@ in which chunks a prompt is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import mlx.core as mx
@@ -17,11 +17,11 @@ import msgspec
 
 from runner.engine import exponentials
 from runner.engine.kv import masks, quantised_kernel, unpacked, widened
-from runner.engine.kv.layers import Straight
+from runner.engine.kv.layers import JoinedRun, Straight
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall
-from runner.engine.kv.rotary import Unrotated, rotated, rotation_of, together
+from runner.engine.kv.rotary import Rotation, Unrotated, rotated, together
 from runner.engine.kv.unwritten import Unwritten
 
 Packed = tuple[mx.array, mx.array, mx.array]
@@ -111,8 +111,7 @@ class Quantised(Straight):
         (window,) = seen
         queries, keys, rotation = together(queries, keys)
         bits, size = quantisation.bits, quantisation.group_size
-        # A scale is of the type that was packed.
-        same = self._planes.types[1] == keys.dtype and self._planes.types[4] == values.dtype
+        same = keys.dtype == values.dtype and self._holds(keys.dtype)
         if not (same and quantised_kernel.applies(queries, keys, values, bits, size)):
             return None
         self._attended = True
@@ -123,27 +122,19 @@ class Quantised(Straight):
 
         return self._planes.launch(run)
 
-    def joined(
-        self, form: tuple[int, int, int], dtype: mx.Dtype, rope: Any, scale: float, mask: masks.Mask
-    ) -> Callable[[mx.array], mx.array] | None:
-        launch, rotation = quantised_kernel.joined_launch(self._packed_launch), rotation_of(rope)
-        positions, planes, how = self._positions, self._planes, (self.quantisation.bits, self.quantisation.group_size)
-        if launch is None or rotation is None or not (self._rotates and self._launches and planes.known):
+    def _joined(
+        self, form: tuple[int, int, int], dtype: mx.Dtype, scale: float, rotation: Rotation
+    ) -> JoinedRun | None:
+        launch, how = quantised_kernel.joined_launch(self._packed_launch), (self.bits, self.group_size)
+        if launch is None or not quantised_kernel.applies_joined(dtype, self._positions.count, *form, *how):
             return None
-        if self._seen(mask) != (None,) or not quantised_kernel.applies_joined(dtype, positions.count, *form, *how):
-            return None
-        planes.reserve(positions.slots, positions.capacity, ())
-        if [planes.types[1], planes.types[4]] != [dtype, dtype]:
-            return None
-        self._attended = True
-        starts = positions.once("row starts", lambda: positions.row_starts)
+        return lambda joined, held, starts, after: launch(
+            JoinedPackedCall(joined, *form, held, starts, scale, *how, after, rotation)
+        )
 
-        def attend(joined: mx.array) -> mx.array:
-            return planes.launch(
-                lambda held, after: launch(JoinedPackedCall(joined, *form, held, starts, scale, *how, after, rotation))
-            )
-
-        return attend
+    def _holds(self, dtype: mx.Dtype) -> bool:
+        # A scale is of the type that was packed.
+        return [self._planes.types[1], self._planes.types[4]] == [dtype, dtype]
 
     @property
     def _in_place(self) -> bool:

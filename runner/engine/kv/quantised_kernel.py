@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import PROCESSORS, Kernel
 from runner.engine.kv import attention_source, decode_kernel
-from runner.engine.kv.attention_kernel import SWITCH, Rotating, counters, few_alike, partial, rotating
+from runner.engine.kv.attention_kernel import SWITCH, Rotating, few_alike, launched, rotating
 from runner.engine.kv.decode_source import JOINED
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised_device import DEVICE, HEADER
@@ -229,22 +229,11 @@ def attend_and_write(call: PackedCall) -> tuple[mx.array, Sequence[mx.array]]:
     # What is copied of a row ends with a tile.
     assert places % _KEYS == 0
     blocks = way.blocks(rows, tokens)
-    shares = splits(way, blocks, min(places, call.window or places))
-    frequencies, rotation = rotating(call.rotation)
-    dtype, sizes = call.queries.dtype, constants(width, call.bits, call.group_size, call.window or 0, way)
-    out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation).launch(
-        inputs=[
-            *(call.queries, call.keys, call.values, *call.planes, call.starts),
-            call.queries if call.after is None else call.after,
-            counters(shares, blocks),
-            frequencies,
-        ],
-        grid=(blocks * shares * way.warps * 32, 1, 1),
-        threadgroup=(way.warps * 32, 1, 1),
-        output_shapes=[(rows, tokens, heads, width), partial(blocks, shares, way.lines, width)],
-        output_dtypes=[dtype, mx.float32],
-    )
-    return out.swapaxes(1, 2), call.planes
+    sizes = blocks, splits(way, blocks, min(places, call.window or places)), way.warps * 32, way.lines
+    numbers = constants(width, call.bits, call.group_size, call.window or 0, way)
+    kernel = _kernel(call.scale, call.queries.dtype, numbers, way.shared_memory, rotating(call.rotation)[1])
+    new = call.queries, call.keys, call.values
+    return launched(kernel, call, new, sizes, (rows, tokens, heads, width), width).swapaxes(1, 2), call.planes
 
 
 def joined_launch(launch: PackedLaunch | None) -> JoinedPackedLaunch | None:
@@ -260,22 +249,11 @@ def attend_joined(call: JoinedPackedCall) -> tuple[mx.array, Sequence[mx.array]]
     assert way is not None
     assert places % _KEYS == 0
     blocks = way.blocks(rows, tokens)
-    shares = splits(way, blocks, places)
-    frequencies, rotation = rotating(call.rotation)
-    sizes = constants(call.width, call.bits, call.group_size, 0, way)
-    out, _ = _kernel(call.scale, dtype, sizes, way.shared_memory, rotation, joined=True).launch(
-        inputs=[
-            *(call.joined, *call.planes, call.starts),
-            call.joined if call.after is None else call.after,
-            counters(shares, blocks),
-            frequencies,
-        ],
-        grid=(blocks * shares * way.warps * 32, 1, 1),
-        threadgroup=(way.warps * 32, 1, 1),
-        output_shapes=[(rows, tokens, call.heads * call.width), partial(blocks, shares, way.lines, call.width)],
-        output_dtypes=[dtype, mx.float32],
-    )
-    return out, call.planes
+    sizes = blocks, splits(way, blocks, places), way.warps * 32, way.lines
+    numbers = constants(call.width, call.bits, call.group_size, 0, way)
+    kernel = _kernel(call.scale, dtype, numbers, way.shared_memory, rotating(call.rotation)[1], joined=True)
+    attended = rows, tokens, call.heads * call.width
+    return launched(kernel, call, (call.joined,), sizes, attended, call.width), call.planes
 
 
 @cache
