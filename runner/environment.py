@@ -55,8 +55,16 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     if cpu_backend():
         return cpu_environment(environ)
-    cuda = CUDA if sys.platform == "linux" else {}
-    return {name: value for name, value in cuda.items() if name not in environ}
+    return cuda_environment(environ) if sys.platform == "linux" else {}
+
+
+def cuda_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The same for Linux with a GPU, whose steps of few rows are bound by what the host does."""
+    added = {name: value for name, value in CUDA.items() if name not in environ}
+    present = environ.get("LD_PRELOAD", "")
+    if "malloc" not in present and (library := find_allocator()):
+        added["LD_PRELOAD"] = ":".join(filter(None, (library, present)))
+    return added
 
 
 def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -95,9 +95,15 @@ def test_adds_nothing_twice() -> None:
 def test_sets_cuda_up_but_for_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "cpu_backend", lambda: False)
     monkeypatch.setattr(sys, "platform", "linux")
-    added = environment.engine_environment({"MLX_CUDA_GRAPH_CACHE_SIZE": "7"})
+    monkeypatch.setattr(environment, "find_allocator", lambda: "/lib/libjemalloc.so.2")
+    added = environment.engine_environment({"MLX_CUDA_GRAPH_CACHE_SIZE": "7", "LD_PRELOAD": "/lib/other.so"})
     assert added["MLX_ENABLE_CACHE_THRASHING_CHECK"] == "0"
     assert "MLX_CUDA_GRAPH_CACHE_SIZE" not in added
+    assert added["LD_PRELOAD"] == "/lib/libjemalloc.so.2:/lib/other.so"
+    assert "LD_PRELOAD" not in environment.engine_environment({"LD_PRELOAD": "/opt/libtcmalloc.so"})
+    assert environment.engine_environment({})["LD_PRELOAD"] == "/lib/libjemalloc.so.2"
+    monkeypatch.setattr(environment, "find_allocator", lambda: None)
+    assert "LD_PRELOAD" not in environment.engine_environment({})
     assert environment.cpu_environment({}) == {}
 
 

@@ -23,11 +23,11 @@ def cores() -> int:
 
 def notes(environ: Mapping[str, str]) -> list[str]:
     """What the user should know about the libraries this process runs with."""
-    if not cpu_backend():
+    if sys.platform != "linux":
         return []
     preloaded = environ.get("LD_PRELOAD", "").split(":")
-    found = [f"matrix products use {entry}" for entry in preloaded if "blas" in entry][:1]
-    if not found:
+    found = [f"matrix products use {entry}" for entry in preloaded if "blas" in entry][:1] if cpu_backend() else []
+    if cpu_backend() and not found:
         package = f"{_DEBIAN} libopenblas0-pthread"
         found = [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {package}"]
     if platform.machine() == "x86_64" and not any("malloc" in entry for entry in preloaded):

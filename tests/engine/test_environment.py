@@ -50,6 +50,12 @@ def test_a_process_restarts_itself_once_with_its_arguments() -> None:
     assert output.stdout.split("\n")[0] == "12.5 ['--spec', 'a b'] 1"
 
 
-def test_nothing_is_said_of_libraries_where_mlx_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_mlx_has_a_gpu_only_an_allocator_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "cpu_backend", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("sys.platform", "linux")
+    (allocator,) = environment.notes({})
+    assert "apt-get install libjemalloc2" in allocator
+    assert environment.notes({"LD_PRELOAD": "/lib/libjemalloc.so.2"}) == []
+    monkeypatch.setattr("sys.platform", "darwin")
     assert environment.notes({}) == []
