@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.attention_kernel import JoinedCall
+from runner.engine.kv.attention_kernel import JoinedCall, JoinedLaunch, Launch
 from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_compiler import compile_kernel
@@ -83,28 +83,41 @@ def test_on_the_host(geometry: Geometry, dtype: mx.Dtype, splits: int, crowd: in
     check(DecodeOnHost(splits, crowd=crowd, apart=apart), geometry, dtype, rows=3, longest=150)
 
 
-@pytest.mark.usefixtures("arrays_on_the_host")
-@pytest.mark.parametrize(("tokens", "geometry"), [(1, (4, 2, 64)), (3, (3, 1, 64))])
-def test_what_one_product_has_need_not_be_taken_apart(tokens: int, geometry: Geometry) -> None:
-    """To the bit; wherever it lies."""
+def check_joined(launch: Launch, joined_launch: JoinedLaunch, tokens: int, geometry: Geometry, longest: int) -> None:
+    """What one product has need not be taken apart, to the bit; wherever it lies."""
     heads, groups, width = geometry
     (plain,) = (
         call
-        for call in cases(geometry, mx.bfloat16, rows=3, longest=60)
+        for call in cases(geometry, mx.bfloat16, rows=3, longest=longest)
         if call.window is None and call.queries.shape[2] == tokens
     )
     call = replace(plain, rotation=rotations(width)[0])
+    assert call.rotation is not None
     parts = [part.swapaxes(1, 2).reshape(3, tokens, -1) for part in (call.queries, call.keys, call.values)]
     joined = mx.concatenate([*parts, parts[0]], axis=-1)[..., : (heads + 2 * groups) * width]
     copies = [mx.contiguous(plane + 0) for plane in call.planes]
-    launch = DecodeOnHost(splits=2)
+    mx.eval(copies)
     expected, right = launch(call)
+    mx.eval(expected)  # which has written to the planes
     given = JoinedCall(
         joined, heads, groups, width, (copies[0], copies[1]), call.starts, call.scale, None, call.rotation
     )
-    attended, written = launch.joined(given)
+    attended, written = joined_launch(given)
     assert mx.array_equal(attended, expected.swapaxes(1, 2).reshape(3, tokens, -1)).item()
     assert all(mx.array_equal(mine, its).item() for mine, its in zip(written, right, strict=True))
+
+
+@pytest.mark.usefixtures("arrays_on_the_host")
+@pytest.mark.parametrize(("tokens", "geometry"), [(1, (4, 2, 64)), (3, (3, 1, 64))])
+def test_what_one_product_has_need_not_be_taken_apart(tokens: int, geometry: Geometry) -> None:
+    launch = DecodeOnHost(splits=2)
+    check_joined(launch, launch.joined, tokens, geometry, 60)
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_nor_on_the_device(tokens: int) -> None:
+    check_joined(attention_kernel.attend_and_write, attention_kernel.attend_joined, tokens, (32, 8, 64), 700)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from runner.engine.kv import quantised_kernel
 from runner.engine.kv.attention_kernel import Call
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall, PackedLaunch
+from runner.engine.kv.quantised_kernel import JoinedPackedCall, JoinedPackedLaunch, PackedCall, PackedLaunch
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.launches import packed_separately, separately, turned
 from tests.engine.kv.packed_on_host import PackedOnHost
@@ -171,25 +171,40 @@ def test_sizes_that_no_half_holds(size: float) -> None:
         assert mx.allclose(attended * size, expected, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.usefixtures("arrays_on_the_host")
-@pytest.mark.parametrize(("tokens", "geometry", "bits"), [(1, (4, 2, 64), 8), (3, (3, 1, 64), 4)])
-def test_what_one_product_has_need_not_be_taken_apart(tokens: int, geometry: Geometry, bits: int) -> None:
-    """To the bit."""
+def check_joined(
+    launch: PackedLaunch, joined_launch: JoinedPackedLaunch, tokens: int, geometry: Geometry, bits: int, places: int
+) -> None:
+    """What one product has need not be taken apart, to the bit."""
     (plain,) = (
         call
-        for call in cases(geometry, Quantisation(bits, 32), mx.float16, rows=3, longest=40, places=48)
+        for call in cases(geometry, Quantisation(bits, 32), mx.float16, rows=3, longest=places - 8, places=places)
         if call.window is None and call.queries.shape[2] == tokens
     )
     call = replace(plain, rotation=rotations(geometry[2])[0])
-    parts = [part.swapaxes(1, 2).reshape(3, tokens, -1) for part in (call.queries, call.keys, call.values)]
-    launch, copies = PackedOnHost(splits=2), [mx.contiguous(plane + 0) for plane in call.planes]
-    expected, right = launch(call)
-    joined, how = mx.concatenate(parts, axis=-1), (call.bits, call.group_size)
     assert call.rotation is not None
+    parts = [part.swapaxes(1, 2).reshape(3, tokens, -1) for part in (call.queries, call.keys, call.values)]
+    copies = [mx.contiguous(plane + 0) for plane in call.planes]
+    mx.eval(copies)
+    expected, right = launch(call)
+    mx.eval(expected)  # which has written to the planes
+    joined, how = mx.concatenate(parts, axis=-1), (call.bits, call.group_size)
     given = JoinedPackedCall(joined, *geometry, copies, call.starts, call.scale, *how, None, call.rotation)
-    attended, written = launch.joined(given)
+    attended, written = joined_launch(given)
     assert mx.array_equal(attended, expected.swapaxes(1, 2).reshape(3, tokens, -1)).item()
     assert all(mx.array_equal(mine, its).item() for mine, its in zip(written, right, strict=True))
+
+
+@pytest.mark.usefixtures("arrays_on_the_host")
+@pytest.mark.parametrize(("tokens", "geometry", "bits"), [(1, (4, 2, 64), 8), (3, (3, 1, 64), 4)])
+def test_what_one_product_has_need_not_be_taken_apart(tokens: int, geometry: Geometry, bits: int) -> None:
+    launch = PackedOnHost(splits=2)
+    check_joined(launch, launch.joined, tokens, geometry, bits, 48)
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("tokens", "bits"), [(1, 8), (3, 4)])
+def test_nor_on_the_device(tokens: int, bits: int) -> None:
+    check_joined(quantised_kernel.attend_and_write, quantised_kernel.attend_joined, tokens, (32, 8, 64), bits, 704)
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
