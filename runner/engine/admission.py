@@ -1,4 +1,8 @@
-"""A request to a row: checked against the model, rendered and tokenised. Nothing of MLX happens here."""
+"""A request to a row: checked against the model, rendered and tokenised.
+
+Nothing of MLX happens here, and nothing changes but what is found once and kept (the ids of markers): any thread may
+have a row made, while others do (`reading.py`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from runner.engine.answer.parser import parser_for
 from runner.engine.chat import ChatTemplate
 from runner.engine.grammar.preface import preface_of
 from runner.engine.grammar.schema import passed_over
+from runner.engine.prepared import Prepared
 from runner.engine.row import Row
 from runner.engine.stops import StopStrings
 from runner.engine.tokenizer import Tokenizer
@@ -47,6 +52,14 @@ class Admission(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def _writer(self) -> Writer:
         return tool_writer(self.conventions, self._markers, self.chat.source)
+
+    def prepared(self, request: Generate, max_context: int) -> Prepared:
+        """`request`, read: with its row, its count, or what was wrong with it. `max_context` as below."""
+        try:
+            read = self.counted if request.count_only else self.row
+            return Prepared(request, read(request, max_context))
+        except Exception as error:  # noqa: BLE001 - whoever takes the request has to tell of it
+            return Prepared(request, error)
 
     def row(self, request: Generate, max_context: int) -> Row:
         """The row for `request`, without its adapter. `max_context` is in tokens, 0 for no limit.

@@ -21,10 +21,10 @@ from runner.telemetry import configure_logging
 logger = logging.getLogger(__name__)
 
 
-def serve(arguments: Sequence[str], started: float) -> int:
+def serve(arguments: Sequence[str], started: float, cores: int | None = None) -> int:
     """Serve until told to stop; returns the exit code: EngineProcess's, or 2 for wrong arguments.
 
-    `started` is when the process began, by `time.monotonic`.
+    `started` is when the process began, by `time.monotonic`. It has `cores`, None for all that it may run on.
     """
     parser = argparse.ArgumentParser(prog="python -m runner.engine", description="One engine process, for one model.")
     parser.add_argument("--spec", type=Path, required=True, help="JSON of protocol.EngineSpec")
@@ -42,7 +42,7 @@ def serve(arguments: Sequence[str], started: float) -> int:
     except (OSError, msgspec.DecodeError) as error:
         logger.error("engine cannot start", extra={"reason": str(error)})
         return 2
-    return EngineProcess(spec, transport, started).run()
+    return EngineProcess(spec, transport, started, cores).run()
 
 
 def _hold(folder: Path) -> None:

@@ -41,6 +41,14 @@ def stay_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def tokenise_in_one_thread() -> None:
+    """Have tokenizers start no pool of threads, one a core, for lists of texts: ours are lists of one.
+
+    What the user has set stays.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def restart_if_needed(now: float) -> float:
     """Replace this process by itself with the environment that it needs.
 

@@ -24,6 +24,7 @@ from runner.engine.loader import LoadedModel
 from runner.engine.memory import MemoryBudget, cache_bytes_per_token
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
+from runner.engine.prepared import Prepared
 from runner.engine.room import Room
 from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
@@ -56,7 +57,7 @@ _CLEAR_EVERY: Final = 512
 
 
 class Engine:
-    """Serves one loaded model. Every method is called by the thread that loaded it.
+    """Serves one loaded model. Every method is called by the thread that loaded it, but for `refusal` and `prepare`.
 
     `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
     thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while its
@@ -221,12 +222,37 @@ class Engine:
     # ------------------------------------------------------------- requests
 
     def submit(self, request: Generate) -> None:
-        """Queue a request, or emit its Rejected. One whose grammar is not known yet is queued once it is."""
+        """Read a request, unless it would be refused anyway, and take it."""
+        refusal = self.refusal(request)
+        self.take(self.prepare(request, self.limits) if refusal is None else Prepared(request, refusal))
+
+    def refusal(self, request: Generate, ahead: int = 0) -> Unavailable | None:
+        """Why a request is refused whatever it says, where it is; so many are `ahead` of it that were not taken yet.
+
+        Any thread may ask, to spare itself the reading: what holds is what `take` finds.
+        """
+        if request.count_only:
+            return None
+        if self.draining:
+            return Unavailable("the engine is shutting down", code="shutting_down")
+        waiting = self._waiting + ahead
+        if waiting >= self.limits.max_queue:
+            return Unavailable(f"{waiting} requests are waiting already", code="queue_full")
+        return None
+
+    def prepare(self, request: Generate, limits: Limits) -> Prepared:
+        """Read a request to which `limits` apply. Any thread may, while others do, and the engine steps."""
+        return self._admission.prepared(request, self._context(limits))
+
+    def take(self, prepared: Prepared) -> None:
+        """Queue what was read, or emit its Rejected. A row whose grammar is not known yet is queued once it is."""
+        request = prepared.request
         try:
-            if request.count_only:
-                self._send([self._admission.counted(request, self.max_context)])
+            found = self.refusal(request) or prepared.found
+            if isinstance(found, Delta):
+                self._send([found])
                 return
-            row = self._row(request)
+            row = self._admitted(request, found)
             self._prefiller.successors.arrived(time.perf_counter())
             if row.asked is None or self._has_grammar(row, row.asked):
                 self._prefiller.waiting.append(row)
@@ -248,13 +274,10 @@ class Engine:
             self._release(row)
             raise
 
-    def _row(self, request: Generate) -> Row:
-        waiting = self._waiting
-        if self.draining:
-            raise Unavailable("the engine is shutting down", code="shutting_down")
-        if waiting >= self.limits.max_queue:
-            raise Unavailable(f"{waiting} requests are waiting already", code="queue_full")
-        row = self._admission.row(request, self.max_context)
+    def _admitted(self, request: Generate, found: Row | Exception) -> Row:
+        if isinstance(found, Exception):
+            raise found
+        row = found
         self.room.require(row)
         if request.adapter:
             row.adapter = self._bank.acquire(request.adapter)
@@ -265,7 +288,10 @@ class Engine:
     @property
     def max_context(self) -> int:
         """Tokens of prompt and answer together: the declared limit within the model's own, 0 for none."""
-        return min((limit for limit in (self.limits.max_context, self._loaded.max_context) if limit), default=0)
+        return self._context(self.limits)
+
+    def _context(self, limits: Limits) -> int:
+        return min((limit for limit in (limits.max_context, self._loaded.max_context) if limit), default=0)
 
     @property
     def rows(self) -> list[Row]:

@@ -70,7 +70,9 @@ def narrow_tokenizer(folder: Path, config: Mapping[str, Any], eos_ids: frozenset
         eos_ids |= {cast("int", backend.token_to_id(eos))}
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Without the offsets, which nobody asks for: 0.26 ms in place of 0.34 for 430 tokens. And `encode` keeps the
+        # interpreter's lock, so that no other thread goes on.
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     tokenizer = Tokenizer(

@@ -1,7 +1,7 @@
 """The engine process: loads its model, then serves whoever is connected until told to stop, or left alone.
 
 The main thread owns everything of MLX. It takes events from the transport's inbox (waiting for one when there is
-nothing to compute) and steps the engine.
+nothing to compute) and steps the engine. Where there are cores for it, a thread is in between that reads requests.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import gc
 import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
-from queue import Empty
-from typing import TYPE_CHECKING, Final
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from runner.engine.arrivals import Arrivals
-from runner.engine.transport import Connected, Disconnected, Event, Transport, Woken
+from runner.engine import environment
+from runner.engine.arrivals import Arrivals, Arrived
+from runner.engine.prepared import Prepared
+from runner.engine.reading import CORES, SWITCH, Reading
+from runner.engine.transport import Connected, Disconnected, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
 from runner.protocol import (
     VERSION,
@@ -57,11 +61,15 @@ _FLUSH_TIMEOUT: Final = 2.0
 class EngineProcess:
     """One model's engine behind one socket."""
 
-    def __init__(self, spec: EngineSpec, transport: Transport, started: float) -> None:
-        """`started` is when the process began, by `time.monotonic`."""
+    def __init__(self, spec: EngineSpec, transport: Transport, started: float, cores: int | None = None) -> None:
+        """`started` is when the process began, by `time.monotonic`. It has `cores`, None for all it may run on."""
         self._spec = spec
         self._transport = transport
-        self._arrivals = Arrivals(transport.inbox)
+        cores = environment.cores() if cores is None else cores
+        self._reading = Reading(transport.inbox) if cores >= CORES else None
+        self._inbox: SimpleQueue[Any] = transport.inbox if self._reading is None else self._reading.events
+        self._arrivals = Arrivals(self._inbox) if self._reading is None else Arrivals(self._inbox, self._reading.behind)
+        self._dropped = 0
         self._started = started
         self._loaded: Loaded | None = None
         self._connected = False
@@ -93,6 +101,8 @@ class EngineProcess:
             return 3
         finally:
             self._transport.close(_FLUSH_TIMEOUT)
+            if self._reading is not None:
+                self._reading.close(_FLUSH_TIMEOUT)
 
     def _tell_failure(self, failed: LoadFailed) -> None:
         """Returns once somebody is connected, and so has been told, or the grace is over."""
@@ -107,7 +117,7 @@ class EngineProcess:
         from runner.engine.startup import start  # noqa: PLC0415
 
         transport = self._transport
-        ready = start(self._spec, self._started, self._stage, transport.send, lambda: transport.inbox.put(Woken()))
+        ready = start(self._spec, self._started, self._stage, transport.send, lambda: self._inbox.put(Woken()))
         self._loaded = ready.loaded
         gc.freeze()  # what is here now stays: no collection looks through it
         gc.enable()
@@ -133,13 +143,15 @@ class EngineProcess:
     def _serve(self, engine: Engine, watchdog: Watchdog) -> None:
         # Until now there was nothing to finish, and a SIGTERM ended the process as it always does.
         signal.signal(signal.SIGTERM, lambda *_: self._transport.inbox.put(Shutdown(0.0)))
-        self._transport.wake_on_signals()
+        self._transport.wake_on_signals(self._inbox)
+        if self._reading is not None:
+            sys.setswitchinterval(SWITCH)
+            self._reading.start(engine)
         self._orphaned_at = time.monotonic()
         while True:
             for event in self._arrivals.take(busy=engine.busy, patience=self._patience):
                 self._handle(engine, event)
-            engine.count_cancelled(self._arrivals.dropped)
-            self._arrivals.dropped = 0
+            self._count_dropped(engine)
             if self._must_stop(engine):
                 return
             if engine.busy:
@@ -147,6 +159,12 @@ class EngineProcess:
                 self._rests_at = time.monotonic() + watchdog.rests_after
             self._watch(engine, watchdog)
             self._report(engine)
+
+    def _count_dropped(self, engine: Engine) -> None:
+        """Tell of requests that were cancelled before the engine had them."""
+        dropped = self._arrivals.dropped + (0 if self._reading is None else self._reading.dropped)
+        engine.count_cancelled(dropped - self._dropped)
+        self._dropped = dropped
 
     def _watch(self, engine: Engine, watchdog: Watchdog) -> None:
         """Look at what is really in use, now and then. Raises EngineDied where only a new process helps."""
@@ -188,8 +206,10 @@ class EngineProcess:
             return True
         return False
 
-    def _handle(self, engine: Engine, event: Event) -> None:
+    def _handle(self, engine: Engine, event: Arrived) -> None:
         match event:
+            case Prepared():
+                engine.take(event)
             case Generate():
                 engine.submit(event)
             case Cancel(id=request_id):

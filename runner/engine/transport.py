@@ -21,7 +21,7 @@ import socket
 import threading
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -59,11 +59,12 @@ Event = Connected | Disconnected | Woken | ToEngine
 
 
 class Transport:
-    """A listening unix socket and its queues. `inbox` is for the main thread to get from."""
+    """A listening unix socket and its queues. `inbox` is for one thread to get from."""
 
     def __init__(self, path: Path) -> None:
         """Binds `path`, mode 0600, replacing a stale socket. Raises OSError when it cannot be bound."""
         self.inbox: SimpleQueue[Event] = SimpleQueue()
+        self._waits: SimpleQueue[Any] = self.inbox
         self._path = path
         self._outbox: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
         self._lock = threading.RLock()
@@ -114,12 +115,13 @@ class Transport:
             self._greeting = greeting
             self._enqueue(self._connection, encode_frame(message))
 
-    def wake_on_signals(self) -> None:
-        """Have signals put a `Woken` into the inbox. Called by the main thread.
+    def wake_on_signals(self, waits: SimpleQueue[Any]) -> None:
+        """Have signals put a `Woken` into the queue that the main thread waits for. Called by the main thread.
 
-        One that arrives just before the main thread waits for the inbox would else be handled by nobody: its handler
-        runs when the main thread goes on, and what it waits in is not interrupted by what came before.
+        One that arrives just before that would else be handled by nobody: its handler runs when the main thread goes
+        on, and what it waits in is not interrupted by what came before.
         """
+        self._waits = waits
         self._close.setblocking(False)
         signal.set_wakeup_fd(self._close.fileno(), warn_on_full_buffer=False)
         self._signals = True
@@ -145,7 +147,7 @@ class Transport:
                 for key, _ in selector.select():
                     if key.fileobj is self._closing:
                         if self._closing.recv(64):
-                            self.inbox.put(Woken())  # a signal
+                            self._waits.put(Woken())  # a signal
                             continue
                         self._hang_up()
                         return

@@ -25,6 +25,15 @@ PATIENCE = 100.0
 POLL = 0.005
 """Seconds between two looks at what cannot be waited for."""
 
+_WITH = """
+import sys, time
+from runner.engine.command import serve
+from runner.engine.environment import tokenise_in_one_thread
+tokenise_in_one_thread()
+sys.exit(serve(sys.argv[2:], time.monotonic(), int(sys.argv[1])))
+"""
+"""An engine that takes itself to have so many cores, with its command line behind."""
+
 M = TypeVar("M")
 
 
@@ -114,7 +123,8 @@ class Client:
 class EngineChild:
     """An engine process, as the runner starts it."""
 
-    def __init__(self, folder: Path, path: Path, **fields: Any) -> None:
+    def __init__(self, folder: Path, path: Path, cores: int | None = None, **fields: Any) -> None:
+        """`cores` are those that it takes itself to have; `fields` are the spec's."""
         folder.mkdir(parents=True, exist_ok=True)
         self.clients: list[Client] = []
         self.socket = folder / "e.sock"
@@ -124,7 +134,7 @@ class EngineChild:
         command = ["--spec", str(folder / "spec.json"), "--socket", str(self.socket)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "runner.engine", *command],
+                [sys.executable, *(("-m", "runner.engine") if cores is None else ("-c", _WITH, str(cores))), *command],
                 cwd=ROOT,
                 env=prepared({**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}, time.monotonic()),
                 stdin=subprocess.DEVNULL,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from queue import SimpleQueue
 
 import pytest
 
-from runner.engine.arrivals import AT_ONCE, TOGETHER, Arrivals
+from runner.engine.arrivals import AT_ONCE, TOGETHER, TOGETHER_SECONDS, Arrivals, Arrived
+from runner.engine.prepared import Prepared
 from runner.engine.transport import Connected, Disconnected, Event
+from runner.errors import Unavailable
 from runner.protocol import Cancel, DropAdapter, Generate
+from tests.engine.client import PATIENCE
 from tests.engine.drive import generate
+
+READ = Unavailable("any outcome")
 
 
 def arrivals(*events: Event) -> Arrivals:
@@ -76,6 +83,71 @@ def test_requests_of_a_runner_that_is_gone_are_not_read() -> None:
     of = arrivals(long(1), Disconnected(1), Connected(2), long(1), Cancel(7))
     assert taken(of) == [Disconnected(1), Connected(2), long(1), Cancel(7)]
     assert of.dropped == 1
+
+
+def read(number: int, prompt: str = "x" * AT_ONCE) -> Prepared:
+    return Prepared(generate(number, prompt=prompt), READ)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_what_has_been_read_already_is_taken_at_once_however_long(busy: bool) -> None:
+    events = [*map(read, range(5)), DropAdapter("a")]
+    of = arrivals(*events)
+    assert taken(of, busy=busy) == events
+    assert not of.waiting
+
+
+def test_what_was_cancelled_after_it_was_read_is_not_taken() -> None:
+    of = arrivals(read(1), read(2), Cancel(1), Disconnected(1), read(3))
+    assert taken(of) == [Cancel(1), Disconnected(1), read(3)]
+    assert of.dropped == 2
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[Arrived]:
+    """A queue in which one request is, while another is being read; it is patient."""
+    monkeypatch.setattr("runner.engine.arrivals.TOGETHER_SECONDS", PATIENCE)
+    inbox: SimpleQueue[Arrived] = SimpleQueue()
+    inbox.put(read(0))
+    return inbox
+
+
+def test_who_comes_with_others_is_waited_for_where_there_is_nothing_else_to_do(unread: SimpleQueue[Arrived]) -> None:
+    of = Arrivals(unread, unread=lambda: more.is_alive())
+    more = threading.Timer(0.02, unread.put, (read(1),))
+    more.start()
+    assert of.waiting
+    assert taken(of, busy=False) == [read(0), read(1)]
+    more.join()
+    assert not of.waiting
+
+
+def test_nobody_is_waited_for_where_rows_are_or_nothing_is_being_read(unread: SimpleQueue[Arrived]) -> None:
+    began = time.monotonic()
+    assert taken(Arrivals(unread, lambda: True), busy=True) == [read(0)]
+    unread.put(read(0))
+    assert taken(Arrivals(unread, lambda: False), busy=False) == [read(0)]
+    assert time.monotonic() < began + PATIENCE
+
+
+def test_a_long_text_that_is_being_read_is_waited_for_a_moment_only() -> None:
+    inbox: SimpleQueue[Arrived] = SimpleQueue()
+    inbox.put(read(0))
+    of = Arrivals(inbox, lambda: True)
+    began = time.monotonic()
+    assert taken(of, busy=False) == [read(0)]
+    assert TOGETHER_SECONDS <= time.monotonic() - began < PATIENCE
+    inbox.put(read(1))
+    assert taken(of) == [read(1)]
+
+
+def test_next_waits_and_drops_what_was_cancelled() -> None:
+    of = arrivals(long(1), DropAdapter("a"), long(2), Cancel(1), Cancel(2))
+    assert of.next() == DropAdapter("a")
+    of._inbox.put(Cancel(3))
+    threading.Timer(0.02, of._inbox.put, (long(4),)).start()
+    assert [of.next() for _ in range(4)] == [Cancel(1), Cancel(2), Cancel(3), long(4)]
+    assert of.dropped == 2
 
 
 def test_nothing_else_is_lost_or_changes_places() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from runner.engine import environment
 from runner.machine import cpu_backend
+from tests.engine.tiny import build_tokenizer
 
 linux_cpu = pytest.mark.skipif(not cpu_backend(), reason="for MLX on the CPU of a Linux machine")
 
@@ -59,3 +60,29 @@ def test_where_mlx_has_a_gpu_only_an_allocator_is_missed(monkeypatch: pytest.Mon
     assert environment.notes({"LD_PRELOAD": "/lib/libjemalloc.so.2"}) == []
     monkeypatch.setattr("sys.platform", "darwin")
     assert environment.notes({}) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="for systems that list a process's threads")
+@pytest.mark.parametrize("own", [None, "true"])
+def test_a_text_is_tokenised_without_a_pool_of_threads(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user wants one, which tells that threads are counted rightly here."""
+    build_tokenizer(tmp_path)
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from runner.engine.environment import tokenise_in_one_thread\n"
+        "from runner.engine.narrow import narrow_tokenizer\n"
+        "tokenise_in_one_thread()\n"
+        "tokenizer, _ = narrow_tokenizer(Path(sys.argv[1]), {'model_type': 'llama'}, frozenset())\n"
+        "assert tokenizer.encode_prompt('hello there')\n"
+        "print(len(os.listdir('/proc/self/task')))\n"
+    )
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if own is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", own)
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RAYON_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert int(output) == (1 if own is None else 4)

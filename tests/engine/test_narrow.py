@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,19 @@ def test_equals_the_full_loader(tmp_path: Path, kind: str, settings: str) -> Non
     assert narrow.special_tokens == full.special_tokens
     some = range(0, narrow.vocab_size, 7)
     assert [narrow.label(token) for token in some] == [full.label(token) for token in some]
+
+
+def test_other_threads_go_on_while_a_text_is_tokenised(tmp_path: Path) -> None:
+    tokenizer, _ = narrow_tokenizer(write(tmp_path, KINDS["byte level"]()), CONFIG, frozenset({1}))
+    text = " ".join(CORPUS) * 2000
+    thread = threading.Thread(target=tokenizer.encode_prompt, args=(text,))
+    began = last = time.perf_counter()
+    thread.start()
+    stood = 0.0
+    while thread.is_alive():
+        now = time.perf_counter()
+        stood, last = max(stood, now - last), now
+    assert stood < (last - began) / 2
 
 
 def test_special_tokens_in_a_file_of_their_own(tmp_path: Path) -> None:

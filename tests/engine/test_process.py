@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from runner.engine.loader import load
+from runner.engine.reading import CORES
 from runner.engine.speculative.loading import load_draft
 from runner.protocol import (
     VERSION,
@@ -43,8 +44,11 @@ from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.speculative.drafts import draft_folder
 
+LONG = "hello there, " * 10
 MESSAGES = [{"role": "user", "content": "hello"}]
 ENDLESS = 400
+FEW, MANY = CORES - 1, CORES
+"""Cores, with which requests are read by the main thread, and by one of their own."""
 
 
 @pytest.fixture
@@ -62,10 +66,13 @@ def start(tmp_path: Path, model_folder: ModelFolder) -> Iterator[Callable[..., E
         child.__exit__(None, None, None)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[EngineChild]:
+@pytest.fixture(scope="module", params=[FEW, MANY], ids=["reads between steps", "reads beside them"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
+) -> Iterator[EngineChild]:
     """One engine for tests that leave it as they found it."""
-    with engine_child(tmp_path_factory.mktemp("shared"), model_folder("llama"), prefix_cache_bytes=1 << 20) as child:
+    folder = tmp_path_factory.mktemp("shared")
+    with engine_child(folder, model_folder("llama"), cores=request.param, prefix_cache_bytes=1 << 20) as child:
         yield child
 
 
@@ -164,6 +171,45 @@ def test_refuses_what_it_cannot_do(client: Client) -> None:
     client.send(generate(1, messages=MESSAGES, adapter="none"), generate(2, prompt=[]))
     assert client.wait(Rejected, id=1).status == 404
     assert client.wait(Rejected, id=2).param == "prompt"
+
+
+def test_many_requests_get_what_each_gets_in_process(client: Client, model_folder: ModelFolder) -> None:
+    """Of every kind, in one write; those that are refused say of which field."""
+    contents = [f"question {i}: " + "and then " * (i % 7) for i in range(48)]
+    before = client.wait(Stats).completion_tokens_total
+    client.send(
+        *(generate(i, messages=[{"role": "user", "content": text}], max_tokens=8) for i, text in enumerate(contents)),
+        generate(100, messages=MESSAGES, count_only=True),
+        generate(101, messages=MESSAGES, temperature=-1.0),
+        generate(102, messages=MESSAGES, max_tokens=8, grammar=Grammar("regex", "[a-f]{3}", "regex")),
+        generate(103, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]),
+    )
+    answers = [client.finish(i) for i in range(48)]
+    driver = Driver(load(model_folder("llama")))
+    for text, answer in zip(contents, answers, strict=True):
+        assert answer.text == driver.one(messages=[{"role": "user", "content": text}], max_tokens=8).text
+    counted = client.finish(100).usage
+    assert counted is not None
+    assert counted.prompt_tokens == len(driver.engine._admission.row(generate(0, messages=MESSAGES), 0).prompt)
+    assert client.wait(Rejected, id=101).param == "temperature"
+    assert len(client.finish(102).text) == 3
+    assert client.wait(Rejected, id=103).param == "tools"
+    assert client.wait(Stats, rows=0, waiting=0, completion_tokens_total=before + 48 * 8 + client.answer(102).tokens)
+
+
+def test_a_full_queue_refuses_those_that_it_has_no_place_for(client: Client) -> None:
+    client.send(Configure(max_queue=0), generate(1, messages=MESSAGES), Configure(max_queue=1024))
+    assert client.wait(Rejected, id=1).code == "queue_full"
+    client.send(generate(2, messages=MESSAGES, max_tokens=2))
+    assert client.finish(2).tokens == 2
+
+
+def test_requests_that_are_cancelled_unread_count_as_cancelled(client: Client) -> None:
+    before = client.wait(Stats).cancelled_total
+    client.send(*(generate(i, prompt=LONG) for i in range(20)), *map(Cancel, range(20)))
+    client.send(generate(20, prompt="a", max_tokens=2))
+    assert client.finish(20).tokens == 2
+    client.wait(Stats, rows=0, waiting=0, cancelled_total=before + 20)
 
 
 def test_a_cancelled_request_sends_no_more(client: Client) -> None:
@@ -279,9 +325,10 @@ def test_an_interrupt_is_not_for_the_engine(client: Client, shared: EngineChild)
     assert client.finish(1).tokens == 30
 
 
-def test_left_alone_it_ends(start: Callable[..., EngineChild]) -> None:
-    never_met = start(orphan_grace=0.05)
-    left = start(orphan_grace=0.05)
+@pytest.mark.parametrize("cores", [FEW, MANY])
+def test_left_alone_it_ends(start: Callable[..., EngineChild], cores: int) -> None:
+    never_met = start(orphan_grace=0.05, cores=cores)
+    left = start(orphan_grace=0.05, cores=cores)
     client = left.connect()
     client.wait(Loaded)
     client.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
@@ -297,8 +344,9 @@ def test_a_stale_socket_is_replaced(start: Callable[..., EngineChild], tmp_path:
     start().ready().close()
 
 
-def test_shutdown_finishes_what_runs(start: Callable[..., EngineChild]) -> None:
-    child = start()
+@pytest.mark.parametrize("cores", [FEW, MANY])
+def test_shutdown_finishes_what_runs(start: Callable[..., EngineChild], cores: int) -> None:
+    child = start(cores=cores)
     client = child.ready()
     client.send(generate(1, messages=MESSAGES, max_tokens=50), generate(2, messages=MESSAGES, max_tokens=60))
     client.until(lambda: client.answer(1).tokens)
@@ -310,9 +358,34 @@ def test_shutdown_finishes_what_runs(start: Callable[..., EngineChild]) -> None:
     assert child.exit_code() == 0
 
 
+@pytest.mark.parametrize("cores", [FEW, MANY])
+def test_requests_that_came_before_a_shutdown_are_read_and_finished(
+    start: Callable[..., EngineChild], cores: int
+) -> None:
+    child = start(cores=cores)
+    client = child.ready()
+    asked = [generate(i, prompt=LONG, max_tokens=5) for i in range(8)]
+    client.send(*asked, Shutdown(20.0), generate(8, prompt=LONG))
+    assert [client.finish(i).tokens for i in range(8)] == [5] * 8
+    assert client.wait(Rejected, id=8).code == "shutting_down"
+    client.until_closed()
+    assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("cores", [FEW, MANY])
+def test_a_request_that_comes_with_a_shutdown_is_told_so(start: Callable[..., EngineChild], cores: int) -> None:
+    """Though nothing else keeps the engine from ending."""
+    child = start(cores=cores)
+    client = child.ready()
+    client.send(Shutdown(20.0), generate(1, prompt=LONG))
+    assert client.wait(Rejected, id=1).code == "shutting_down"
+    assert child.exit_code() == 0
+
+
+@pytest.mark.parametrize("cores", [FEW, MANY])
 @pytest.mark.parametrize("how", ["a shutdown without patience", "a SIGTERM"])
-def test_told_to_end_at_once_it_fails_what_runs(start: Callable[..., EngineChild], how: str) -> None:
-    child = start()
+def test_told_to_end_at_once_it_fails_what_runs(start: Callable[..., EngineChild], how: str, cores: int) -> None:
+    child = start(cores=cores)
     client = child.ready()
     client.send(generate(1, messages=MESSAGES, max_tokens=ENDLESS))
     client.until(lambda: client.answer(1).tokens)
@@ -326,8 +399,9 @@ def test_told_to_end_at_once_it_fails_what_runs(start: Callable[..., EngineChild
     assert child.exit_code() == 0
 
 
-def test_a_sigterm_ends_an_idle_engine(start: Callable[..., EngineChild]) -> None:
-    child = start()
+@pytest.mark.parametrize("cores", [FEW, MANY])
+def test_a_sigterm_ends_an_idle_engine(start: Callable[..., EngineChild], cores: int) -> None:
+    child = start(cores=cores)
     client = child.ready()
     client.wait(Stats)
     os.kill(child.process.pid, signal.SIGTERM)

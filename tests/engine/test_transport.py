@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from runner.engine import environment
 from runner.engine import transport as transport_module
-from runner.engine.transport import Connected, Disconnected, Transport
+from runner.engine.transport import Connected, Disconnected, Transport, Woken
 from runner.protocol import Cancel, Delta, FromEngine, Hello, Loading, Step, Usage, decoder_from_engine, encode_frame
 from tests.engine.client import PATIENCE, Client
 
@@ -210,3 +213,16 @@ def test_closing_sends_what_is_queued(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         Transport(tmp_path / "nowhere" / "e.sock")
+
+
+def test_a_signal_wakes_whoever_waits_for_the_queue_that_was_named(transport: Transport) -> None:
+    """Which is not `inbox`, where another thread gets from that."""
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    waits: SimpleQueue[object] = SimpleQueue()
+    try:
+        transport.wake_on_signals(waits)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert waits.get(timeout=PATIENCE) == Woken()
+        assert transport.inbox.empty()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
