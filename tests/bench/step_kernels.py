@@ -1,10 +1,10 @@
 """What a decode step's kernels take on a CUDA GPU, by torch's profiler, which sees every process' own.
 
-    python tests/bench/step_kernels.py [--geometry llama-1b] [--rows 8 32 128] [--adapters 9] [--only base|mixed]
-        [--names 12]
+    python tests/bench/step_kernels.py [--geometry llama-1b] [--rows 8 32 128] [--adapters 9] [--rank 8]
+        [--only base|mixed] [--names 12]
 
 The engine's own loop on a model of random weights, prompts of about 256 tokens, at temperature 0.7 with top_p 0.9: rows
-of the base model, then rows that take adapters of rank 8 (on all linear layers) and none in turn. For each,
+of the base model, then rows that take adapters (on all linear layers) and none in turn. For each,
 milliseconds of a step without the profiler and with it, those that the device is busy, and the kernels that take most:
 microseconds a step, how often a step, and microseconds each. Needs torch with CUDA, beside MLX's CUDA build.
 """
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="llama-1b")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--adapters", type=int, default=9)
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--only", choices=("base", "mixed"))
     parser.add_argument("--names", type=int, default=12)
     arguments = parser.parse_args()
@@ -117,7 +118,9 @@ def main() -> None:
         engine = Engine(loaded, Limits(max_rows=max(arguments.rows), prefix_cache_bytes=0), lambda _: None)
         keys = [""]
         for number in range(arguments.adapters):
-            folder = write_mlx(Path(scratch, f"a{number}"), draw_adapter(shapes, 8, number), keys=None, scale=0.1)
+            folder = write_mlx(
+                Path(scratch, f"a{number}"), draw_adapter(shapes, arguments.rank, number), keys=None, scale=0.1
+            )
             keys.append(engine.load_adapter(AdapterSource(f"a{number}", str(folder))).key)
         for rows in arguments.rows:
             for kind, chosen in (("base", keys[:1]), ("mixed", keys)):

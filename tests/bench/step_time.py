@@ -1,10 +1,10 @@
 """Where the time of a decode step goes: building its graph, starting it, waiting for the one before, the rest.
 
     python tests/bench/step_time.py [--geometry llama-1b] [--rows 1 8 32 128] [--steps 64] [--prompt 256] [--greedy]
-        [--adapters 9 [--beside 3]] [--bits 8]
+        [--adapters 9 [--rank 8] [--beside 3]] [--bits 8]
 
 The engine's own loop on a model of random weights, all rows in the batch, prompts of different lengths; at
-temperature 0.7 with top_p 0.9 unless greedy. With adapters, of rank 8 on all linear layers, rows take them and the
+temperature 0.7 with top_p 0.9 unless greedy. With adapters, on all linear layers, rows take them and the
 base model in turn; with bits, keys and values are cached in so many. Milliseconds a step, means over the steps;
 tokens a second are those of the steps alone. With `--beside`, base rows alone and mixed ones are measured in turn, so
 often, and the ratio of their medians is shown.
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--beside", type=int, default=0, metavar="TIMES")
     parser.add_argument("--bits", type=int, default=0)
     parser.add_argument("--greedy", action="store_true")
@@ -125,10 +126,10 @@ def main() -> None:
         bits = Quantisation(arguments.bits, 64) if arguments.bits else None
         loaded = draw(Path(scratch), arguments.geometry, quantisation=bits)
         shapes = linear_shapes(loaded, LINEAR) if arguments.adapters else {}
-        adapters = [
-            AdapterSource(name, str(write_mlx(Path(scratch, name), draw_adapter(shapes, 8, 1), keys=None, scale=0.1)))
-            for name in (f"a{number}" for number in range(arguments.adapters))
-        ]
+        names = [f"a{number}" for number in range(arguments.adapters)]
+        drawn = draw_adapter(shapes, arguments.rank, 1) if names else {}
+        folders = [write_mlx(Path(scratch, name), drawn, keys=None, scale=0.1) for name in names]
+        adapters = [AdapterSource(name, str(folder)) for name, folder in zip(names, folders, strict=True)]
         print(f"{'rows':>5} {'all':>8} {'build':>8} {'start':>8} {'wait':>8} {'tokens/s':>9}", flush=True)
         engine = Engine(loaded, Limits(max_rows=max(arguments.rows), prefix_cache_bytes=0), emit)
         for source in adapters:
