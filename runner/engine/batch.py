@@ -19,13 +19,14 @@ from runner.engine.sampling import Logprobs, Sampler
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.verify import Proposal, verify
 from runner.engine.traced import TracedCalls
+from runner.engine.zero_copy import Posted, post
 
 
 class StepResult(msgspec.Struct, frozen=True):
     """Tokens of one dispatched step, maybe not computed yet: `tokens` [rows, 1], `rows` as they were then.
 
     A round in which `proposed` tokens a row were verified has `tokens` [rows, proposed + 1], of which row i says the
-    first `kept[i]` + 1; `kept` [rows].
+    first `kept[i]` + 1; `kept` [rows]. Where they are `posted`, the host has no need to read these.
     """
 
     rows: list[Row]
@@ -33,14 +34,17 @@ class StepResult(msgspec.Struct, frozen=True):
     logprobs: Logprobs | None
     proposed: int = 0
     kept: mx.array | None = None
+    posted: Posted | None = None
 
     def read(self) -> tuple[list[list[int]], list[int]]:
         """What each row says, and how many proposals it kept; waits until they are computed."""
-        tokens: list[list[int]] = to_list(self.tokens)
-        if self.kept is None:
+        tokens, kept = self._read() if self.posted is None else self.posted.read()
+        if kept is None:
             return tokens, [0] * len(tokens)
-        kept: list[int] = to_list(self.kept)
         return [row[: count + 1] for row, count in zip(tokens, kept, strict=True)], kept
+
+    def _read(self) -> tuple[list[list[int]], list[int] | None]:
+        return to_list(self.tokens), None if self.kept is None else to_list(self.kept)
 
 
 class DecodeBatch:
@@ -162,12 +166,13 @@ class DecodeBatch:
             tokens, kept = verify(proposal, choice, sampler.draw)
             self._keep(proposal, tokens, kept)
         sampler.state = choice.after(kept)
-        logprobs = sampler.logprobs(choice.logits, tokens)
-        start(tokens, *(() if kept is None else (kept,)), *(logprobs.arrays() if logprobs is not None else ()))
+        logprobs, posted = sampler.logprobs(choice.logits, tokens), post(tokens, kept)
+        wanted = [tokens] + ([] if kept is None else [kept]) + ([] if posted is None else [posted.done])
+        start(wanted, [] if logprobs is None else logprobs.arrays())
         self.caches.dispatched()
         if kept is not None and self._proposer is not None:
             self._proposer.dispatched()
-        return StepResult(list(self.rows), tokens, logprobs, tokens.shape[1] - 1, kept)
+        return StepResult(list(self.rows), tokens, logprobs, tokens.shape[1] - 1, kept, posted)
 
     def _keep(self, proposal: Proposal, tokens: mx.array, kept: mx.array) -> None:
         """Go on from the first `kept` [rows] proposals of a round, and the token after them."""

@@ -11,7 +11,7 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten
 
-from runner.engine import direct, draw_kernel, exponentials, layouts, norms
+from runner.engine import direct, draw_kernel, exponentials, layouts, norms, zero_copy
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
@@ -113,6 +113,7 @@ def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple
     norms.install(model)
     exponentials.install(model)
     draw_kernel.prepare(_activation_dtype(model))
+    zero_copy.prepare()
     install_products(model)
     layout, vocabulary, together = layouts.choose(model, slack)
     if quantisation is not None:
