@@ -84,6 +84,7 @@ def kernels() -> Kernels | None:
         return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
     wide_changed = (
         (wide_changed_kernel.changed, wide_changed_kernel.at_once),
+        (wide_changed_kernel.changed_by_fewer, wide_changed_kernel.yields),
         (wide_changed_kernel.changed_in_turns, wide_changed_kernel.fits),
         (wide_changes.changed, wide_changes.fits),
     )

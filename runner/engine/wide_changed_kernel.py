@@ -41,6 +41,9 @@ _CHUNKS, _FEW_CHUNKS = 8, 4
 _PIECES: Final = 4
 """At most: so many multiprocessors are left idle where the weight has a block for each."""
 
+_SHARING: Final = 4
+"""Blocks that share K where a weight has few lines."""
+
 _MOST_PIECES: Final = 16
 """The same where some blocks wait for the first to end."""
 
@@ -52,6 +55,13 @@ def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"): that of the product without
     changes, so that a row without one has the same bits."""
     return _shared(outputs, inputs, tokens, epilogue, _CHUNKS, _PIECES)
+
+
+def yielding(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
+    """The same for changes of more ranks than that leaves multiprocessors for: where four blocks share K, three do, and
+    leave many; or else two blocks share it for inner products. So where K is shared, sums have another order."""
+    usual = _shared(outputs, inputs, tokens, epilogue, _FEW_CHUNKS, _MOST_PIECES)
+    return replace(usual, splits=3) if usual.splits == _SHARING else replace(usual, pieces=min(usual.pieces, 2))
 
 
 def shorter(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
@@ -69,8 +79,16 @@ def at_once(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: St
     """Whether `way` is one for such changes: there is a kernel, and its first blocks leave room for the others, or
     those had to wait for each other anyway."""
     slots, ranks, _ = stack.down.shape
-    there = fits(outputs, inputs, dtype, epilogue, stack)
-    return there and _run_together(outputs, inputs, epilogue, slots, ranks)
+    if not fits(outputs, inputs, dtype, epilogue, stack):
+        return False
+    return _waits_anyway(outputs, inputs, epilogue) or _run_together(outputs, inputs, epilogue, slots, ranks, way)
+
+
+def yields(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack) -> bool:
+    """The same of `yielding`, whose blocks all run at once."""
+    slots, ranks, _ = stack.down.shape
+    there = fits(outputs, inputs, dtype, epilogue, stack, yielding)
+    return there and _run_together(outputs, inputs, epilogue, slots, ranks, yielding)
 
 
 def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack, choose: Choose = way) -> bool:
@@ -82,12 +100,18 @@ def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack
     return _have_room(outputs, inputs, epilogue, slots, ranks, stack.spans[0], choose)
 
 
-# Both are asked in each step, for each layer.
+# All are asked in each step, for each layer.
 @cache
-def _run_together(outputs: int, inputs: int, epilogue: str, slots: int, ranks: int) -> bool:
+def _waits_anyway(outputs: int, inputs: int, epilogue: str) -> bool:
     usual = way(outputs, inputs, TOKENS[-1], epilogue)
-    own = wide_product_kernel.blocks(outputs, usual, epilogue) * usual.splits
-    return own > PROCESSORS or own + inner_blocks(usual, slots, ranks) <= PROCESSORS
+    return wide_product_kernel.blocks(outputs, usual, epilogue) * usual.splits > PROCESSORS
+
+
+@cache
+def _run_together(outputs: int, inputs: int, epilogue: str, slots: int, ranks: int, choose: Choose) -> bool:
+    way = choose(outputs, inputs, TOKENS[-1], epilogue)
+    own = wide_product_kernel.blocks(outputs, way, epilogue) * way.splits
+    return own + inner_blocks(way, slots, ranks) <= PROCESSORS
 
 
 @cache
@@ -153,8 +177,13 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     return call
 
 
+def changed_by_fewer(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
+    """The same for changes that `at_once` is not true of, but `yields`."""
+    return changed(outputs, inputs, dtype, epilogue, yielding)
+
+
 def changed_in_turns(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
-    """The same for changes that `at_once` is not true of."""
+    """The same for changes that neither is true of."""
     return changed(outputs, inputs, dtype, epilogue, shorter)
 
 

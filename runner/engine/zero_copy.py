@@ -30,6 +30,9 @@ SWITCH: Final = "MLX_RUN_ZERO_COPY"
 MOST: Final = 1 << 14
 """Numbers of a step. A place has pages of its own: others' are to stay where they are."""
 
+_SMALL: Final = 2
+"""Numbers that MLX has in such memory itself: arrays of up to 8 bytes."""
+
 _PLACES: Final = 8
 """Steps whose numbers may be on their way, or were not read yet; there are two."""
 
@@ -72,7 +75,7 @@ def post(tokens: mx.array, kept: mx.array | None = None) -> Posted | None:
     """Have the numbers of a step copied, tokens [rows, n] of uint32, and how many were kept, [rows], if any were
     proposed. None where the host has to read the arrays themselves. `done` is still to be dispatched."""
     size = tokens.size + (0 if kept is None else kept.size)
-    if not cuda_kernels.usable(SWITCH) or size > MOST or tokens.dtype != mx.uint32:
+    if not cuda_kernels.usable(SWITCH) or not _SMALL < size <= MOST or tokens.dtype != mx.uint32:
         return None
     if kept is not None and kept.dtype not in (mx.int32, mx.uint32):
         return None

@@ -3,11 +3,12 @@
     python tests/bench/wide_changes.py [--rows 40 64 128] [--only qkv output …] [--adapters 9] [--rank 8] [--pieces 4 8]
 
 Microseconds of the device a launch: the product alone, with each row's change in the same launch, for each number of
-pieces that share K for inner products, and in a launch more. The engine takes few pieces where all blocks run at once
-then, and else many (`at once` and `in turns`, in a line before). Rows have the adapters and none
-in turn. As in tests/bench/product_kernel.py, launches wait for each other, and no cache holds what they read; that they
-do is free here, since each one's tokens are outputs of the one before, or these are what is added. `apart` is how far
-both ways' results are from each other, of their norm. The shapes are those of Llama-3.2-1B's joined layers.
+pieces that share K for inner products, with fewer blocks for the weight, and in a launch more. The engine takes few
+pieces where all blocks run at once then, or fewer blocks where these do, and else many pieces (`at once`, `by fewer`,
+`in turns`, in a line before). Rows have the adapters and none in turn. As in tests/bench/product_kernel.py, launches
+wait for each other, and no cache holds what they read; that they do is free here, since each one's tokens are outputs
+of the one before, or these are what is added. `apart` is how far both ways' results are from each other, of their norm.
+The shapes are those of Llama-3.2-1B's joined layers.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def made(layer: Layer, pieces: list[int]) -> dict[str, Changed]:
         f"one launch, {count}": wide_changed_kernel.changed(*what, choose=in_pieces(count))
         for count in pieces or sorted(usual)
     }
-    return ways | {"two launches": wide_changes.changed(*what)}
+    return ways | {"by fewer": wide_changed_kernel.changed_by_fewer(*what), "two launches": wide_changes.changed(*what)}
 
 
 def in_pieces(count: int) -> wide_product_kernel.Choose:
@@ -140,7 +141,8 @@ def measure(name: str, ways: dict[str, Changed], arguments: argparse.Namespace) 
     """Print a layer's figures."""
     layer, given = LAYERS[name], Given(LAYERS[name], arguments.adapters, arguments.rank)
     what = layer.outputs, layer.inputs, mx.bfloat16, layer.epilogue, given.stacks[0]
-    print(f"{name:>7} {'at once' if wide_changed_kernel.at_once(*what) else 'in turns'}", flush=True)
+    ways = (("at once", wide_changed_kernel.at_once), ("by fewer", wide_changed_kernel.yields))
+    print(f"{name:>7} {next((way for way, fits in ways if fits(*what)), 'in turns')}", flush=True)
     for rows in arguments.rows:
         x = mx.random.normal((rows, 1, layer.inputs)).astype(mx.bfloat16)
         added = mx.random.normal((rows, 1, layer.outputs)).astype(mx.bfloat16) if layer.added else None

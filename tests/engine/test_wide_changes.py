@@ -24,7 +24,7 @@ from tests.engine.test_product_changes import expected
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, WHAT, exact
 from tests.engine.wide_changes_on_host import TILED, WideChangesOnHost
 
-CHOOSE = (wide_changed_kernel.way, wide_changed_kernel.shorter)
+CHOOSE = (wide_changed_kernel.way, wide_changed_kernel.yielding, wide_changed_kernel.shorter)
 
 Make = Callable[[int, int, mx.Dtype, str, wide_product_kernel.Choose], Changed]
 
@@ -260,12 +260,15 @@ def test_what_there_is_one_launch_for() -> None:
 @pytest.mark.parametrize(("outputs", "inputs"), [(3072, 2048), (2048, 8192), (8192, 2048), (28672, 8192)])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, epilogue: str) -> None:
-    """A row without a change has the same bits beside others, and one with one has them in any batch."""
+    """A row without a change has the same bits beside others, unless their ranks take multiprocessors from the weight;
+    and one with one has them in any batch."""
     for tokens in wide_product_kernel.TOKENS:
+        usual = wide_product_kernel.way(outputs, inputs, tokens, epilogue)
         for choose in CHOOSE:
-            way = choose(outputs, inputs, tokens, epilogue)
-            assert replace(way, pieces=1) == wide_product_kernel.way(outputs, inputs, tokens, epilogue)
-            assert way.pieces == choose(outputs, inputs, 64, epilogue).pieces
+            way, other = choose(outputs, inputs, tokens, epilogue), choose(outputs, inputs, 64, epilogue)
+            fewer = choose is wide_changed_kernel.yielding and usual.splits == 4
+            assert replace(way, pieces=1) == (replace(usual, splits=3) if fewer else usual)
+            assert (way.pieces, way.splits) == (other.pieces, other.splits)
 
 
 @pytest.mark.parametrize(
@@ -273,18 +276,21 @@ def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, e
     [([2048, 512, 512], 2048, "plain"), ([2048], 2048, "plain"), ([8192] * 2, 2048, "swiglu"), ([2048], 8192, "plain")],
 )
 def test_nine_adapters_of_rank_8_run_at_once(parts: list[int], inputs: int, epilogue: str) -> None:
-    """Each block on a multiprocessor of its own, in the shapes of Llama-3.2-1B; of twice as many ranks the first are
-    short, where all that the weight leaves idle is taken."""
+    """Each block on a multiprocessor of its own, in the shapes of Llama-3.2-1B; of twice as many ranks all still are,
+    where the weight yields some; of eight times as many the first are short."""
     outputs = sum(parts) // kernel.parts(epilogue)
     what = outputs, inputs, mx.bfloat16, epilogue
-    few, many = (stacked(inputs, [[(part, rank) for part in parts]] * 9, mx.bfloat16) for rank in (8, 16))
+    few, many, most = (stacked(inputs, [[(part, rank) for part in parts]] * 9, mx.bfloat16) for rank in (8, 16, 64))
     assert wide_changed_kernel.at_once(*what, few)
     assert wide_changed_kernel.at_once(*what, many) == (len(parts) == 3)
+    assert wide_changed_kernel.yields(*what, many)
+    assert not wide_changed_kernel.yields(*what, most)
     assert wide_changed_kernel.fits(*what, many)
     for tokens in wide_product_kernel.TOKENS:
-        way, shorter = (choose(outputs, inputs, tokens, epilogue) for choose in CHOOSE)
-        first = wide_changed_kernel.inner_blocks(way, 10, few.down.shape[1])
-        assert first + wide_product_kernel.blocks(outputs, way, epilogue) * way.splits <= PROCESSORS
+        way, yielding, shorter = (choose(outputs, inputs, tokens, epilogue) for choose in CHOOSE)
+        for how, stack in ((way, few), (yielding, many)):
+            first = wide_changed_kernel.inner_blocks(how, 10, stack.down.shape[1])
+            assert first + wide_product_kernel.blocks(outputs, how, epilogue) * how.splits <= PROCESSORS
         assert inputs // (64 * shorter.pieces) <= 8
 
 

@@ -92,7 +92,7 @@ def check(rows: int, each: int, kept: mx.Dtype | None) -> None:
         assert posted.read() == (tokens.tolist(), None if counts is None else counts.tolist())
 
 
-SHAPES = [(1, 1, None), (3, 5, mx.int32), (128, 5, mx.uint32), (600, 1, None)]
+SHAPES = [(3, 1, None), (3, 5, mx.int32), (128, 5, mx.uint32), (600, 1, None)]
 
 
 @pytest.mark.parametrize(("rows", "each", "kept"), SHAPES, ids=str)
@@ -111,21 +111,21 @@ def test_a_step_is_read_from_there(on_host: OnHost) -> None:
     tokens, kept = numbers(2, 3, 10), mx.array([2, 0], dtype=mx.int32)
     posted = post(tokens, kept)
     assert StepResult([], tokens[:0], None, 2, kept[:0], posted).read() == ([[10, 11, 12], [13]], [2, 0])
-    alone = numbers(2, 1, 7)
-    assert StepResult([], alone[:0], None, posted=post(alone)).read() == ([[7], [8]], [0, 0])
+    alone = numbers(3, 1, 7)
+    assert StepResult([], alone[:0], None, posted=post(alone)).read() == ([[7], [8], [9]], [0, 0, 0])
 
 
 def test_places_are_tried_first(on_host: OnHost) -> None:
-    assert post(numbers(1, 1)) is not None
+    assert post(numbers(3, 1)) is not None
     assert on_host.launches == 2 * zero_copy._PLACES + 1
     zero_copy._places.cache_clear()
     on_host.wrong = True
-    assert post(numbers(1, 1)) is None
+    assert post(numbers(3, 1)) is None
 
 
 def test_without_the_driver_s_advice_arrays_are_read(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_copy, "_stays_on_the_host", lambda *_: False)
-    assert post(numbers(1, 1)) is None
+    assert post(numbers(3, 1)) is None
     assert not on_host.launches
 
 
@@ -133,11 +133,12 @@ def test_there_is_no_driver_here() -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")
     assert not zero_copy._stays_on_the_host(0, 4096)
-    assert post(numbers(1, 1)) is None
+    assert post(numbers(3, 1)) is None
 
 
 def test_what_it_does_not_take(on_host: OnHost) -> None:
-    assert post(numbers(1, 1).astype(mx.int32)) is None
+    assert post(numbers(2, 1)) is None, "so few stay anyway"
+    assert post(numbers(3, 1).astype(mx.int32)) is None
     assert post(numbers(2, 2), mx.zeros((2,))) is None
     assert post(numbers(MOST, 1)) is not None
     assert post(numbers(MOST, 1), mx.zeros((MOST,), mx.int32)) is None
