@@ -142,7 +142,7 @@ def main() -> None:
                 beside(engine, rows, keys, arguments)
 
 
-starting, reading = Watch(batch, "start"), Watch(batch, "to_list")
+starting, reading = Watch(batch, "start"), Watch(batch.StepResult, "read")
 building = Watch(traced.TracedCalls, "__call__")
 
 if __name__ == "__main__":
