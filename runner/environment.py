@@ -4,8 +4,9 @@ The mlx-cpu wheel links reference BLAS, whose matrix products are 30 times slowe
 the CPU calls a C++ compiler (14 s for the first sampled token). Each operation's result is allocated by one thread and
 freed by another, where the C library has both wait for each other; so is each launch's on a GPU. MLX's CUDA backend
 keeps a few hundred CUDA graphs and attention plans, and by default ends with an exception once it has missed them twice
-as often as it has room, which a server of many shapes does some day. Nothing of this can be changed once MLX is imported, so it is decided here, from
-the files of the installation alone: the runner starts its engines so. What the user has set stays.
+as often as it has room, which a server of many shapes does some day. Nothing of this can be changed once MLX is
+imported, so it is decided here, from the files of the installation alone: the runner starts its engines so. What the
+user has set stays.
 """
 
 from __future__ import annotations
