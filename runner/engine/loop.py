@@ -15,10 +15,10 @@ from typing import Final
 import mlx.core as mx
 
 from runner.engine.adapters.bank import AdapterBank
-from runner.engine.admission import Admission
 from runner.engine.batch import DecodeBatch
 from runner.engine.decoding import Decoding
 from runner.engine.grammar.service import Grammars
+from runner.engine.intake import Intake
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
 from runner.engine.memory import MemoryBudget, cache_bytes_per_token
@@ -30,7 +30,7 @@ from runner.engine.row import Row
 from runner.engine.sharing import Sharing, usual
 from runner.engine.speculative.rehearsal import rehearse
 from runner.engine.speculative.speculation import Speculation
-from runner.errors import EngineDied, NotServed, RequestError, Unavailable
+from runner.errors import EngineDied, RequestError
 from runner.protocol import (
     AdapterLoaded,
     AdapterSource,
@@ -38,7 +38,6 @@ from runner.protocol import (
     Delta,
     FromEngine,
     Generate,
-    Grammar,
     Rejected,
     Stats,
     Step,
@@ -57,12 +56,12 @@ _CLEAR_EVERY: Final = 512
 
 
 class Engine:
-    """Serves one loaded model. Every method is called by the thread that loaded it, but for `refusal` and `prepare`.
+    """Serves one loaded model. Every method is called by the thread that loaded it.
 
     `emit` gets what is to be sent to the runner, `memory_limit` is in bytes, 0 for none. `wake` is called, by another
-    thread, when an engine that had nothing to do has something. While `draining`, new requests are refused; while its
-    `room` is closed, those that wait are not taken up, unless nothing else is worked on. How prompts share model calls
-    is what suits the device, unless `sharing` says otherwise.
+    thread, when an engine that had nothing to do has something. While its `intake` is draining, new requests are
+    refused; while its `room` is closed, those that wait are not taken up, unless nothing else is worked on. How prompts
+    share model calls is what suits the device, unless `sharing` says otherwise.
     """
 
     def __init__(
@@ -76,12 +75,10 @@ class Engine:
         sharing: Sharing | None = None,
     ) -> None:
         self.limits = limits
-        self.draining = False
         self._loaded = loaded
         self._emit = emit
         self._bank = AdapterBank(loaded.model, loaded.dtype)
         self._prefixes = PrefixCache(limits.prefix_cache_bytes)
-        self._admission = Admission(loaded.tokenizer, loaded.chat, loaded.vocabulary, loaded.conventions)
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, wake)
         proposer = None if speculation is None else speculation.proposer
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
@@ -96,6 +93,7 @@ class Engine:
         self._prefiller = Prefiller(
             loaded.model, self._bank, self._prefixes, loaded.layout, takes, usual() if sharing is None else sharing
         )
+        self.intake = Intake(loaded, self._bank, self._grammars, self._prefiller, self.room)
 
     # ------------------------------------------------------------- the step
 
@@ -131,13 +129,13 @@ class Engine:
     def _remove_ended(self) -> None:
         """Rows that are done leave; what they have computed is kept for prompts that begin the same."""
         for row in (*self._prefiller.remove_ended(), *self._grammars.remove_ended()):
-            self._release(row)
+            self.intake.release(row)
         ended = self._decoding.ended()
         if self._prefixes.enabled:
             kept = [row for row in ended if row.reusable]
             self._prefixes.store_each((row.adapter_key, *self._decoding.computed(row)) for row in kept)
         for row in ended:
-            self._release(row)
+            self.intake.release(row)
         self._decoding.remove_ended()
 
     def _take_compiled(self) -> None:
@@ -147,7 +145,7 @@ class Engine:
                 self._prefiller.waiting.append(row)
             else:
                 row.done = True
-                self._release(row)
+                self.intake.release(row)
                 self._reject(row.id, refusal)
 
     def _start_waiting(self) -> None:
@@ -201,7 +199,7 @@ class Engine:
         rows = [*self._decoding.abandon(), *self._prefiller.abandon()]
         self._send(self._fail(rows, reason))
         for row in rows:
-            self._release(row)
+            self.intake.release(row)
         self._bank.apply(None)
         try:
             mx.eval(self._loaded.layout.new().call(self._loaded.model, mx.array([[0]])))
@@ -214,93 +212,33 @@ class Engine:
         self._decoding.counters.failed += len(deltas)
         return deltas
 
-    def _release(self, row: Row) -> None:
-        adapter, row.adapter = row.adapter, None  # once, though a step fails in which it has left
-        if adapter is not None:
-            self._bank.release(adapter)
-
     # ------------------------------------------------------------- requests
 
     def submit(self, request: Generate) -> None:
         """Read a request, unless it would be refused anyway, and take it."""
-        refusal = self.refusal(request)
-        self.take(self.prepare(request, self.limits) if refusal is None else Prepared(request, refusal))
-
-    def refusal(self, request: Generate, ahead: int = 0) -> Unavailable | None:
-        """Why a request is refused whatever it says, where it is; so many are `ahead` of it that were not taken yet.
-
-        Any thread may ask, to spare itself the reading: what holds is what `take` finds.
-        """
-        if request.count_only:
-            return None
-        if self.draining:
-            return Unavailable("the engine is shutting down", code="shutting_down")
-        waiting = self._waiting + ahead
-        if waiting >= self.limits.max_queue:
-            return Unavailable(f"{waiting} requests are waiting already", code="queue_full")
-        return None
-
-    def prepare(self, request: Generate, limits: Limits) -> Prepared:
-        """Read a request to which `limits` apply. Any thread may, while others do, and the engine steps."""
-        return self._admission.prepared(request, self._context(limits))
+        refusal = self.intake.refusal(request, self.limits)
+        self.take(self.intake.prepare(request, self.limits) if refusal is None else Prepared(request, refusal))
 
     def take(self, prepared: Prepared) -> None:
         """Queue what was read, or emit its Rejected. A row whose grammar is not known yet is queued once it is."""
-        request = prepared.request
         try:
-            found = self.refusal(request) or prepared.found
-            if isinstance(found, Delta):
-                self._send([found])
-                return
-            row = self._admitted(request, found)
-            self._prefiller.successors.arrived(time.perf_counter())
-            if row.asked is None or self._has_grammar(row, row.asked):
-                self._prefiller.waiting.append(row)
+            if (counted := self.intake.take(prepared, self.limits)) is not None:
+                self._send([counted])
         except RequestError as error:
-            self._reject(request.id, error)
+            self._reject(prepared.id, error)
         except Exception as error:
             # Whatever one request trips over (a tokenizer's bug, say) is its own end, not the loop's.
-            logger.exception("request could not be prepared", extra={"request": request.id})
+            logger.exception("request could not be prepared", extra={"request": prepared.id})
             self._decoding.counters.failed += 1
-            self._emit(Rejected(request.id, 500, f"the request could not be prepared: {error}"))
+            self._emit(Rejected(prepared.id, 500, f"the request could not be prepared: {error}"))
 
     def _reject(self, request_id: int, error: RequestError) -> None:
         self._emit(Rejected(request_id, error.status, error.message, error.param, error.code))
-
-    def _has_grammar(self, row: Row, grammar: Grammar) -> bool:
-        try:
-            return self._grammars.give(row, grammar)
-        except Exception:
-            self._release(row)
-            raise
-
-    def _admitted(self, request: Generate, found: Row | Exception) -> Row:
-        if isinstance(found, Exception):
-            raise found
-        row = found
-        self.room.require(row)
-        if request.adapter:
-            row.adapter = self._bank.acquire(request.adapter)
-            if row.adapter is None:
-                raise NotServed("the adapter is not loaded", param="adapter_name", code="adapter_not_found")
-        return row
-
-    @property
-    def max_context(self) -> int:
-        """Tokens of prompt and answer together: the declared limit within the model's own, 0 for none."""
-        return self._context(self.limits)
-
-    def _context(self, limits: Limits) -> int:
-        return min((limit for limit in (limits.max_context, self._loaded.max_context) if limit), default=0)
 
     @property
     def rows(self) -> list[Row]:
         """Every request that has not ended."""
         return [row for row in (*self._grammars.rows, *self._prefiller.rows, *self._batch.rows) if not row.done]
-
-    @property
-    def _waiting(self) -> int:
-        return len(self._prefiller.waiting) + len(self._grammars.rows)
 
     def cancel(self, request_id: int) -> None:
         """Drop a request, if it has not ended: nothing more is sent for it, and it leaves before the next step."""
@@ -384,7 +322,7 @@ class Engine:
         return Stats(
             rows=len(self._batch.rows),
             prefilling=len(self._prefiller.active),
-            waiting=self._waiting,
+            waiting=self.intake.waiting,
             adapters=self.adapters,
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),

@@ -146,7 +146,7 @@ class EngineProcess:
         self._transport.wake_on_signals(self._inbox)
         if self._reading is not None:
             sys.setswitchinterval(SWITCH)
-            self._reading.start(engine)
+            self._reading.start(engine.intake, engine.limits)
         self._orphaned_at = time.monotonic()
         while True:
             for event in self._arrivals.take(busy=engine.busy, patience=self._patience):
@@ -224,7 +224,7 @@ class EngineProcess:
                 engine.configure(event)
                 self._stats_at = 0.0  # who changes limits waits for what comes of it
             case Shutdown(deadline=deadline):
-                engine.draining = True
+                engine.intake.draining = True
                 stop_at = time.monotonic() + deadline
                 self._stop_at = stop_at if self._stop_at is None else min(stop_at, self._stop_at)
             case Woken():

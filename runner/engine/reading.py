@@ -23,8 +23,8 @@ from runner.engine.transport import Woken
 from runner.protocol import Configure, Generate
 
 if TYPE_CHECKING:
+    from runner.engine.intake import Intake
     from runner.engine.limits import Limits
-    from runner.engine.loop import Engine
 
 CORES: Final = 4
 """That a process has at least, for this thread not to take one from the main thread, the device's or the runner."""
@@ -57,9 +57,9 @@ class Reading:
         """Whether something is here that whoever gets from `events` has not got."""
         return self._busy or self._arrivals.waiting or not self._inbox.empty() or not self.events.empty()
 
-    def start(self, engine: Engine) -> None:
-        """Read requests for `engine`, as far as any thread may use it."""
-        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine-requests", daemon=True)
+    def start(self, intake: Intake, limits: Limits) -> None:
+        """Read requests for `intake`, whose limits are these at first."""
+        self._thread = threading.Thread(target=self._run, args=(intake, limits), name="engine-requests", daemon=True)
         self._thread.start()
 
     def close(self, timeout: float) -> None:
@@ -72,21 +72,20 @@ class Reading:
             self._inbox.put(Woken())
             self._thread.join(timeout)
 
-    def _run(self, engine: Engine) -> None:
-        limits = engine.limits
+    def _run(self, intake: Intake, limits: Limits) -> None:
         while not self._closed:
             event = self._arrivals.next()
             self._busy = True
             if isinstance(event, Configure):
                 limits = limits.changed(event)  # the engine's own are changed when this is handed on
-            elif isinstance(event, Generate) and engine.refusal(event, self.events.qsize()) is None:
-                event = _read(engine, event, limits)
+            elif isinstance(event, Generate) and intake.refusal(event, limits, self.events.qsize()) is None:
+                event = _read(intake, event, limits)
             self._busy = False  # before it is handed on: whoever gets it may wait for what is still here
             self.events.put(event)
 
 
-def _read(engine: Engine, request: Generate, limits: Limits) -> Prepared:
+def _read(intake: Intake, request: Generate, limits: Limits) -> Prepared:
     try:
-        return engine.prepare(request, limits)
+        return intake.prepare(request, limits)
     except BaseException as error:  # noqa: BLE001 - as a panic of the tokenizer is, which `Exception` does not include
         return Prepared(request, RuntimeError(f"{type(error).__name__}: {error}"))

@@ -63,7 +63,7 @@ def start(
         weights_bytes=model.weights_bytes + (speculation.weights_bytes if speculation else 0),
         active_bytes=active_bytes,
         seconds=time.monotonic() - began,
-        max_context=engine.max_context,
+        max_context=engine.intake.context(engine.limits),
         device=device,
         architecture=model.architecture,
         notes=[*environment.notes(os.environ), *model.notes, *notes, *_context_note(spec, model.max_context)],

@@ -45,7 +45,7 @@ class Reader:
         chat = ChatTemplate(jinja_render(template or "", tokenizer.special_tokens))
         self._admission = Admission(tokenizer, chat, tokenizer.vocab_size)
 
-    def refusal(self, request: Generate, ahead: int) -> None:
+    def refusal(self, request: Generate, limits: Limits, ahead: int) -> None:
         """None is refused."""
 
     def prepare(self, request: Generate, limits: Limits) -> Prepared:
@@ -69,7 +69,7 @@ def steps(how: str, make: Make, each: float, reader: Reader, options: argparse.N
     inbox: SimpleQueue[Generate] = SimpleQueue()
     reading = Reading(inbox)
     if how == "thread":
-        reading.start(reader)  # type: ignore[arg-type]
+        reading.start(reader, reader.limits)  # type: ignore[arg-type]
     taken, due = [], 0.0
     for number in range(options.steps):
         began = time.perf_counter()

@@ -141,7 +141,7 @@ def test_limits_change_in_place(llama: LoadedModel) -> None:
     assert {answer.finish_reason for answer in driver.answers.values()} == {"length"}
     assert driver.answers[0].tokens == 30 - len(PROMPT)
     driver.engine.configure(Configure(max_context=0))
-    assert driver.engine.max_context == 512, "the model's own"
+    assert driver.engine.intake.context(driver.engine.limits) == 512, "the model's own"
 
 
 def test_an_unknown_adapter_is_refused(llama: LoadedModel) -> None:
@@ -153,7 +153,7 @@ def test_an_unknown_adapter_is_refused(llama: LoadedModel) -> None:
 def test_draining_refuses_new_requests_and_finishes_old_ones(llama: LoadedModel) -> None:
     driver = Driver(llama)
     driver.engine.submit(generate(1, prompt=PROMPT, max_tokens=5))
-    driver.engine.draining = True
+    driver.engine.intake.draining = True
     driver.engine.submit(generate(2, prompt=PROMPT, max_tokens=5))
     driver.drain()
     assert driver.answers[1].finish_reason == "length"
@@ -246,7 +246,7 @@ def test_a_request_that_cannot_be_prepared_is_its_own_end(llama: LoadedModel, mo
         raise OverflowError("a tokenizer's bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(driver.engine._admission), "row", lambda self, r, c: broken(r, c))
+        patch.setattr(type(driver.engine.intake._admission), "row", lambda self, r, c: broken(r, c))
         driver.run([generate(1, prompt=PROMPT)])
     assert driver.answers[1].rejected is not None
     assert driver.answers[1].rejected.status == 500

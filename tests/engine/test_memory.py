@@ -58,7 +58,10 @@ def test_kept_prefixes_give_way_to_rows(llama: LoadedModel, token_bytes: float) 
 
 def test_the_batch_is_counted_padded(model_folder: ModelFolder, token_bytes: float) -> None:
     driver = Driver(load(model_folder("llama")))
-    rows = [driver.engine._admission.row(generate(i, prompt=[5] * n, max_tokens=4), 0) for i, n in enumerate((10, 30))]
+    rows = [
+        driver.engine.intake._admission.row(generate(i, prompt=[5] * n, max_tokens=4), 0)
+        for i, n in enumerate((10, 30))
+    ]
     assert MemoryBudget(1000, 100, 2.0).excess(rows, 50) == 100 + 50 + 2 * STEP * 2 - 1000
     assert MemoryBudget(1000, 100, 2.0).excess([], 50) == -850
     assert MemoryBudget(1000, 100, 2.0, row_bytes=300).excess(rows, 50) == 100 + 50 + 2 * 300 - 1000

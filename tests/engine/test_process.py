@@ -190,7 +190,7 @@ def test_many_requests_get_what_each_gets_in_process(client: Client, model_folde
         assert answer.text == driver.one(messages=[{"role": "user", "content": text}], max_tokens=8).text
     counted = client.finish(100).usage
     assert counted is not None
-    assert counted.prompt_tokens == len(driver.engine._admission.row(generate(0, messages=MESSAGES), 0).prompt)
+    assert counted.prompt_tokens == len(driver.engine.intake._admission.row(generate(0, messages=MESSAGES), 0).prompt)
     assert client.wait(Rejected, id=101).param == "temperature"
     assert len(client.finish(102).text) == 3
     assert client.wait(Rejected, id=103).param == "tools"

@@ -23,10 +23,9 @@ from tests.engine.drive import Driver, generate
 
 
 class Stub:
-    """An engine's part that any thread may use. It reads nothing while `held`."""
+    """Stands for an intake. It reads nothing while `held`."""
 
     def __init__(self) -> None:
-        self.limits = Limits()
         self.full_at = 1 << 30
         self.read: list[tuple[int, int]] = []
         """Of each request that was read: its id, and the context that it was given."""
@@ -35,7 +34,7 @@ class Stub:
         self.free = threading.Event()
         self.fails: dict[int, BaseException] = {}
 
-    def refusal(self, request: Generate, ahead: int) -> Unavailable | None:
+    def refusal(self, request: Generate, limits: Limits, ahead: int) -> Unavailable | None:
         return Unavailable("full") if ahead >= self.full_at else None
 
     def prepare(self, request: Generate, limits: Limits) -> Prepared:
@@ -52,7 +51,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.inbox: SimpleQueue[Event] = SimpleQueue()
-        self.engine = Stub()
+        self.intake = Stub()
         self.reading = Reading(self.inbox)
 
     def put(self, *events: Event) -> None:
@@ -61,11 +60,11 @@ class Bench:
 
     def start(self, *, held: bool = False) -> None:
         if not held:
-            self.engine.free.set()
-        self.reading.start(self.engine)
+            self.intake.free.set()
+        self.reading.start(self.intake, Limits())
 
     def until_it_reads(self) -> None:
-        assert self.engine.reads.acquire(timeout=PATIENCE)
+        assert self.intake.reads.acquire(timeout=PATIENCE)
 
     def get(self, number: int) -> list[Any]:
         """So many of what comes out; requests that were read as their ids."""
@@ -77,7 +76,7 @@ class Bench:
 def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
-    made.engine.free.set()
+    made.intake.free.set()
     made.reading.close(PATIENCE)
 
 
@@ -105,7 +104,7 @@ def test_limits_apply_to_what_comes_after_them(bench: Bench) -> None:
     bench.put(ask(1), Configure(max_context=7), ask(2), Configure(max_rows=3), ask(3))
     bench.start()
     bench.get(5)
-    assert bench.engine.read == [(1, 0), (2, 7), (3, 7)]
+    assert bench.intake.read == [(1, 0), (2, 7), (3, 7)]
 
 
 @pytest.mark.parametrize("end", [Cancel(2), Disconnected(1)])
@@ -114,9 +113,9 @@ def test_what_ends_while_another_is_read_is_not_read(bench: Bench, end: Event) -
     bench.start(held=True)
     bench.until_it_reads()
     bench.put(DropAdapter("a"), ask(2), end, ask(3))
-    bench.engine.free.set()
+    bench.intake.free.set()
     assert bench.get(4) == [1, DropAdapter("a"), end, 3]
-    assert [request for request, _ in bench.engine.read] == [1, 3]
+    assert [request for request, _ in bench.intake.read] == [1, 3]
     assert bench.reading.dropped == 1
 
 
@@ -142,24 +141,24 @@ def test_what_is_not_handed_on_yet_is_known(bench: Bench) -> None:
     assert bench.inbox.empty()
     assert bench.reading.behind(), "it is being read"
     bench.put(ask(2), DropAdapter("a"))
-    bench.engine.free.set()
+    bench.intake.free.set()
     assert bench.get(3) == [1, 2, DropAdapter("a")]
     until(lambda: not bench.reading.behind())
 
 
 def test_what_the_engine_would_refuse_is_handed_on_unread(bench: Bench) -> None:
     """It looks at how many wait to be taken as well."""
-    bench.engine.full_at = 3
+    bench.intake.full_at = 3
     bench.put(*map(ask, range(5)))
     bench.start()
     until(lambda: bench.reading.events.qsize() == 5)
-    assert [request for request, _ in bench.engine.read] == [0, 1, 2]
+    assert [request for request, _ in bench.intake.read] == [0, 1, 2]
     assert bench.get(5) == [0, 1, 2, ask(3), ask(4)]
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), BaseException("a panic"), SystemExit(2)])
 def test_what_goes_wrong_with_one_is_its_own_end(bench: Bench, error: BaseException) -> None:
-    bench.engine.fails = {1: error}
+    bench.intake.fails = {1: error}
     bench.put(ask(1), ask(2))
     bench.start()
     first = bench.reading.events.get(timeout=PATIENCE)
@@ -173,11 +172,11 @@ def test_closing_waits_for_what_is_being_read_and_reads_no_more(bench: Bench) ->
     bench.put(ask(1), ask(2))
     bench.start(held=True)
     bench.until_it_reads()
-    threading.Timer(0.05, bench.engine.free.set).start()
+    threading.Timer(0.05, bench.intake.free.set).start()
     bench.reading.close(PATIENCE)
     assert bench.reading._thread is not None
     assert not bench.reading._thread.is_alive()
-    assert [request for request, _ in bench.engine.read] == [1]
+    assert [request for request, _ in bench.intake.read] == [1]
 
 
 def test_a_thread_that_was_never_started_is_not_waited_for() -> None:
@@ -197,7 +196,7 @@ def both(loaded: LoadedModel, act: Callable[[Driver, Callable[[Arrived], None]],
         else:
             inbox: SimpleQueue[Event] = SimpleQueue()
             reading = Reading(inbox)
-            reading.start(driver.engine)
+            reading.start(driver.engine.intake, driver.engine.limits)
 
             def take(request: Generate, *, driver: Driver = driver, reading: Reading = reading) -> None:
                 reading._inbox.put(request)
@@ -223,7 +222,7 @@ def test_an_engine_says_the_same_of_what_another_thread_has_read(llama: LoadedMo
         give(generate(5, prompt="a"))  # the queue has two
         give(generate(6, prompt=[]))
         driver.drain()
-        driver.engine.draining = True
+        driver.engine.intake.draining = True
         give(generate(7, prompt=[]))
         give(generate(8, messages=messages, count_only=True))
 
@@ -239,7 +238,7 @@ def test_what_cannot_be_prepared_is_told_by_the_thread_that_takes(
     driver = Driver(llama)
     monkeypatch.setattr("runner.engine.tokenizer.Tokenizer.encode_prompt", lambda *_: 1 // 0)
     found: list[Prepared] = []
-    thread = threading.Thread(target=lambda: found.append(driver.engine.prepare(ask(1), driver.engine.limits)))
+    thread = threading.Thread(target=lambda: found.append(driver.engine.intake.prepare(ask(1), Limits())))
     thread.start()
     thread.join()
     assert (driver.frames, driver.engine.stats().failed_total) == ([], 0)
@@ -257,7 +256,7 @@ def test_a_full_queue_or_one_that_closes_reads_nothing(llama: LoadedModel, monke
     driver.engine.submit(generate(0, prompt="a", max_tokens=2))
     monkeypatch.setattr("runner.engine.tokenizer.Tokenizer.encode_prompt", lambda *_: pytest.fail("read"))
     driver.engine.submit(ask(1))
-    driver.engine.draining = True
+    driver.engine.intake.draining = True
     driver.engine.submit(ask(2))
     codes = [driver.answers[i].rejected.code for i in (1, 2)]
     assert codes == ["queue_full", "shutting_down"]

@@ -161,4 +161,4 @@ def test_one_that_asked_for_no_length_ends_where_memory_does(tmp_path: Path) -> 
 
 def limited_context(driver: Driver) -> int:
     """Tokens of an answer that nothing but the context ends."""
-    return driver.engine.max_context - len(PROMPT)
+    return driver.engine.intake.context(driver.engine.limits) - len(PROMPT)
