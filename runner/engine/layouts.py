@@ -17,7 +17,7 @@ from runner.engine.compatibility import (
     why_not_quantised,
 )
 from runner.engine.kv import attention_kernel, cosines, prompt_kernel, quantised_kernel, rotary
-from runner.engine.kv.attention_kernel import Launch
+from runner.engine.kv.calls import Launch
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.errors import EngineLoadError

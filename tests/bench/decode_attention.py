@@ -30,7 +30,7 @@ from msgspec.structs import replace
 
 from runner.engine import kernel_cache
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.attention_kernel import Call
+from runner.engine.kv.calls import Call
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.rotary import Rotation
 from tests.bench.product_kernel import timed, waiting

@@ -26,7 +26,8 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.kv.attention import attend
-from runner.engine.kv.attention_kernel import Launch, attend_and_write
+from runner.engine.kv.attention_kernel import attend_and_write
+from runner.engine.kv.calls import Launch
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.positions import Positions
 from tests.bench.geometry import on_gpu

@@ -38,7 +38,7 @@ import mlx.core as mx
 
 from runner.engine import kernel_cache
 from runner.engine.kv import attention_kernel, quantised_kernel
-from runner.engine.kv.attention_kernel import Call
+from runner.engine.kv.calls import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from tests.bench.packed_checks import Heads, check, drawn, planes_of, turning

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from runner.engine.kv.attention_kernel import Call, Planes
+from runner.engine.kv.calls import Call, Planes
 
 VIEWS = {"Reshape", "Transpose", "Slice", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "AsStrided"}
 VIEWS |= {"View"}

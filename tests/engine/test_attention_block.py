@@ -10,7 +10,7 @@ import pytest
 
 from runner.engine import attention_block
 from runner.engine.kv import attention_kernel, quantised_kernel
-from runner.engine.kv.attention_kernel import JoinedCall, Launch, Planes
+from runner.engine.kv.calls import JoinedCall, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import JoinedPackedCall
 from runner.engine.loader import load

@@ -30,7 +30,7 @@ from runner.engine.cuda_compiler import Binary, CompileError
 from runner.engine.cuda_kernels import Kernel
 from runner.engine.cuda_text import Argument, Definition, Text
 from runner.engine.kv import attention_kernel, begin_kernel, copy_kernel, decode_kernel, prompt_kernel, quantised_kernel
-from runner.engine.kv.attention_kernel import Call
+from runner.engine.kv.calls import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import PackedCall
 from runner.engine.kv.rotary import Rotation

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import CacheList
 from runner.engine.arrays import start
 from runner.engine.kv import cosines
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
-from runner.engine.kv.layers import Layer
+from runner.engine.kv.layer_protocol import Layer
 from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions

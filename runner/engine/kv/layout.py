@@ -8,8 +8,8 @@ from typing import Any
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from runner.engine.kv import prompt_kernel
-from runner.engine.kv.attention_kernel import Launch
 from runner.engine.kv.caches import Caches, leaves_of
+from runner.engine.kv.calls import Launch
 from runner.engine.kv.foreign import Foreign
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layers import Straight

@@ -22,7 +22,8 @@ import mlx.core as mx
 
 from runner.engine import cuda_kernels
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel
-from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes, counters, partial, power, rotating
+from runner.engine.kv.attention_kernel import SWITCH, counters, partial, power, rotating
+from runner.engine.kv.calls import Call, Launch, Planes
 from runner.engine.kv.masks import FEW
 from runner.engine.kv.prompt_source import ATTEND, DEVICE, WRITE
 from runner.engine.tensor_cores import DEVICE as PRODUCTS

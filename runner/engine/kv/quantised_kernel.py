@@ -63,7 +63,7 @@ INPUTS: Final = ("queries", "keys", "values", *HELD, "starts", "after", "counter
 class PackedCall(msgspec.Struct, frozen=True, eq=False):
     """A layer's attention in a model call, and what is to be written before it.
 
-    As `attention_kernel.Call`; `planes` are packed values, scales and biases of keys, and of values. `bits` are of a
+    As `calls.Call`; `planes` are packed values, scales and biases of keys, and of values. `bits` are of a
     value, `group_size` values share a scale. New keys and values come as the model makes them, and are packed on the
     way.
     """
@@ -82,7 +82,7 @@ class PackedCall(msgspec.Struct, frozen=True, eq=False):
 
 
 class JoinedPackedCall(msgspec.Struct, frozen=True, eq=False):
-    """The same of queries, keys and values side by side, as `attention_kernel.JoinedCall` has them."""
+    """The same of queries, keys and values side by side, as `calls.JoinedCall` has them."""
 
     joined: mx.array
     heads: int

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from runner.engine.arrays import start
 from runner.engine.kv import masks
-from runner.engine.kv.attention_kernel import Launch
+from runner.engine.kv.calls import Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW

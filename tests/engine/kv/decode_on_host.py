@@ -10,7 +10,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.attention_kernel import Call, JoinedCall, Planes, rotating
+from runner.engine.kv.attention_kernel import rotating
+from runner.engine.kv.calls import Call, JoinedCall, Planes
 from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_on_host import Array, Run, compiled, described

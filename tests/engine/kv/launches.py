@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from runner.engine.kv import attention_kernel
-from runner.engine.kv.attention_kernel import Call, JoinedCall, Launch, Planes
+from runner.engine.kv.calls import Call, JoinedCall, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall
 from tests.engine.cuda_on_host import Run, compiled

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from runner.engine.kv import prompt_kernel
-from runner.engine.kv.attention_kernel import Call, Planes, rotating
+from runner.engine.kv.attention_kernel import rotating
+from runner.engine.kv.calls import Call, Planes
 from tests.engine.cuda_on_host import Run, compiled, described
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
 

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from runner.engine.kv import attention_kernel
-from runner.engine.kv.attention_kernel import Call, Launch
+from runner.engine.kv.calls import Call, Launch
 from runner.engine.kv.rotary import Rotation
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.launches import OnHost, separately

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, decode_kernel
-from runner.engine.kv.attention_kernel import JoinedCall, JoinedLaunch, Launch
+from runner.engine.kv.calls import JoinedCall, JoinedLaunch, Launch
 from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
 from tests.engine.cuda_compiler import compile_kernel

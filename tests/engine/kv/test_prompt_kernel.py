@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from runner.engine import cuda_kernels
 from runner.engine.kv import prompt_kernel
-from runner.engine.kv.attention_kernel import SWITCH, Call, Launch, Planes
+from runner.engine.kv.attention_kernel import SWITCH
+from runner.engine.kv.calls import Call, Launch, Planes
 from runner.engine.kv.rotary import Rotation
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.kv.launches import separately, turned

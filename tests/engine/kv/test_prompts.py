@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from runner.engine.batch import DecodeBatch
 from runner.engine.kv import attention_kernel, masks, planes, prompt_kernel
 from runner.engine.kv.attention import attend
-from runner.engine.kv.attention_kernel import Call, Planes
+from runner.engine.kv.calls import Call, Planes
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.masks import FEW

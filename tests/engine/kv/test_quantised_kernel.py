@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from runner.engine.kv import quantised_kernel
-from runner.engine.kv.attention_kernel import Call
+from runner.engine.kv.calls import Call
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import JoinedPackedCall, JoinedPackedLaunch, PackedCall, PackedLaunch
 from tests.engine.cuda_compiler import compile_kernel

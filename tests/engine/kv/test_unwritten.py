@@ -13,8 +13,8 @@ import pytest
 from runner.engine import cuda_kernels
 from runner.engine.kv import attention_kernel, masks, planes
 from runner.engine.kv.attention import attend
-from runner.engine.kv.attention_kernel import Call, Planes
 from runner.engine.kv.caches import Caches
+from runner.engine.kv.calls import Call, Planes
 from runner.engine.kv.kept import Beginning
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.layout import Layout
