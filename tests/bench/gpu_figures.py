@@ -8,6 +8,7 @@ logs. Whatever a section has started ends with it. The model's files are kept in
 call; `--rest` leaves out the sections that an earlier one has finished.
 
     levels, loop, adapters, join    versus_mlx_lm.py: over HTTP, beside mlx_lm.server where it takes part
+    changes                         adapter_changes.py: requests with another adapter than the one before
     speculation, sampled            speculation.py: greedy, and at temperature 0.7 with top_p 0.9
     kv                              kv_quantised.py: bytes and rate of a quantised cache at 16,384 tokens
     prefix                          prefix_hit.py: a prompt of 4,096 tokens that is known
@@ -55,7 +56,7 @@ class Section:
     scaled_down: tuple[str, ...] = ()
 
 
-_SERVED = "versus_mlx_lm.py"
+_SERVED, _CHANGES = "versus_mlx_lm.py", "adapter_changes.py"
 _ENDING: Final = 15.0
 """Seconds that servers have to end in."""
 _SCALED_DOWN = (
@@ -78,6 +79,8 @@ SECTIONS: Final = (
     Section("loop", _SERVED, 70, 100, _OVER_HTTP, _SCALED_DOWN),
     Section("adapters", _SERVED, 90, 100, _OVER_HTTP, _SCALED_DOWN),
     Section("join", _SERVED, 50, 100, _OVER_HTTP, _SCALED_DOWN),
+    # The peer compiles for half a minute before its first figure.
+    Section("changes", _CHANGES, 40, 100, (), ("--repeat", "1")),
     Section("speculation", "speculation.py", 100, 60, (*_ROWS, "--repeat", "3"), _FEW),
     # 16 and 8 bits only: each format has kernels of its own, which are compiled when they are first called.
     Section(
@@ -131,8 +134,9 @@ class Run:
         command += ["--record", str(self.folder), "--budget", f"{seconds:.0f}"]
         if first.script not in ("engine_start.py", "kv_attention.py"):
             command += ["--geometry", self._geometry]
-        if first.script == _SERVED:
+        if first.script in (_SERVED, _CHANGES):
             command += ["--folder", str(self.folder / f"model-{self._geometry}")]
+        if first.script == _SERVED:
             command += ["--until", f"{max(0.0, most - _ENDING):.0f}"]
             command += ["--sections", ",".join(section.name for section in sections)]
             command += ["--budgets", ",".join(f"{section.name}={section.seconds:.0f}" for section in sections)]
