@@ -19,7 +19,7 @@ from runner.engine.sampling import Logprobs, Sampler
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.verify import Proposal, verify
 from runner.engine.traced import TracedCalls
-from runner.engine.zero_copy import Posted, post
+from runner.engine.zero_copy import Posted, post, ready
 
 
 class StepResult(msgspec.Struct, frozen=True):
@@ -72,6 +72,7 @@ class DecodeBatch:
         self._sampler: Sampler | None = None
         self._slots: RowSlots | None = None
         self._padded: tuple[int, RowSlots | None] | None = None
+        ready()
         self._slots_version = -1
 
     def join(self, rows: Sequence[Row], caches: Caches, soon: int = 0) -> None:

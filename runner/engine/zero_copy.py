@@ -89,6 +89,12 @@ def prepare() -> None:
         _kernel(mx.int32)
 
 
+def ready() -> None:
+    """Try it out, where it can be used: else the first step of several rows would."""
+    if cuda_kernels.usable(SWITCH):
+        _places()
+
+
 Place = tuple[mx.array, memoryview]
 """The same memory for the device and for the host."""
 

@@ -12,9 +12,11 @@ import pytest
 
 from runner.engine import cuda_kernels, zero_copy
 from runner.engine.batch import StepResult
+from runner.engine.loader import LoadedModel
 from runner.engine.zero_copy import MOST, SOURCE, SWITCH, post
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.drive import Driver
 from tests.engine.kv.launches import only_with_arrays_on_the_host
 
 TYPES = {mx.uint32: "unsigned", mx.int32: "int"}
@@ -115,7 +117,9 @@ def test_a_step_is_read_from_there(on_host: OnHost) -> None:
     assert StepResult([], alone[:0], None, posted=post(alone)).read() == ([[7], [8], [9]], [0, 0, 0])
 
 
-def test_places_are_tried_first(on_host: OnHost) -> None:
+def test_places_are_tried_before_the_first_step(on_host: OnHost, llama: LoadedModel) -> None:
+    Driver(llama)
+    assert on_host.launches == 2 * zero_copy._PLACES
     assert post(numbers(3, 1)) is not None
     assert on_host.launches == 2 * zero_copy._PLACES + 1
     zero_copy._places.cache_clear()
