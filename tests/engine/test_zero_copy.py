@@ -16,7 +16,7 @@ from runner.engine.loader import LoadedModel
 from runner.engine.zero_copy import MOST, SOURCE, SWITCH, post
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.cuda_on_host import Run, compiled
-from tests.engine.drive import Driver
+from tests.engine.drive import Driver, generate
 from tests.engine.kv.launches import only_with_arrays_on_the_host
 
 TYPES = {mx.uint32: "unsigned", mx.int32: "int"}
@@ -125,6 +125,24 @@ def test_places_are_tried_before_the_first_step(on_host: OnHost, llama: LoadedMo
     zero_copy._places.cache_clear()
     on_host.wrong = True
     assert post(numbers(3, 1)) is None
+
+
+def test_an_engine_says_what_it_says_without(
+    on_host: OnHost, llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> list[str]:
+        driver = Driver(llama)
+        for row in range(4):
+            driver.engine.submit(
+                generate(row, prompt="abc"[: row + 1], max_tokens=4 + 2 * row, seed=row, temperature=1.0)
+            )
+        driver.drain()
+        return [driver.answers[row].text for row in range(4)]
+
+    there = said()
+    assert on_host.launches > 2 * zero_copy._PLACES + 4
+    monkeypatch.setattr("runner.engine.batch.post", lambda *_: None)
+    assert said() == there
 
 
 def test_without_the_driver_s_advice_arrays_are_read(on_host: OnHost, monkeypatch: pytest.MonkeyPatch) -> None:
