@@ -58,8 +58,14 @@ class Admission(msgspec.Struct, frozen=True, dict=True):
         try:
             read = self.counted if request.count_only else self.row
             return Prepared(request, read(request, max_context))
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except Exception as error:  # noqa: BLE001 - whoever takes the request has to tell of it
             return Prepared(request, error)
+        except BaseException as panic:  # noqa: BLE001 - as one of the tokenizer's is, which is no Exception
+            failure = RuntimeError(f"{type(panic).__name__}: {panic}")
+            failure.__cause__ = panic
+            return Prepared(request, failure)
 
     def row(self, request: Generate, max_context: int) -> Row:
         """The row for `request`, without its adapter. `max_context` is in tokens, 0 for no limit.

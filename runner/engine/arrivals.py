@@ -46,11 +46,14 @@ class Arrivals:
         """Whether something was left for after the next step, or is being read."""
         return bool(self._events) or self._unread()
 
-    def next(self) -> Arrived:
-        """The next one, for which it waits."""
+    def wait(self) -> None:
+        """Return once there is something to `pop`."""
         if not self._events:
             self._events.append(self._inbox.get())
         self._look()
+
+    def pop(self) -> Arrived:
+        """The next one, which is there."""
         return self._events.popleft()
 
     def take(self, *, busy: bool, patience: Callable[[], float | None]) -> Iterator[Arrived]:
@@ -59,21 +62,22 @@ class Arrivals:
         If there is nothing, and the engine is not `busy`, waits for something for `patience` seconds, without end for
         None. What arrives while requests are read is taken as well, or while the first event is that ends such a wait:
         who comes with others goes on with them, and one step, or one call, for all costs less than one for each. So
-        where there is nothing else to do, those that another thread is reading are waited for, a moment.
+        where a request was all that there is to do, those that another thread is reading are waited for, a moment.
         """
         if not busy and not self._events:
             with suppress(Empty):
                 self._events.append(self._inbox.get(timeout=patience()))
         self._look()
-        read, until = 0, monotonic() + TOGETHER_SECONDS
+        read, requests, until = 0, False, monotonic() + TOGETHER_SECONDS
         while self._events and read < AT_ONCE:
             event = self._events.popleft()
             if isinstance(event, Generate):
                 read += _characters(event)
+            requests = requests or isinstance(event, Prepared)
             yield event
             if (read or not busy) and not self._events and read < TOGETHER:
                 self._look()
-                if not (busy or self._events) and self._unread():
+                if requests and not (busy or self._events) and self._unread():
                     with suppress(Empty):
                         self._events.append(self._inbox.get(timeout=max(0.0, until - monotonic())))
 

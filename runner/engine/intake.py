@@ -43,8 +43,8 @@ class Intake:
         """Tokens of prompt and answer together: the declared limit within the model's own, 0 for none."""
         return min((limit for limit in (limits.max_context, self._longest) if limit), default=0)
 
-    def refusal(self, request: Generate, limits: Limits, ahead: int = 0) -> RequestError | None:
-        """Why a request is refused whatever it says, where it is; so many are `ahead` of it that were not taken yet.
+    def refusal(self, request: Generate, limits: Limits) -> RequestError | None:
+        """Why a request is refused whatever it says, where it is.
 
         Any thread may ask, to spare itself the reading: what holds is what `take` finds.
         """
@@ -52,7 +52,7 @@ class Intake:
             return None
         if self.draining:
             return Unavailable("the engine is shutting down", code="shutting_down")
-        waiting = self.waiting + ahead
+        waiting = self.waiting
         if waiting >= limits.max_queue:
             return Unavailable(f"{waiting} requests are waiting already", code="queue_full")
         return None

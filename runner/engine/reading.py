@@ -1,9 +1,9 @@
 """Reading requests beside the steps: a thread between the transport's inbox and the main thread.
 
 To render a request and to tokenise it takes 0.3 to 0.7 ms for 256 tokens, in which the device would be idle if the main
-thread did it. Most of that is the tokenizer's, which lets other threads run; the rest is Python, for which this thread
-needs the interpreter's lock. The main thread gives it back when it waits for the device, and waits for it in its turn
-where that is over while this one renders: until that has gone on to the tokenizer, or for SWITCH seconds.
+thread did it. Most of that is the tokenizer's, which lets other threads run, unless it is in Python; for the rest this
+thread needs the interpreter's lock. The main thread gives it back when it waits for the device, and waits for it in its
+turn where that is over while this one renders: until that has gone on to the tokenizer, or for SWITCH seconds.
 
 What steps of 3.7 ms become, 1.4 of them Python (tests/bench/reading_cost.py, two cores; the mean, and of a hundred the
 longest): with 4 requests of 250 tokens in each, 4.8 and 8.0 ms if the main thread reads them, 3.8 and 5 so. With a
@@ -13,18 +13,20 @@ interval of 5 ms, 4.4 and 18.
 
 from __future__ import annotations
 
+import logging
 import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from runner.engine.arrivals import Arrivals, Arrived
-from runner.engine.prepared import Prepared
 from runner.engine.transport import Woken
 from runner.protocol import Configure, Generate
 
 if TYPE_CHECKING:
     from runner.engine.intake import Intake
     from runner.engine.limits import Limits
+
+logger = logging.getLogger(__name__)
 
 CORES: Final = 4
 """That a process has at least, for this thread not to take one from the main thread, the device's or the runner."""
@@ -54,8 +56,8 @@ class Reading:
         return self._arrivals.dropped
 
     def behind(self) -> bool:
-        """Whether something is here that whoever gets from `events` has not got."""
-        return self._busy or self._arrivals.waiting or not self._inbox.empty() or not self.events.empty()
+        """Whether something is here that whoever gets from `events` has not got; in the order in which it moves."""
+        return not self._inbox.empty() or self._arrivals.waiting or self._busy or not self.events.empty()
 
     def start(self, intake: Intake, limits: Limits) -> None:
         """Read requests for `intake`, whose limits are these at first."""
@@ -74,18 +76,15 @@ class Reading:
 
     def _run(self, intake: Intake, limits: Limits) -> None:
         while not self._closed:
-            event = self._arrivals.next()
+            self._arrivals.wait()
             self._busy = True
-            if isinstance(event, Configure):
-                limits = limits.changed(event)  # the engine's own are changed when this is handed on
-            elif isinstance(event, Generate) and intake.refusal(event, limits, self.events.qsize()) is None:
-                event = _read(intake, event, limits)
+            event = self._arrivals.pop()
+            try:
+                if isinstance(event, Configure):
+                    limits = limits.changed(event)  # the engine's own are changed when this is handed on
+                elif isinstance(event, Generate) and intake.refusal(event, limits) is None:
+                    event = intake.prepare(event, limits)
+            except BaseException:  # whoever gets it reads it again, and tells what is wrong; this thread goes on
+                logger.exception("what has arrived could not be looked at")
             self._busy = False  # before it is handed on: whoever gets it may wait for what is still here
             self.events.put(event)
-
-
-def _read(intake: Intake, request: Generate, limits: Limits) -> Prepared:
-    try:
-        return intake.prepare(request, limits)
-    except BaseException as error:  # noqa: BLE001 - as a panic of the tokenizer is, which `Exception` does not include
-        return Prepared(request, RuntimeError(f"{type(error).__name__}: {error}"))

@@ -1,6 +1,7 @@
 """The product of up to 128 tokens in which each row has its own low-rank change, in one launch on Hopper GPUs.
 
-What it gives is what `wide_changes` does in two launches, to the bit, of which each costs the host 5 µs. Blocks that
+What it gives is what `wide_changes` does in two launches, of which each costs the host 5 µs: to the bit, where as many
+blocks share K. Blocks that
 come first compute the tokens' inner products with all slots' ranks; the others need them only in the end, and have
 threads of their own that get them.
 """

@@ -79,7 +79,7 @@ def post(tokens: mx.array, kept: mx.array | None = None) -> Posted | None:
         return None
     if kept is not None and kept.dtype not in (mx.int32, mx.uint32):
         return None
-    return None if (places := _places()) is None else _copied(next(places), tokens, kept)
+    return None if (places := _tried().places) is None else _copied(next(places), tokens, kept)
 
 
 def prepare() -> None:
@@ -92,7 +92,7 @@ def prepare() -> None:
 def ready() -> None:
     """Try it out, where it can be used: else the first step of several rows would."""
     if cuda_kernels.usable(SWITCH):
-        _places()
+        _tried()
 
 
 Place = tuple[mx.array, memoryview]
@@ -113,24 +113,33 @@ def _copied(place: Place, tokens: mx.array, kept: mx.array | None) -> Posted:
     return Posted(done, memory, (rows, each), kept is not None)
 
 
+class _Tried(msgspec.Struct, frozen=True):
+    """Places without end, None where they are of no use; all that was `made` is kept, for pages that stay on the host
+    are for nobody else."""
+
+    places: Iterator[Place] | None
+    made: list[Place]
+
+
 @cache
-def _places() -> Iterator[Place] | None:
-    """Without end; None where the driver does not take the advice, or something else than was posted is there."""
-    made = [_place() for _ in range(_PLACES)]
-    there = [place for place in made if place is not None]
+def _tried() -> _Tried:
+    """Whether the driver takes the advice, and what is posted is there."""
+    made: list[Place] = []
     numbers = mx.arange(6, dtype=mx.uint32).reshape(3, 2)
     try:
-        right = len(there) == _PLACES and all(
+        while len(made) < _PLACES and (place := _place()) is not None:
+            made.append(place)
+        right = len(made) == _PLACES and all(
             _copied(place, numbers, kept).read() == (numbers.tolist(), None if kept is None else kept.tolist())
-            for place in there
+            for place in made
             for kept in (None, mx.array([7, 8, 9], dtype=mx.int32))
         )
-    except RuntimeError as reason:
+    except (RuntimeError, BufferError, TypeError) as reason:
         logger.warning("tokens are read from managed memory", extra={"reason": str(reason)})
-        return None
+        return _Tried(None, made)
     if not right:
         logger.warning("tokens are read from managed memory", extra={"reason": "they cannot be kept on the host"})
-    return cycle(there) if right else None
+    return _Tried(cycle(made) if right else None, made)
 
 
 def _place() -> Place | None:
@@ -151,10 +160,10 @@ def _stays_on_the_host(address: int, size: int) -> bool:
     advise = driver.cuMemAdvise
     advise.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
     device = ctypes.c_int()
-    asked = [driver.cuCtxGetDevice(ctypes.byref(device))]
-    asked += [advise(address, size, _PREFERRED_LOCATION, _THE_HOST)]
-    asked += [advise(address, size, _ACCESSED_BY, device.value)]
-    return not any(asked)
+    if driver.cuCtxGetDevice(ctypes.byref(device)) or advise(address, size, _ACCESSED_BY, device.value):
+        return False
+    # Last, since others may get the memory where it is refused; that the device has it mapped does them no harm.
+    return not advise(address, size, _PREFERRED_LOCATION, _THE_HOST)
 
 
 def header(*, kept: bool) -> str:

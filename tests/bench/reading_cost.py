@@ -45,7 +45,7 @@ class Reader:
         chat = ChatTemplate(jinja_render(template or "", tokenizer.special_tokens))
         self._admission = Admission(tokenizer, chat, tokenizer.vocab_size)
 
-    def refusal(self, request: Generate, limits: Limits, ahead: int) -> None:
+    def refusal(self, request: Generate, limits: Limits) -> None:
         """None is refused."""
 
     def prepare(self, request: Generate, limits: Limits) -> Prepared:

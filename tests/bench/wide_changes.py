@@ -141,8 +141,8 @@ def measure(name: str, ways: dict[str, Changed], arguments: argparse.Namespace) 
     """Print a layer's figures."""
     layer, given = LAYERS[name], Given(LAYERS[name], arguments.adapters, arguments.rank)
     what = layer.outputs, layer.inputs, mx.bfloat16, layer.epilogue, given.stacks[0]
-    ways = (("at once", wide_changed_kernel.at_once), ("by fewer", wide_changed_kernel.yields))
-    print(f"{name:>7} {next((way for way, fits in ways if fits(*what)), 'in turns')}", flush=True)
+    kinds = (("at once", wide_changed_kernel.at_once), ("by fewer", wide_changed_kernel.yields))
+    print(f"{name:>7} {next((kind for kind, fits in kinds if fits(*what)), 'in turns')}", flush=True)
     for rows in arguments.rows:
         x = mx.random.normal((rows, 1, layer.inputs)).astype(mx.bfloat16)
         added = mx.random.normal((rows, 1, layer.outputs)).astype(mx.bfloat16) if layer.added else None

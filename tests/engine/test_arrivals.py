@@ -11,7 +11,7 @@ import pytest
 
 from runner.engine.arrivals import AT_ONCE, TOGETHER, TOGETHER_SECONDS, Arrivals, Arrived
 from runner.engine.prepared import Prepared
-from runner.engine.transport import Connected, Disconnected, Event
+from runner.engine.transport import Connected, Disconnected, Event, Woken
 from runner.errors import Unavailable
 from runner.protocol import Cancel, DropAdapter, Generate
 from tests.engine.client import PATIENCE
@@ -141,12 +141,26 @@ def test_a_long_text_that_is_being_read_is_waited_for_a_moment_only() -> None:
     assert taken(of) == [read(1)]
 
 
-def test_next_waits_and_drops_what_was_cancelled() -> None:
+@pytest.mark.parametrize("event", [Woken(), Cancel(9), Connected(1), DropAdapter("a")])
+def test_what_is_no_request_is_not_held_up_by_what_is_being_read(unread: SimpleQueue[Arrived], event: Event) -> None:
+    unread.get()
+    unread.put(event)
+    began = time.monotonic()
+    assert taken(Arrivals(unread, lambda: True), busy=False) == [event]
+    assert time.monotonic() < began + PATIENCE
+
+
+def test_one_after_the_other_is_waited_for_and_what_was_cancelled_is_dropped() -> None:
     of = arrivals(long(1), DropAdapter("a"), long(2), Cancel(1), Cancel(2))
-    assert of.next() == DropAdapter("a")
+
+    def following() -> Arrived:
+        of.wait()
+        return of.pop()
+
+    assert following() == DropAdapter("a")
     of._inbox.put(Cancel(3))
     threading.Timer(0.02, of._inbox.put, (long(4),)).start()
-    assert [of.next() for _ in range(4)] == [Cancel(1), Cancel(2), Cancel(3), long(4)]
+    assert [following() for _ in range(4)] == [Cancel(1), Cancel(2), Cancel(3), long(4)]
     assert of.dropped == 2
 
 

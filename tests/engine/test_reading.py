@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +35,8 @@ class Stub:
         self.free = threading.Event()
         self.fails: dict[int, BaseException] = {}
 
-    def refusal(self, request: Generate, limits: Limits, ahead: int) -> Unavailable | None:
-        return Unavailable("full") if ahead >= self.full_at else None
+    def refusal(self, request: Generate, limits: Limits) -> Unavailable | None:
+        return Unavailable("full") if len(self.read) >= self.full_at else None
 
     def prepare(self, request: Generate, limits: Limits) -> Prepared:
         self.reads.release()
@@ -147,7 +148,6 @@ def test_what_is_not_handed_on_yet_is_known(bench: Bench) -> None:
 
 
 def test_what_the_engine_would_refuse_is_handed_on_unread(bench: Bench) -> None:
-    """It looks at how many wait to be taken as well."""
     bench.intake.full_at = 3
     bench.put(*map(ask, range(5)))
     bench.start()
@@ -157,15 +157,39 @@ def test_what_the_engine_would_refuse_is_handed_on_unread(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), BaseException("a panic"), SystemExit(2)])
-def test_what_goes_wrong_with_one_is_its_own_end(bench: Bench, error: BaseException) -> None:
+def test_what_ends_the_reading_of_one_does_not_end_that_of_others(
+    bench: Bench, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is handed on as it came: who reads it again has to tell of it."""
     bench.intake.fails = {1: error}
     bench.put(ask(1), ask(2))
     bench.start()
-    first = bench.reading.events.get(timeout=PATIENCE)
-    assert isinstance(first, Prepared)
-    assert isinstance(first.found, Exception)
-    assert type(error).__name__ in str(first.found)
-    assert bench.get(1) == [2]
+    assert bench.get(2) == [ask(1), 2]
+    assert type(error).__name__ in caplog.text
+
+
+def test_a_panic_of_the_tokenizer_is_the_end_of_one_request(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no Exception; who wants the process to end is heard."""
+
+    class Panic(BaseException):
+        pass
+
+    def encode(*_: object) -> list[int]:
+        raise Panic("index out of bounds")
+
+    driver = Driver(llama)
+    monkeypatch.setattr("runner.engine.tokenizer.Tokenizer.encode_prompt", encode)
+    driver.engine.submit(ask(1))
+    rejected = driver.answers[1].rejected
+    assert rejected is not None
+    assert rejected.status == 500
+    assert "Panic: index out of bounds" in rejected.reason
+    assert "in encode" in caplog.text, "where it was"
+    monkeypatch.setattr("runner.engine.tokenizer.Tokenizer.encode_prompt", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+        driver.engine.submit(ask(2))
 
 
 def test_closing_waits_for_what_is_being_read_and_reads_no_more(bench: Bench) -> None:

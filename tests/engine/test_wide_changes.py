@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from runner.engine import wide_changed_kernel, wide_changes, wide_product_kernel
+from runner.engine import cuda_kernels, wide_changed_kernel, wide_changes, wide_product_kernel
 from runner.engine.adapters import expand, kernel
-from runner.engine.adapters.layers import RowSlots
+from runner.engine.adapters.layers import RowSlots, boards_of
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import PROCESSORS
+from runner.engine.cuda_kernels import COUNTERS, PROCESSORS
 from runner.engine.product_kernel import Changed
 from runner.engine.wide_product_kernel import Way
 from tests.engine.adapters.changes_on_host import ChangesOnHost
@@ -292,6 +293,58 @@ def test_nine_adapters_of_rank_8_run_at_once(parts: list[int], inputs: int, epil
             first = wide_changed_kernel.inner_blocks(how, 10, stack.down.shape[1])
             assert first + wide_product_kernel.blocks(outputs, how, epilogue) * how.splits <= PROCESSORS
         assert inputs // (64 * shorter.pieces) <= 8
+
+
+class Launches:
+    """Stands for a kernel, and keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.inputs: list[mx.array] = []
+        self.outputs: list[tuple[int, ...]] = []
+
+    def launch(self, *, inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: object) -> list[mx.array]:
+        self.inputs, self.outputs = inputs, output_shapes
+        return [mx.zeros(output_shapes[0])]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 31, 32, 33])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "epilogue"), [(2048, 8192, "plain"), (3072, 2048, "plain"), (8192, 2048, "swiglu")]
+)
+def test_what_blocks_leave_for_each_other_has_room(
+    monkeypatch: pytest.MonkeyPatch, rows: int, outputs: int, inputs: int, epilogue: str
+) -> None:
+    """Of a product, and of one with changes: up to 32 tokens in a room, beyond in a result of its own."""
+    launches = Launches()
+    monkeypatch.setattr(wide_product_kernel, "_kernel", lambda *_: launches)
+    monkeypatch.setattr(wide_changed_kernel, "_kernel", lambda *_: launches)
+    x, weight = mx.zeros((rows, 1, inputs), mx.bfloat16), mx.zeros((1,))
+    parts, few = kernel.parts(epilogue), rows <= 32
+    sums = lambda way: rows * outputs * parts * way.splits if way.splits > 1 else 0  # noqa: E731
+    wide_product_kernel.multiply(outputs, inputs, mx.bfloat16, epilogue)(x, weight)
+    alone = sums(wide_product_kernel.way(outputs, inputs, rows, epilogue))
+    assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few or not alone else [alone])
+    if few and alone:
+        assert launches.inputs[-1].size - COUNTERS >= alone
+    numbers = [row % 3 for row in range(rows)]
+    slots = RowSlots.of_arrays([mx.array(numbers, dtype=mx.int32), *boards_of(numbers)], None)
+    stack = changes(outputs, inputs, mx.bfloat16, epilogue)
+    for choose in CHOOSE:
+        call = wide_changed_kernel.changed(outputs, inputs, mx.bfloat16, epilogue, choose)
+        call(x, weight, None, stack, slots)
+        way, (count, ranks, _) = choose(outputs, inputs, rows, epilogue), stack.down.shape
+        left = way.pieces * rows * count * ranks + sums(way)
+        assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few else [left])
+        assert not few or launches.inputs[-1].size - COUNTERS >= left
+
+
+def test_launches_that_may_run_at_once_do_not_share_a_room() -> None:
+    rooms = [cuda_kernels.room(floats) for floats in (1000, 513, 1024, 600, 700, 800, 900, 1000)]
+    assert {room.size for room in rooms} == {COUNTERS + 1024}
+    assert len({id(room) for room in rooms}) == 8
+    assert cuda_kernels.room(1000) is rooms[0]
+    assert cuda_kernels.room(1025).size == COUNTERS + 2048
+    assert not any(mx.any(room[:COUNTERS]).item() for room in rooms)
 
 
 def test_a_product_that_waits_anyway_is_not_cut_shorter() -> None:

@@ -71,9 +71,9 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnHost]:
     monkeypatch.setattr(cuda_kernels, "usable", lambda switch: switch == SWITCH)
     monkeypatch.setattr(zero_copy, "_stays_on_the_host", lambda address, size: size == MOST * 4)
     monkeypatch.setattr(zero_copy, "_kernel", kernels.of)
-    zero_copy._places.cache_clear()
+    zero_copy._tried.cache_clear()
     yield kernels
-    zero_copy._places.cache_clear()
+    zero_copy._tried.cache_clear()
 
 
 def numbers(rows: int, each: int, first: int = 0) -> mx.array:
@@ -122,7 +122,7 @@ def test_places_are_tried_before_the_first_step(on_host: OnHost, llama: LoadedMo
     assert on_host.launches == 2 * zero_copy._PLACES
     assert post(numbers(3, 1)) is not None
     assert on_host.launches == 2 * zero_copy._PLACES + 1
-    zero_copy._places.cache_clear()
+    zero_copy._tried.cache_clear()
     on_host.wrong = True
     assert post(numbers(3, 1)) is None
 
