@@ -62,10 +62,7 @@ def engine_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def cuda_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The same for Linux with a GPU, whose steps of few rows are bound by what the host does."""
     added = {name: value for name, value in CUDA.items() if name not in environ}
-    present = environ.get("LD_PRELOAD", "")
-    if "malloc" not in present and (library := find_allocator()):
-        added["LD_PRELOAD"] = ":".join(filter(None, (library, present)))
-    return added
+    return added | _preloading(environ, _with_allocator(environ))
 
 
 def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -78,17 +75,25 @@ def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
     if "OPENBLAS_NUM_THREADS" not in environ:
         # The products of a decode step are small: more threads mostly wait for each other, and take the runner's core.
         added["OPENBLAS_NUM_THREADS"] = str(min(8, max(1, (os.cpu_count() or 1) // 2)))
-    present = environ.get("LD_PRELOAD", "")
-    preloaded = [present] if present else []
-    if "malloc" not in present and (library := find_allocator()):
-        preloaded.insert(0, library)
-    if "blas" not in present and (library := find_openblas()):
+    preloaded = _with_allocator(environ)
+    if "blas" not in environ.get("LD_PRELOAD", "") and (library := find_openblas()):
         preloaded.insert(0, library)
         if "OPENBLAS_CORETYPE" not in environ and (kernels := openblas_kernels()):
             added["OPENBLAS_CORETYPE"] = kernels
-    if (libraries := ":".join(preloaded)) != present:
-        added["LD_PRELOAD"] = libraries
-    return added
+    return added | _preloading(environ, preloaded)
+
+
+def _with_allocator(environ: Mapping[str, str]) -> list[str]:
+    """What is preloaded, and before it an allocator, unless one is."""
+    present = environ.get("LD_PRELOAD", "")
+    library = None if "malloc" in present else find_allocator()
+    return [entry for entry in (library, present) if entry]
+
+
+def _preloading(environ: Mapping[str, str], libraries: list[str]) -> dict[str, str]:
+    """The variable that has them preloaded, if it does not say so."""
+    wanted = ":".join(libraries)
+    return {} if wanted == environ.get("LD_PRELOAD", "") else {"LD_PRELOAD": wanted}
 
 
 def openblas_kernels(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 
+from runner.engine import zero_copy
 from runner.engine.adapters.bank import AdapterBank
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.arrays import start, to_list
@@ -19,7 +20,7 @@ from runner.engine.sampling import Logprobs, Sampler
 from runner.engine.speculative.proposer import Proposer
 from runner.engine.speculative.verify import Proposal, verify
 from runner.engine.traced import TracedCalls
-from runner.engine.zero_copy import Posted, post, ready
+from runner.engine.zero_copy import Posted
 
 
 class StepResult(msgspec.Struct, frozen=True):
@@ -72,8 +73,8 @@ class DecodeBatch:
         self._sampler: Sampler | None = None
         self._slots: RowSlots | None = None
         self._padded: tuple[int, RowSlots | None] | None = None
-        ready()
         self._slots_version = -1
+        zero_copy.ready()
 
     def join(self, rows: Sequence[Row], caches: Caches, soon: int = 0) -> None:
         """Add rows whose caches hold their prompts but for the last token; so many more will come `soon`."""
@@ -167,7 +168,7 @@ class DecodeBatch:
             tokens, kept = verify(proposal, choice, sampler.draw)
             self._keep(proposal, tokens, kept)
         sampler.state = choice.after(kept)
-        logprobs, posted = sampler.logprobs(choice.logits, tokens), post(tokens, kept)
+        logprobs, posted = sampler.logprobs(choice.logits, tokens), zero_copy.post(tokens, kept)
         wanted = [tokens] + ([] if kept is None else [kept]) + ([] if posted is None else [posted.done])
         start(wanted, [] if logprobs is None else logprobs.arrays())
         self.caches.dispatched()

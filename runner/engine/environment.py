@@ -11,6 +11,9 @@ from typing import Final
 from runner.environment import PREPARED, engine_environment, prepared
 from runner.machine import cpu_backend
 
+MANY_CORES: Final = 4
+"""From so many on, what another thread does, or the runner that is woken, does not take the main thread's core."""
+
 _DEBIAN: Final = "sudo apt-get install"
 
 

@@ -22,7 +22,7 @@ import msgspec
 from runner.engine import environment
 from runner.engine.arrivals import Arrivals, Arrived
 from runner.engine.prepared import Prepared
-from runner.engine.reading import CORES, SWITCH, Reading
+from runner.engine.reading import SWITCH, Reading
 from runner.engine.transport import Connected, Disconnected, Transport, Woken
 from runner.errors import EngineDied, EngineLoadError
 from runner.protocol import (
@@ -66,7 +66,7 @@ class EngineProcess:
         self._spec = spec
         self._transport = transport
         cores = environment.cores() if cores is None else cores
-        self._reading = Reading(transport.inbox) if cores >= CORES else None
+        self._reading = Reading(transport.inbox) if cores >= environment.MANY_CORES else None
         self._inbox: SimpleQueue[Any] = transport.inbox if self._reading is None else self._reading.events
         self._arrivals = Arrivals(self._inbox) if self._reading is None else Arrivals(self._inbox, self._reading.behind)
         self._dropped = 0

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CORES: Final = 4
-"""That a process has at least, for this thread not to take one from the main thread, the device's or the runner."""
-
 SWITCH: Final = 0.001
 """Seconds after which a thread that runs Python lets another one, where requests are read so."""
 

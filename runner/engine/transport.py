@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 MAX_UNSENT: Final = 64 * 1024 * 1024
 """Bytes. A runner that leaves more than this unread is disconnected."""
 
-_CORES: Final = 4
-"""That a process has at least, for its runner not to take the core of the main thread."""
-
 _CHUNK: Final = 256 * 1024
 
 
@@ -73,7 +70,7 @@ class Transport:
         self._connection = 0
         self._answering = 0
         self._unsent = 0
-        self._all_at_once = environment.cores() >= _CORES
+        self._all_at_once = environment.cores() >= environment.MANY_CORES
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         previous = os.umask(0o177)

@@ -1,21 +1,19 @@
 """The product of up to 128 tokens in which each row has its own low-rank change, in one launch on Hopper GPUs.
 
 What it gives is what `wide_changes` does in two launches, of which each costs the host 5 µs: to the bit, where as many
-blocks share K. Blocks that
-come first compute the tokens' inner products with all slots' ranks; the others need them only in the end, and have
-threads of their own that get them.
+blocks share K. Blocks that come first compute the tokens' inner products with all slots' ranks; the others need them
+only in the end, and have threads of their own that get them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
 from msgspec.structs import replace
 
-from runner.engine import cuda_kernels, wide_product_kernel
+from runner.engine import wide_product_kernel
 from runner.engine.adapters.kernel import parts
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Span, Stack
@@ -23,7 +21,7 @@ from runner.engine.changed_source import CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Changed, no_sum
 from runner.engine.wide_changed_source import CHANGED, IN_A_ROOM, MEETINGS, RESIDUAL
-from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Choose, Way, in_a_room
+from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Between, Choose, Way, in_a_room
 
 MOST_SLOTS: Final = 64
 
@@ -149,29 +147,21 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
     ways = [choose(outputs, inputs, most, epilogue) for most in TOKENS]
     prepared = [_prepare(outputs, way, most, dtype, epilogue) for way, most in zip(ways, TOKENS, strict=True)]
     by_rows = wide_product_kernel.each_number(prepared)
-    rest = no_sum(dtype, epilogue)
+    rest, dtypes = no_sum(dtype, epilogue), [dtype, mx.float32]
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         rows = x.size // inputs
-        way, kernel, width, shared, counters, apart = by_rows[rows]
+        way, kernel, width, shared, between = by_rows[rows]
         count, ranks, _ = stack.down.shape
         threads: Size = (way.groups * GROUP_THREADS + SIDE, 1, 1)
         # Inner products and sums.
-        left = rows * (way.pieces * count * ranks + shared)
-        arrays = [x, weight, *(rest if added is None else (added,)), stack.packed, slots.board()]
-        shapes, dtypes = [(*x.shape[:-1], outputs)], [dtype]
-        if apart:
-            arrays += [next(counters)] if counters is not None else []
-            shapes.append((left,))
-            dtypes.append(mx.float32)
-        else:
-            arrays.append(cuda_kernels.room(left))
+        arrays, results = between(rows * (way.pieces * count * ranks + shared))
         result: mx.array = kernel.launch(
-            inputs=arrays,
+            inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board(), *arrays],
             grid=((width + inner_blocks(way, count, ranks)) * threads[0], 1, 1),
             threadgroup=threads,
-            output_shapes=shapes,
-            output_dtypes=dtypes,
+            output_shapes=[(*x.shape[:-1], outputs), *results],
+            output_dtypes=dtypes[: 1 + len(results)],
         )[0]
         return result
 
@@ -217,10 +207,10 @@ def _more_constants(way: Way, tokens: int) -> str:
 def inputs_of(way: Way, tokens: int, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """What the source calls a call's arrays, and their types."""
     usual = wide_product_kernel.inputs_of(way, tokens, epilogue, dtype)
-    counters = {name: usual.pop(name) for name in ["counters", "room"] if name in usual}
+    left = {name: usual.pop(name) for name in ("counters", "room") if name in usual}
     if in_a_room(tokens, epilogue):
-        counters = {"room": mx.int32}
-    return usual | {"changes": dtype, "board": mx.int32} | counters
+        left["room"] = mx.int32
+    return usual | {"changes": dtype, "board": mx.int32} | left
 
 
 def outputs_of(tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
@@ -228,17 +218,16 @@ def outputs_of(tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtyp
     return {"out": dtype} if in_a_room(tokens, epilogue) else {"out": dtype, "left": mx.float32}
 
 
-_Prepared = tuple[Way, Kernel, int, int, Iterator[mx.array] | None, bool]
+_Prepared = tuple[Way, Kernel, int, int, Between]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its blocks that have outputs, how many sums a token has beside its result, counters for launches,
-    and whether these, and what blocks leave for each other, are arrays of their own."""
+    """The kernel, its blocks that have outputs, how many sums a token has beside its result, and where these, and inner
+    products, are left."""
     count = wide_product_kernel.blocks(outputs, way, epilogue)
     shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
-    counters = wide_product_kernel.counters_for(count, tokens, epilogue) if shared else None
-    apart = not in_a_room(tokens, epilogue)
-    return way, _kernel(way, tokens, dtype, epilogue), count * way.splits, shared, counters, apart
+    left = wide_product_kernel.between(count if shared else 0, tokens, epilogue)
+    return way, _kernel(way, tokens, dtype, epilogue), count * way.splits, shared, left
 
 
 @cache

@@ -8,7 +8,7 @@ of so many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Final, TypeVar
 
@@ -107,21 +107,18 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
     """The product with one weight, prepared, for up to MOST_ROWS tokens."""
     prepared = [_prepare(outputs, choose(outputs, inputs, most, epilogue), most, dtype, epilogue) for most in TOKENS]
     by_rows = each_number(prepared)
-    rest = product_kernel.no_sum(dtype, epilogue)
+    rest, dtypes = product_kernel.no_sum(dtype, epilogue), [dtype, mx.float32]
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         rows = x.size // inputs
-        kernel, grid, threads, shared, counters = by_rows[rows]
-        arrays = [x, weight, *(rest if added is None else (added,))]
-        shapes, dtypes = [(*x.shape[:-1], outputs)], [dtype]
-        if shared and counters is None:
-            arrays.append(cuda_kernels.room(shared * rows))
-        elif counters is not None:
-            arrays.append(next(counters))
-            shapes.append((shared * rows,))
-            dtypes.append(mx.float32)
+        kernel, grid, threads, shared, between = by_rows[rows]
+        arrays, results = between(shared * rows)
         result: mx.array = kernel.launch(
-            inputs=arrays, grid=grid, threadgroup=threads, output_shapes=shapes, output_dtypes=dtypes
+            inputs=[x, weight, *(rest if added is None else (added,)), *arrays],
+            grid=grid,
+            threadgroup=threads,
+            output_shapes=[(*x.shape[:-1], outputs), *results],
+            output_dtypes=dtypes[: 1 + len(results)],
         )[0]
         return result
 
@@ -155,17 +152,16 @@ def with_inner(outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose = way)
 
     def call(x: mx.array, weight: mx.array, stack: Stack) -> tuple[mx.array, mx.array]:
         rows = x.size // inputs
-        way, kernel, (width, _, _), threads, shared, counters = by_rows[rows]
+        way, kernel, (width, _, _), threads, shared, between = by_rows[rows]
         slots, ranks, _ = stack.down.shape
         more = -(-slots * ranks // (way.groups * GROUP)) * way.pieces * threads[0]
-        shapes = [(*x.shape[:-1], outputs), (way.pieces, rows, slots, ranks), (shared * rows,)]
-        arrays, count = [x, weight, stack.packed], 3 if shared else 2
+        arrays, results = between(shared * rows)
         y, inner, *_ = kernel.launch(
-            inputs=arrays if counters is None else [*arrays, next(counters)],
+            inputs=[x, weight, stack.packed, *arrays],
             grid=(width + more, 1, 1),
             threadgroup=threads,
-            output_shapes=shapes[:count],
-            output_dtypes=dtypes[:count],
+            output_shapes=[(*x.shape[:-1], outputs), (way.pieces, rows, slots, ranks), *results],
+            output_dtypes=dtypes[: 2 + len(results)],
         )
         return y, inner
 
@@ -239,26 +235,31 @@ def blocks(outputs: int, way: Way, epilogue: str) -> int:
     return lines // (way.groups * GROUP)
 
 
-_Prepared = tuple[Kernel, Size, Size, int, Iterator[mx.array] | None]
+Between = Callable[[int], tuple[list[mx.array], list[tuple[int]]]]
+"""Where the blocks of a launch leave so many floats for each other: further arrays, and the shapes of further results.
+"""
+
+
+def between(count: int, tokens: int, epilogue: str) -> Between:
+    """That of launches in which so many parts of the outputs have blocks that share K, 0 for none."""
+    if in_a_room(tokens, epilogue):
+        assert count <= cuda_kernels.COUNTERS
+        return lambda floats: ([cuda_kernels.room(floats)] if floats else [], [])
+    counters = cuda_kernels.counters(count) if count else None
+    return lambda floats: ([] if counters is None else [next(counters)], [(floats,)] if floats else [])
+
+
+_Prepared = tuple[Kernel, Size, Size, int, Between]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its grid and block, how many sums a token has beside its result, and counters for launches, if those
-    are not in a room."""
+    """The kernel, its grid and block, how many sums a token has beside its result, and where these are left."""
     assert way.shared_memory(tokens) <= ROOM
     threads, count = way.groups * GROUP_THREADS, blocks(outputs, way, epilogue)
     shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
     grid = (count * way.splits * threads, 1, 1)
-    counters = counters_for(count, tokens, epilogue) if shared else None
-    return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, counters
-
-
-def counters_for(count: int, tokens: int, epilogue: str) -> Iterator[mx.array] | None:
-    """So many for a launch; None where they are in a room."""
-    if in_a_room(tokens, epilogue):
-        assert count <= cuda_kernels.COUNTERS
-        return None
-    return cuda_kernels.counters(count)
+    left = between(count if shared else 0, tokens, epilogue)
+    return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, left
 
 
 @cache

@@ -16,8 +16,8 @@ import mlx.core as mx
 import psutil
 import pytest
 
+from runner.engine.environment import MANY_CORES
 from runner.engine.loader import load
-from runner.engine.reading import CORES
 from runner.engine.speculative.loading import load_draft
 from runner.protocol import (
     VERSION,
@@ -47,7 +47,7 @@ from tests.engine.speculative.drafts import draft_folder
 LONG = "hello there, " * 10
 MESSAGES = [{"role": "user", "content": "hello"}]
 ENDLESS = 400
-FEW, MANY = CORES - 1, CORES
+FEW, MANY = MANY_CORES - 1, MANY_CORES
 """Cores, with which requests are read by the main thread, and by one of their own."""
 
 

@@ -141,7 +141,7 @@ def test_an_engine_says_what_it_says_without(
 
     there = said()
     assert on_host.launches > 2 * zero_copy._PLACES + 4
-    monkeypatch.setattr("runner.engine.batch.post", lambda *_: None)
+    monkeypatch.setattr("runner.engine.zero_copy.post", lambda *_: None)
     assert said() == there
 
 
