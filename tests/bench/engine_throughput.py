@@ -122,14 +122,20 @@ def main() -> None:
         measure(folder, Path(scratch), arguments)
 
 
+def draw_adapters(loaded: LoadedModel, scratch: Path, count: int, rank: int = 8) -> list[AdapterSource]:
+    """Adapters of random values on all linear layers, "a0" and so on, in folders of `scratch`."""
+    shapes = linear_shapes(loaded, LINEAR) if count else {}
+    folders = [
+        write_mlx(scratch / f"a{number}", draw(shapes, rank, number), keys=None, scale=0.1) for number in range(count)
+    ]
+    return [AdapterSource(folder.name, str(folder)) for folder in folders]
+
+
 def measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> None:
     """One line a batch size."""
     loaded = load_endless(folder)
-    shapes = linear_shapes(loaded, LINEAR)
-    adapters = [AdapterSource(folder.name, str(folder)) for folder in arguments.adapter_folders] or [
-        AdapterSource(name, str(write_mlx(scratch / name, draw(shapes, 8, seed), keys=None, scale=0.1)))
-        for seed, name in enumerate(f"a{number}" for number in range(arguments.adapters))
-    ]
+    adapters = [AdapterSource(folder.name, str(folder)) for folder in arguments.adapter_folders]
+    adapters = adapters or draw_adapters(loaded, scratch, arguments.adapters)
     print(f"one of {len(adapters)} adapters: {pause(loaded, adapters, arguments.repeat):.1f} ms to load")
     print(f"{folder.name} on {mx.default_device()}: {loaded.weights_bytes / 1e6:.1f} MB, {loaded.dtype}")
     print(f"prompts of {arguments.prompt} tokens, {arguments.tokens} generated; tokens/s, median of {arguments.repeat}")

@@ -39,13 +39,10 @@ from runner.engine.adapters.stack import Stack  # noqa: E402
 from runner.engine.arrays import start  # noqa: E402
 from runner.engine.loader import LoadedModel  # noqa: E402
 from runner.engine.traced import TracedCalls  # noqa: E402
-from runner.protocol import AdapterSource  # noqa: E402
-from tests.bench.engine_throughput import LINEAR  # noqa: E402
+from tests.bench.engine_throughput import draw_adapters  # noqa: E402
 from tests.bench.geometry import GEOMETRIES, usual  # noqa: E402
 from tests.bench.in_memory import draw  # noqa: E402
 from tests.bench.record import Budget, progress  # noqa: E402
-from tests.engine.adapters.folders import draw as draw_adapter  # noqa: E402
-from tests.engine.adapters.folders import linear_shapes, write_mlx  # noqa: E402
 
 WARM = 4
 """Calls before any is measured: graphs are kept from the third on."""
@@ -143,10 +140,9 @@ def main() -> None:
     budget = Budget(arguments.seconds)
     with tempfile.TemporaryDirectory() as scratch:
         loaded = draw(Path(scratch), arguments.geometry)
-        bank, shapes = AdapterBank(loaded.model, loaded.dtype), linear_shapes(loaded, LINEAR)
-        for number in range(arguments.adapters):
-            drawn = draw_adapter(shapes, arguments.rank, number)
-            bank.load(AdapterSource(f"a{number}", str(write_mlx(Path(scratch, f"a{number}"), drawn, keys=None))))
+        bank = AdapterBank(loaded.model, loaded.dtype)
+        for source in draw_adapters(loaded, Path(scratch), arguments.adapters, arguments.rank):
+            bank.load(source)
         print(f"{arguments.geometry} on {mx.default_device()}, {arguments.adapters} adapters of rank {arguments.rank}")
         print(f"{'rows':>5} {'way':<12} {'all, ms':>9} {'host, ms':>9} {'ratio':>6}", flush=True)
         for rows in arguments.rows:

@@ -40,12 +40,10 @@ import mlx.core as mx  # noqa: E402
 
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
-from runner.protocol import AdapterSource, Generate, Sampling  # noqa: E402
-from tests.bench.engine_throughput import LINEAR, prompt  # noqa: E402
+from runner.protocol import Generate, Sampling  # noqa: E402
+from tests.bench.engine_throughput import draw_adapters, prompt  # noqa: E402
 from tests.bench.geometry import GEOMETRIES  # noqa: E402
 from tests.bench.in_memory import draw  # noqa: E402
-from tests.engine.adapters.folders import draw as draw_adapter  # noqa: E402
-from tests.engine.adapters.folders import linear_shapes, write_mlx  # noqa: E402
 
 STEPS: Final = 24
 SAMPLING: Final = Sampling(temperature=0.7, top_p=0.9)
@@ -114,14 +112,9 @@ def main() -> None:
         sys.exit("MLX has no CUDA device")
     with tempfile.TemporaryDirectory() as scratch:
         loaded = draw(Path(scratch), arguments.geometry)
-        shapes = linear_shapes(loaded, LINEAR)
         engine = Engine(loaded, Limits(max_rows=max(arguments.rows), prefix_cache_bytes=0), lambda _: None)
-        keys = [""]
-        for number in range(arguments.adapters):
-            folder = write_mlx(
-                Path(scratch, f"a{number}"), draw_adapter(shapes, arguments.rank, number), keys=None, scale=0.1
-            )
-            keys.append(engine.load_adapter(AdapterSource(f"a{number}", str(folder))).key)
+        adapters = draw_adapters(loaded, Path(scratch), arguments.adapters, arguments.rank)
+        keys = ["", *(engine.load_adapter(source).key for source in adapters)]
         for rows in arguments.rows:
             for kind, chosen in (("base", keys[:1]), ("mixed", keys)):
                 if arguments.only in (None, kind):

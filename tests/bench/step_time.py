@@ -36,12 +36,10 @@ from runner.engine import batch, traced  # noqa: E402
 from runner.engine.kv.quantised import Quantisation  # noqa: E402
 from runner.engine.limits import Limits  # noqa: E402
 from runner.engine.loop import Engine  # noqa: E402
-from runner.protocol import AdapterSource, FromEngine, Generate, Sampling, encode_frame  # noqa: E402
-from tests.bench.engine_throughput import LINEAR, prompt  # noqa: E402
+from runner.protocol import FromEngine, Generate, Sampling, encode_frame  # noqa: E402
+from tests.bench.engine_throughput import draw_adapters, prompt  # noqa: E402
 from tests.bench.geometry import GEOMETRIES, usual  # noqa: E402
 from tests.bench.in_memory import draw  # noqa: E402
-from tests.engine.adapters.folders import draw as draw_adapter  # noqa: E402
-from tests.engine.adapters.folders import linear_shapes, write_mlx  # noqa: E402
 
 SAMPLED = {"temperature": 0.7, "top_p": 0.9}
 
@@ -125,16 +123,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bits = Quantisation(arguments.bits, 64) if arguments.bits else None
         loaded = draw(Path(scratch), arguments.geometry, quantisation=bits)
-        shapes = linear_shapes(loaded, LINEAR) if arguments.adapters else {}
-        names = [f"a{number}" for number in range(arguments.adapters)]
-        drawn = draw_adapter(shapes, arguments.rank, 1) if names else {}
-        folders = [write_mlx(Path(scratch, name), drawn, keys=None, scale=0.1) for name in names]
-        adapters = [AdapterSource(name, str(folder)) for name, folder in zip(names, folders, strict=True)]
         print(f"{'rows':>5} {'all':>8} {'build':>8} {'start':>8} {'wait':>8} {'tokens/s':>9}", flush=True)
         engine = Engine(loaded, Limits(max_rows=max(arguments.rows), prefix_cache_bytes=0), emit)
-        for source in adapters:
-            engine.load_adapter(source)
-        keys = ["", *(source.key for source in adapters)]
+        adapters = draw_adapters(loaded, Path(scratch), arguments.adapters, arguments.rank)
+        keys = ["", *(engine.load_adapter(source).key for source in adapters)]
         for rows in arguments.rows:
             measure(engine, rows, keys, arguments)  # kernels are compiled, and loaded
             print(measure(engine, rows, keys, arguments)[0], flush=True)

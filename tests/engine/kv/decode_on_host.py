@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 from msgspec.structs import replace
@@ -14,11 +11,9 @@ from runner.engine.kv.attention_kernel import rotating
 from runner.engine.kv.calls import Call, JoinedCall, Planes
 from runner.engine.kv.decode_source import JOINED, SOURCE
 from runner.engine.kv.masks import FEW
-from tests.engine.cuda_on_host import Array, Run, compiled, described
+from tests.engine.cuda_on_host import Array
+from tests.engine.kv.described import Described, memory_of
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
-
-_TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial": "float"}
-"""Those that are not the tokens'."""
 
 
 class DecodeOnHost:
@@ -32,7 +27,7 @@ class DecodeOnHost:
         self._warps = warps
         self._crowd = crowd
         self._apart = apart
-        self._built: dict[str, Run] = {}
+        self._kernels = Described()
 
     def joined(self, call: JoinedCall) -> tuple[mx.array, Planes]:
         """As `attention_kernel.attend_joined`."""
@@ -71,7 +66,7 @@ class DecodeOnHost:
         given = {**given, "starts": call.starts, "after": call.starts}
         mx.eval(*given.values(), frequencies)
         mx.synchronize()
-        arrays = {name: _view(array) for name, array in given.items()}
+        arrays = {name: memory_of(array) for name, array in given.items()}
         arrays |= {"counters": counters, "frequencies": np.asarray(frequencies)}
         own = {name: arrays[name] for name in ("held_keys", "held_values")}
         arrays |= {name: _placed(plane, self._apart) for name, plane in own.items()}
@@ -81,29 +76,12 @@ class DecodeOnHost:
         numbers = tuple((name, self._crowd if name == "CROWD" else value) for name, value in numbers)
         header = TYPES + decode_kernel.header(dtype, numbers, call.scale) + DEVICE
         outputs = {"out": out, "partial": partial}
-        self._run(header, source, arrays, outputs, blocks * self._splits, way.threads)
+        self._kernels.run(header, source, arrays, outputs, blocks * self._splits, way.threads)
         assert not counters.any(), "the next launch finds zeros"
         for name, array in own.items():
             np.copyto(array, arrays[name])
         result = mx.array(out)
         return result.view(dtype) if out.dtype == np.uint16 else result
-
-    def _run(
-        self,
-        header: str,
-        source: str,
-        inputs: dict[str, Array],
-        outputs: dict[str, Array],
-        blocks: int,
-        threads: int,
-    ) -> None:
-        arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
-        arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
-        key = header + source
-        if key not in self._built:
-            self._built[key] = compiled(header, source, arguments, "")
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in [*passed, *outputs.values()]]
-        self._built[key](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
 
 
 def _placed(plane: Array, apart: int) -> Array:
@@ -115,11 +93,3 @@ def _placed(plane: Array, apart: int) -> Array:
     placed = flat.reshape([plane.shape[axis] for axis in order]).transpose(np.argsort(order))
     np.copyto(placed, plane)
     return placed
-
-
-def _view(array: mx.array) -> np.ndarray[Any, Any]:
-    """The array's own memory."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-        mx.eval(array)
-    return np.asarray(array)

@@ -16,6 +16,7 @@ from runner.engine.kv.calls import Call, JoinedCall, Launch, Planes
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.quantised_kernel import JoinedPackedCall, PackedCall
 from tests.engine.cuda_on_host import Run, compiled
+from tests.engine.kv.described import memory_of
 
 
 def separately(call: Call) -> tuple[mx.array, Planes]:
@@ -171,7 +172,7 @@ class Compiled:
         rows, heads, tokens, width = call.queries.shape
         mx.eval(*arrays.values(), call.starts, *(() if call.after is None else (call.after,)))
         mx.synchronize()
-        views = {name: _view(array) for name, array in arrays.items()}
+        views = {name: memory_of(array) for name, array in arrays.items()}
         kept = {
             name: np.array([view.shape, np.array(view.strides) // view.itemsize], dtype=np.int64)
             for name, view in views.items()
@@ -216,14 +217,6 @@ class Compiled:
 
 
 _KINDS = {"uint16": "bfloat16", "float32": "float", "uint32": "uint32_t"}
-
-
-def _view(array: mx.array) -> np.ndarray[Any, Any]:
-    """The array's own memory."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-        mx.eval(array)
-    return np.asarray(array)
 
 
 def _pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:

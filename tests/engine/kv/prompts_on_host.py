@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -12,13 +10,10 @@ import numpy as np
 from runner.engine.kv import prompt_kernel
 from runner.engine.kv.attention_kernel import rotating
 from runner.engine.kv.calls import Call, Planes
-from tests.engine.cuda_on_host import Run, compiled, described
+from tests.engine.kv.described import Described, memory_of
 from tests.engine.tensor_cores_on_host import DEVICE, TYPES
 
 Array = np.ndarray[Any, Any]
-
-_TYPES = {"starts": "int", "counters": "int", "frequencies": "float", "partial": "float"}
-"""Those that are not the tokens'."""
 
 
 class PromptsOnHost:
@@ -28,7 +23,7 @@ class PromptsOnHost:
         self.launches = 0
         self._warps = warps
         self._splits = splits
-        self._built: dict[tuple[Any, ...], Run] = {}
+        self._kernels = Described()
 
     def __call__(self, call: Call) -> tuple[mx.array, Planes]:
         self.launches += 1
@@ -38,14 +33,14 @@ class PromptsOnHost:
         given = (call.queries, call.keys, call.values, *call.planes, call.starts, call.starts, frequencies)
         mx.eval(*given, *(() if call.after is None else (call.after,)))
         mx.synchronize()
-        arrays = dict(zip(prompt_kernel.WRITE_INPUTS, map(_view, given), strict=True))
+        arrays = dict(zip(prompt_kernel.WRITE_INPUTS, map(memory_of, given), strict=True))
         # MLX's own memory begins 8 bytes behind a multiple of 16 here, and the kernel would never take 16 at once.
         own = {name: arrays[name] for name in ("held_keys", "held_values")}
         arrays |= {name: array.copy(order="K") for name, array in own.items()}
         constants = [value for _, value in rotation]
         queries = np.zeros((rows, heads, tokens, width), dtype=arrays["queries"].dtype)
         header = TYPES + prompt_kernel.write_header(dtype, width, *constants, 1)
-        self._run(header, prompt_kernel.WRITE, arrays, {"rotated": queries}, rows * tokens, width // 2)
+        self._kernels.run(header, prompt_kernel.WRITE, arrays, {"rotated": queries}, rows * tokens, width // 2)
         blocks = rows * heads * -(-tokens // (16 * self._warps))
         counters = np.zeros((self._splits, blocks), dtype=np.int32)
         arrays |= {"queries": queries, "counters": counters}
@@ -55,35 +50,9 @@ class PromptsOnHost:
         outputs = {"out": out, "partial": partial}
         header = TYPES + prompt_kernel.attend_constants(dtype, width, call.window or 0, call.scale, self._warps)
         blocks *= self._splits
-        self._run(header + DEVICE, prompt_kernel.ATTEND, arrays, outputs, blocks, 32 * self._warps)
+        self._kernels.run(header + DEVICE, prompt_kernel.ATTEND, arrays, outputs, blocks, 32 * self._warps)
         assert not counters.any(), "the next launch finds zeros"
         for name, array in own.items():
             np.copyto(array, arrays[name])
         result = mx.array(out)
         return (result.view(dtype) if out.dtype == np.uint16 else result).swapaxes(1, 2), call.planes
-
-    def _run(
-        self,
-        header: str,
-        source: str,
-        inputs: Mapping[str, Array],
-        outputs: Mapping[str, Array],
-        blocks: int,
-        threads: int,
-    ) -> None:
-        arguments, passed = described(inputs, {name: _TYPES.get(name, "T") for name in inputs})
-        arguments |= {name: f"{_TYPES.get(name, 'T')}*" for name in outputs}
-        passed += outputs.values()
-        key = (header, *outputs)
-        if key not in self._built:
-            self._built[key] = compiled(header, source, arguments, "")
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in passed]
-        self._built[key](ctypes.c_int(blocks), ctypes.c_int(threads), *pointers)
-
-
-def _view(array: mx.array) -> Array:
-    """The array's own memory."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-        mx.eval(array)
-    return np.asarray(array)
