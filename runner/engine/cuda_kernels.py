@@ -37,8 +37,8 @@ PROCESSORS: Final = 132
 
 _AT_ONCE: Final = 64
 
-COUNTERS: Final = 128
-"""Integers that a room begins with."""
+_NOTHING: Final = 0xFFFFFFFF
+"""Bits of a float that nobody has told."""
 
 _ROOMS: Final = 8
 """Launches that may run at once: those of a model call that do not need each other's results."""
@@ -148,18 +148,27 @@ def counters(*shape: int) -> Iterator[mx.array]:
 
 
 def room(floats: int) -> mx.array:
-    """Where the blocks of a launch leave so many floats for each other: int32, of which the first COUNTERS are zeros
-    that every launch leaves as they were.
+    """Where the blocks of a launch leave so many floats for each other.
 
     It is an input that the launch writes to: a second result would cost the host 2 µs a launch, which has it made,
     allocated, and freed. Those that may run at once do not share one.
     """
-    return next(_rooms(1 << max(0, floats - 1).bit_length()))
+    return next(_rooms(_size(floats), 0))
+
+
+def exchange(floats: int) -> mx.array:
+    """The same for numbers that are told by being there: all bits of its floats are set, and every launch leaves them
+    so."""
+    return next(_rooms(_size(floats), _NOTHING))
+
+
+def _size(floats: int) -> int:
+    return 1 << max(0, floats - 1).bit_length()
 
 
 @cache
-def _rooms(floats: int) -> Iterator[mx.array]:
-    arrays = [mx.zeros((COUNTERS + floats,), dtype=mx.int32) for _ in range(_ROOMS)]
+def _rooms(floats: int, bits: int) -> Iterator[mx.array]:
+    arrays = [mx.full((floats,), bits, mx.uint32).view(mx.float32) for _ in range(_ROOMS)]
     mx.eval(arrays)
     return cycle(arrays)
 

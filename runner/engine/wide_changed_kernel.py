@@ -20,7 +20,7 @@ from runner.engine.adapters.stack import Span, Stack
 from runner.engine.changed_source import CHANGED_DEVICE
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Changed, no_sum
-from runner.engine.wide_changed_source import CHANGED, IN_A_ROOM, MEETINGS, RESIDUAL
+from runner.engine.wide_changed_source import CHANGED, IN_A_RESULT, IN_A_ROOM, MEETINGS, RESIDUAL
 from runner.engine.wide_product_kernel import GROUP, GROUP_THREADS, ROOM, TOKENS, Between, Choose, Way, in_a_room
 
 MOST_SLOTS: Final = 64
@@ -151,11 +151,10 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None, stack: Stack, slots: RowSlots) -> mx.array:
         rows = x.size // inputs
-        way, kernel, width, shared, between = by_rows[rows]
+        way, kernel, width, between = by_rows[rows]
         count, ranks, _ = stack.down.shape
         threads: Size = (way.groups * GROUP_THREADS + SIDE, 1, 1)
-        # Inner products and sums.
-        arrays, results = between(rows * (way.pieces * count * ranks + shared))
+        arrays, results = between(rows, way.pieces * count * ranks)
         result: mx.array = kernel.launch(
             inputs=[x, weight, *(rest if added is None else (added,)), stack.packed, slots.board(), *arrays],
             grid=((width + inner_blocks(way, count, ranks)) * threads[0], 1, 1),
@@ -185,7 +184,7 @@ def inner_blocks(way: Way, slots: int, ranks: int) -> int:
 
 def source(way: Way, tokens: int, epilogue: str) -> str:
     """The kernel's text."""
-    left = {"LEFT": IN_A_ROOM if in_a_room(tokens, epilogue) else ""}
+    left = {"LEFT": IN_A_ROOM if in_a_room(tokens, epilogue) else IN_A_RESULT}
     return wide_product_kernel.source(way, tokens, epilogue, CHANGED | left | RESIDUAL[epilogue])
 
 
@@ -207,9 +206,9 @@ def _more_constants(way: Way, tokens: int) -> str:
 def inputs_of(way: Way, tokens: int, epilogue: str, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
     """What the source calls a call's arrays, and their types."""
     usual = wide_product_kernel.inputs_of(way, tokens, epilogue, dtype)
-    left = {name: usual.pop(name) for name in ("counters", "room") if name in usual}
+    left: dict[str, mx.Dtype] = {name: usual.pop(name) for name in ("counters", "told") if name in usual}
     if in_a_room(tokens, epilogue):
-        left["room"] = mx.int32
+        left["room"] = mx.float32
     return usual | {"changes": dtype, "board": mx.int32} | left
 
 
@@ -218,16 +217,14 @@ def outputs_of(tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtyp
     return {"out": dtype} if in_a_room(tokens, epilogue) else {"out": dtype, "left": mx.float32}
 
 
-_Prepared = tuple[Way, Kernel, int, int, Between]
+_Prepared = tuple[Way, Kernel, int, Between]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its blocks that have outputs, how many sums a token has beside its result, and where these, and inner
-    products, are left."""
-    count = wide_product_kernel.blocks(outputs, way, epilogue)
-    shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
-    left = wide_product_kernel.between(count if shared else 0, tokens, epilogue)
-    return way, _kernel(way, tokens, dtype, epilogue), count * way.splits, shared, left
+    """The kernel, its blocks that have outputs, and where all of them leave numbers for each other."""
+    count = wide_product_kernel.blocks(outputs, way, epilogue) * way.splits
+    left = wide_product_kernel.between(outputs, way, tokens, epilogue)
+    return way, _kernel(way, tokens, dtype, epilogue), count, left
 
 
 @cache

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from runner.engine.cuda_kernels import COUNTERS
 from runner.engine.wide_product_source import KEEP, LEAVE, LOOP
 
 MEETINGS: Final = """
@@ -72,18 +71,20 @@ _INNER: Final = (
 
 _SIDE: Final = """
     if (threadIdx.x >= THREADS) {
+        UNLESS_LAST
         const int me = threadIdx.x - THREADS, each = rows / board_shape[0];
+        // Stack.packed: a span is where a part's outputs end and the ranks [low, high) that reach them. The first of a
+        // slot, and a row's slot, are in no cache, and on their way together.
+        static_assert(TOKENS <= SIDE && MOST_SLOTS * PARTS <= SIDE);
+        const int* span = reinterpret_cast<const int*>(changes) + me / PARTS * 32;
+        int ends = me < S * PARTS ? span[0] : 0;
+        if (me < rows) slots[me] = board[32 + me / each];
         if (me == 0) widest = 0;
-        #pragma unroll 1
-        for (int r = me; r < rows; r += SIDE) slots[r] = board[32 + r / each];
         meet(AT_THE_SIDE, SIDE);
-        // Stack.packed: a span is where a part's outputs end and the ranks [low, high) that reach them.
-        #pragma unroll 1
-        for (int i = me; i < S * PARTS; i += SIDE) {
-            const int* span = reinterpret_cast<const int*>(changes) + i / PARTS * 32;
+        if (me < S * PARTS) {
             #pragma unroll 1
-            while (span[0] <= first + i % PARTS * N) span += 3;
-            low[i] = span[1], high[i] = span[2];
+            while (ends <= first + me % PARTS * N) span += 3, ends = span[0];
+            low[me] = span[1], high[me] = span[2];
             atomicMax(&widest, (span[2] - span[1] / 4 * 4 + 3) / 4);
         }
         meet(AT_THE_SIDE, SIDE);
@@ -96,19 +97,22 @@ _SIDE: Final = """
         for (int now = is_beside(wide); now < 2; ++now) {
             if (now && !is_beside(wide)) meet(CHUNKS_ARE_DONE, THREADS + SIDE);
             #pragma unroll 1
-            for (int line = me / (OUT / 8); line < lines; line += SIDE / (OUT / 8)) {
-                const int its = line / deep + PARTS, rank = low[its] / 4 * 4 + line % deep, n = me % (OUT / 8) * 8;
-                if (rank < low[its] || rank >= high[its]) continue;
-                const T* const from = up + (size_t(its / PARTS) * R + rank) * O + its % PARTS * N + n;
-                if (now) copy(values + line * (OUT / 8) + n / 8, from, true);
-                else if (n % 64 == 0) prefetch(from);
+            for (int its = PARTS; its < S * PARTS; ++its) {
+                const int n = me % (OUT / 8) * 8, lowest = low[its], highest = high[its];
+                const T* const from = up + size_t(its / PARTS) * R * O + its % PARTS * N + n;
+                uint4* const to = values + ((its - PARTS) * deep - lowest / 4 * 4) * (OUT / 8) + n / 8;
+                #pragma unroll 1
+                for (int rank = lowest + me / (OUT / 8); rank < highest; rank += SIDE / (OUT / 8)) {
+                    if (now) copy(to + rank * (OUT / 8), from + size_t(rank) * O, true);
+                    else if (n % 64 == 0) prefetch(from + size_t(rank) * O);
+                }
             }
         }
         close_group();
         if (me == 0) {
             while (acquire(board) < before) {}
             // The counter is zero again once all have seen that the first are done.
-            atomicInc(reinterpret_cast<unsigned*>(const_cast<int*>(board)), before + O / LINES * SPLITS - 1);
+            atomicInc(reinterpret_cast<unsigned*>(const_cast<int*>(board)), before + O / LINES * LOOKING - 1);
         }
         meet(AT_THE_SIDE, SIDE);
         float4* const products = reinterpret_cast<float4*>(values + lines * (OUT / 8));
@@ -154,23 +158,26 @@ _FINISH: Final = """
     }
     // All of the block's threads meet here, and go on.
     __syncthreads();
-    if (SPLITS > 1 && !latest) return;
-    constexpr int e = 0, AT_ONCE = 1;
-    const int wide = widest, deep = wide * 4, vectors = rows * (OUT / 8);
-    const uint4* const values = room_for(wide);
-    const float4* const products = reinterpret_cast<const float4*>(values + (S - 1) * PARTS * deep * (OUT / 8));
+    if (!(IS_LAST)) return;
+    // With few rows a thread has fewer outputs, so that there are some for more threads.
+    constexpr int e = 0, AT_ONCE = 1, SOME = TOKENS > 32 ? 8 : 4;
+    struct alignas(SOME * 2) Outputs { T of[SOME]; };
+    const int wide = widest, deep = wide * 4, vectors = rows * (OUT / SOME);
+    const uint4* const brought = room_for(wide);
+    const Outputs* const values = reinterpret_cast<const Outputs*>(brought);
+    const float4* const products = reinterpret_cast<const float4*>(brought + (S - 1) * PARTS * deep * (OUT / 8));
     #pragma unroll 1
     for (int at = threadIdx.x; at < vectors; at += THREADS + SIDE) {
-        const int r = at / (OUT / 8), v = at % (OUT / 8), slot = slots[r];
-        const size_t place = size_t(r) * N + first + v * 8;
-        float total[AT_ONCE][PARTS][8];
+        const int r = at / (OUT / SOME), v = at % (OUT / SOME), slot = slots[r];
+        const size_t place = size_t(r) * N + first + v * SOME;
+        float total[AT_ONCE][PARTS][SOME];
         BEFORE
         AGAIN
         #pragma unroll
         for (int p = 0; p < PARTS; ++p) {
             #pragma unroll
-            for (int i = 0; i < 8; i += 4) {
-                const float4 four = *reinterpret_cast<const float4*>(sums + r * PITCH + p * OUT + v * 8 + i);
+            for (int i = 0; i < SOME; i += 4) {
+                const float4 four = *reinterpret_cast<const float4*>(sums + r * PITCH + p * OUT + v * SOME + i);
                 total[e][p][i] = float(T(four.x)), total[e][p][i + 1] = float(T(four.y));
                 total[e][p][i + 2] = float(T(four.z)), total[e][p][i + 3] = float(T(four.w));
             }
@@ -179,23 +186,22 @@ _FINISH: Final = """
             #pragma unroll
             for (int p = 0; p < PARTS; ++p) {
                 const int its = slot * PARTS + p, begin_at = low[its] % 4, count = high[its] - low[its];
-                const uint4* const lines = values + ((its - PARTS) * deep + begin_at) * (OUT / 8) + v;
+                const Outputs* const lines = values + ((its - PARTS) * deep + begin_at) * (OUT / SOME) + v;
                 const float* const own_products =
                     reinterpret_cast<const float*>(products + (r * PARTS + p) * wide) + begin_at;
                 #pragma unroll 4
                 for (int rank = 0; rank < count; ++rank) {
-                    const uint4 eight = lines[rank * (OUT / 8)];
-                    const T* const factors = reinterpret_cast<const T*>(&eight);
+                    const Outputs factors = lines[rank * (OUT / SOME)];
                     #pragma unroll
-                    for (int i = 0; i < 8; ++i) total[e][p][i] += own_products[rank] * float(factors[i]);
+                    for (int i = 0; i < SOME; ++i) total[e][p][i] += own_products[rank] * float(factors.of[i]);
                 }
             }
         }
-        uint4 result;
-        T* const written = reinterpret_cast<T*>(&result);
+        Outputs result;
+        T* const written = result.of;
         #pragma unroll
-        for (int i = 0; i < 8; ++i) STORE
-        *reinterpret_cast<uint4*>(out + place) = result;
+        for (int i = 0; i < SOME; ++i) STORE
+        *reinterpret_cast<Outputs*>(out + place) = result;
     }
 """
 
@@ -207,10 +213,7 @@ CHANGED: Final = {
     constexpr int INNER_LINES = LINES + SIDE / 2;
     const int before = (ranks + INNER_LINES - 1) / INNER_LINES * PIECES, own = blockIdx.x - before;
     const int shares = own < 0 ? PIECES : SPLITS, part = own < 0 ? blockIdx.x : own;
-    // What blocks leave for each other: inner products, and sums of parts of K.
     LEFT
-    float* const inner = left;
-    float* const partial = left + size_t(PIECES) * rows * ranks;
     const int block = part / shares, split = part % shares, first = block * (own < 0 ? INNER_LINES : OUT);
     __shared__ int slots[TOKENS], low[MOST_SLOTS * PARTS], high[MOST_SLOTS * PARTS], widest;
 """,
@@ -237,17 +240,20 @@ CHANGED: Final = {
 }
 """What stands at these places of `wide_product_source.BODY`, in this order."""
 
-IN_A_ROOM: Final = f"""
-    int* const counters = const_cast<int*>(room);
-    float* const left = reinterpret_cast<float*>(counters + {COUNTERS});
+IN_A_ROOM: Final = "float* const inner = const_cast<float*>(room);"
+"""What stands at LEFT where inner products are in a room (`cuda_kernels.room`)."""
+
+IN_A_RESULT: Final = """
+    float* const inner = left;
+    float* const partial = left + size_t(PIECES) * rows * ranks;
 """
-"""What stands at LEFT where that is in a room (`cuda_kernels.room`), not a result."""
+"""The same where they, and sums of parts of K, are a result."""
 
 RESIDUAL: Final = {
     "plain": {
         "BRING": """
         uint4* const residual = tiles + TOKENS * (PITCH / 4);
-        if (added_ndim > 1 && (SPLITS == 1 || latest)) {
+        if (added_ndim > 1 && (IS_LAST)) {
             #pragma unroll 1
             for (int at = threadIdx.x; at < rows * (OUT / 8); at += THREADS) {
                 copy(residual + at, added + size_t(at / (OUT / 8)) * N + first + at % (OUT / 8) * 8, true);
@@ -255,7 +261,12 @@ RESIDUAL: Final = {
         }
         close_group();
 """,
-        "AGAIN": "if (added_ndim > 1) before[e] = tiles[TOKENS * (PITCH / 4) + at];",
+        "AGAIN": """
+        if (added_ndim > 1) {
+            const Outputs* const residuals = reinterpret_cast<const Outputs*>(tiles + TOKENS * (PITCH / 4));
+            *reinterpret_cast<Outputs*>(&before[e]) = residuals[at];
+        }
+""",
     },
     "swiglu": {"BRING": "", "AGAIN": ""},
 }

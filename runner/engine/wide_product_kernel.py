@@ -8,8 +8,8 @@ of so many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Final, TypeVar
 
 import mlx.core as mx
@@ -22,8 +22,9 @@ from runner.engine.adapters.stack import Stack
 from runner.engine.cuda_kernels import KINDS, PROCESSORS, Kernel, Size
 from runner.engine.product_kernel import Multiply
 from runner.engine.product_source import SWIGLU
+from runner.engine.split_k_source import ALONE, SHARED, TOLD
 from runner.engine.tensor_cores import DEVICE
-from runner.engine.wide_product_source import ALONE, BODY, CHANGES, EPILOGUES, IN_A_ROOM, PLAIN, SHARED, device
+from runner.engine.wide_product_source import BODY, CHANGES, EPILOGUES, PLAIN, device
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ GROUP: Final = 64
 """Lines of a weight that four warps take."""
 
 _CHUNK: Final = 64
+_EIGHT: Final = 8
 GROUP_THREADS: Final = 128
 _ALIGNED: Final = 1024
 ROOM: Final = 227 * 1024
@@ -111,8 +113,8 @@ def multiply(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain"
 
     def call(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
         rows = x.size // inputs
-        kernel, grid, threads, shared, between = by_rows[rows]
-        arrays, results = between(shared * rows)
+        kernel, grid, threads, between = by_rows[rows]
+        arrays, results = between(rows, 0)
         result: mx.array = kernel.launch(
             inputs=[x, weight, *(rest if added is None else (added,)), *arrays],
             grid=grid,
@@ -152,10 +154,10 @@ def with_inner(outputs: int, inputs: int, dtype: mx.Dtype, choose: Choose = way)
 
     def call(x: mx.array, weight: mx.array, stack: Stack) -> tuple[mx.array, mx.array]:
         rows = x.size // inputs
-        way, kernel, (width, _, _), threads, shared, between = by_rows[rows]
+        way, kernel, (width, _, _), threads, between = by_rows[rows]
         slots, ranks, _ = stack.down.shape
         more = -(-slots * ranks // (way.groups * GROUP)) * way.pieces * threads[0]
-        arrays, results = between(shared * rows)
+        arrays, results = between(rows, 0)
         y, inner, *_ = kernel.launch(
             inputs=[x, weight, stack.packed, *arrays],
             grid=(width + more, 1, 1),
@@ -179,18 +181,19 @@ def usable() -> bool:
 
 
 def in_a_room(tokens: int, epilogue: str) -> bool:
-    """Whether what blocks leave for each other is in a room, not a result of the launch: the host is what takes long
-    with few tokens, and rooms for many would be large."""
+    """Whether what blocks leave for each other is in an array that stays, not a result of the launch: the host is what
+    takes long with few tokens, and arrays for many would be large."""
     return tokens == TOKENS[0] and epilogue != "changes"
 
 
 def source(way: Way, tokens: int, epilogue: str, lines: Mapping[str, str] | None = None) -> str:
     """The kernel's text; `lines` are what stands in it beside the product of a weight's lines."""
     text = BODY
-    shares = SHARED if way.splits > 1 else ALONE
+    shares = ALONE
+    if way.splits > 1:
+        shares = TOLD if in_a_room(tokens, epilogue) else SHARED
     if lines is None:
-        left = {"LEFT": IN_A_ROOM if way.splits > 1 and in_a_room(tokens, epilogue) else ""}
-        lines = CHANGES if epilogue == "changes" else PLAIN | left
+        lines = CHANGES if epilogue == "changes" else PLAIN
     # Those that share K are in what `lines` are as well.
     for places in (shares, lines, shares, EPILOGUES[epilogue]):
         for place, what in places.items():
@@ -218,7 +221,10 @@ def inputs_of(way: Way, tokens: int, epilogue: str, dtype: mx.Dtype) -> dict[str
     """What the source calls a call's arrays, and their types."""
     names = ["x", "w", "changes"] if epilogue == "changes" else product_kernel.inputs_of(epilogue)
     arrays = dict.fromkeys(names, dtype)
-    return arrays | {"room" if in_a_room(tokens, epilogue) else "counters": mx.int32} if way.splits > 1 else arrays
+    if way.splits > 1:
+        name, kind = ("told", mx.float32) if in_a_room(tokens, epilogue) else ("counters", mx.int32)
+        arrays[name] = kind
+    return arrays
 
 
 def outputs_of(way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> dict[str, mx.Dtype]:
@@ -235,31 +241,43 @@ def blocks(outputs: int, way: Way, epilogue: str) -> int:
     return lines // (way.groups * GROUP)
 
 
-Between = Callable[[int], tuple[list[mx.array], list[tuple[int]]]]
-"""Where the blocks of a launch leave so many floats for each other: further arrays, and the shapes of further results.
-"""
+Between = Callable[[int, int], tuple[list[mx.array], list[tuple[int]]]]
+"""Where the blocks of a launch leave numbers for each other, from how many tokens there are, and how many inner
+products each has: further arrays, and the shapes of further results."""
 
 
-def between(count: int, tokens: int, epilogue: str) -> Between:
-    """That of launches in which so many parts of the outputs have blocks that share K, 0 for none."""
+def between(outputs: int, way: Way, tokens: int, epilogue: str) -> Between:
+    """That of the product with a weight."""
+    count = blocks(outputs, way, epilogue)
+    lines = count * way.groups * GROUP
     if in_a_room(tokens, epilogue):
-        assert count <= cuda_kernels.COUNTERS
-        return lambda floats: ([cuda_kernels.room(floats)] if floats else [], [])
-    counters = cuda_kernels.counters(count) if count else None
-    return lambda floats: ([] if counters is None else [next(counters)], [(floats,)] if floats else [])
+        return partial(_few_between, lines * (way.splits - 1))
+    shared = way.splits > 1
+    return partial(_many_between, lines * way.splits * shared, cuda_kernels.counters(count) if shared else None)
 
 
-_Prepared = tuple[Kernel, Size, Size, int, Between]
+def _few_between(told: int, rows: int, inner: int) -> tuple[list[mx.array], list[tuple[int]]]:
+    arrays = [cuda_kernels.exchange(told * -(-rows // _EIGHT) * _EIGHT)] if told else []
+    return [*arrays, cuda_kernels.room(rows * inner)] if inner else arrays, []
+
+
+def _many_between(
+    partial: int, counters: Iterator[mx.array] | None, rows: int, inner: int
+) -> tuple[list[mx.array], list[tuple[int]]]:
+    floats = rows * (partial + inner)
+    return [] if counters is None else [next(counters)], [(floats,)] if floats else []
+
+
+_Prepared = tuple[Kernel, Size, Size, Between]
 
 
 def _prepare(outputs: int, way: Way, tokens: int, dtype: mx.Dtype, epilogue: str) -> _Prepared:
-    """The kernel, its grid and block, how many sums a token has beside its result, and where these are left."""
+    """The kernel, its grid and block, and where these leave numbers for each other."""
     assert way.shared_memory(tokens) <= ROOM
-    threads, count = way.groups * GROUP_THREADS, blocks(outputs, way, epilogue)
-    shared = count * way.splits * way.groups * GROUP if way.splits > 1 else 0
-    grid = (count * way.splits * threads, 1, 1)
-    left = between(count if shared else 0, tokens, epilogue)
-    return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), shared, left
+    threads = way.groups * GROUP_THREADS
+    grid = (blocks(outputs, way, epilogue) * way.splits * threads, 1, 1)
+    left = between(outputs, way, tokens, epilogue)
+    return _kernel(way, tokens, dtype, epilogue), grid, (threads, 1, 1), left
 
 
 @cache

@@ -10,9 +10,8 @@ A line's 64 values of a chunk are 128 bytes, in which vector v of 16 bytes lies 
 vectors v are in different banks so, and this is what the tensor cores know as swizzling by 128 bytes. It is by the
 address, so a chunk's lines begin at a multiple of 1,024.
 
-Where a weight has few lines, SPLITS blocks share K. Each leaves its sums in `partial`; the one that comes last adds
-them up, always in one order, and leaves the counter as it was. So the order of a sum depends on K and SPLITS only, and
-a row's result is the same bits whatever rows are beside it.
+Where a weight has few lines, SPLITS blocks share K (`split_k_source.py`). So the order of a sum depends on K and SPLITS
+only, and a row's result is the same bits whatever rows are beside it.
 
 CHANGES makes another kernel of it, which also multiplies the tokens with `down` of all slots of a stack
 (`adapters/stack.py`): blocks behind the weight's have its lines as theirs, and as many blocks as there are PIECES share
@@ -26,8 +25,6 @@ of `tensor_cores`; tests on the host have their own in its place.
 from __future__ import annotations
 
 from typing import Final
-
-from runner.engine.cuda_kernels import COUNTERS
 
 DEVICE: Final = """
 // Where the tensor cores' tiles may begin.
@@ -49,6 +46,17 @@ __device__ inline unsigned long long described(const uint4* tile) {
 // of each eight tokens two, from lane % 4 * 2 on.
 __device__ inline void multiply_tile(float (&sum)[TOKENS / 2], const uint4* lines, const uint4* tokens) {
     WGMMA
+}
+// Numbers that one block tells another, at places of their own.
+__device__ inline void put(float4* at, float4 four) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(at), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w) : "memory");
+}
+__device__ inline float4 look(const float4* at) {
+    float4 four;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w) : "l"(at) : "memory");
+    return four;
 }
 """
 
@@ -135,11 +143,12 @@ BODY: Final = (
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint4* const tiles = aligned();
     float* const sums = reinterpret_cast<float*>(tiles);
-    __shared__ int latest;
+    LATEST
     OTHERS
 """
     + LOOP
     + """
+    TELL
     BEGIN
 """
     + KEEP
@@ -152,7 +161,7 @@ BODY: Final = (
 
 FINISH: Final = """
     // What several vectors of outputs are made of is on its way at once, where it is not in shared memory.
-    constexpr int AT_ONCE = PARTS > 1 && SPLITS == 1 ? 1 : 4;
+    constexpr int AT_ONCE = PARTS > 1 && PARTIALS == 1 ? 1 : 4;
     const int vectors = rows * (OUT / 8);
     #pragma unroll 1
     for (int from = threadIdx.x; from < vectors; from += THREADS * AT_ONCE) {
@@ -170,7 +179,7 @@ FINISH: Final = """
                 float* const four = &total[e][i / 8][i % 8];
                 four[0] = four[1] = four[2] = four[3] = 0.0f;
                 #pragma unroll
-                for (int s = 0; s < SPLITS; ++s) {
+                for (int s = 0; s < PARTIALS; ++s) {
                     const float4 more = FOUR;
                     four[0] += more.x, four[1] += more.y, four[2] += more.z, four[3] += more.w;
                 }
@@ -189,69 +198,11 @@ FINISH: Final = """
 """
 """What becomes of a block's sums, where a row has no change."""
 
-ALONE: Final = {
-    "MEET": "",
-    "GATHER": "",
-    "FOUR": "*reinterpret_cast<const float4*>(sums + r * PITCH + column)",
-}
-"""What stands at these places of BODY where a block has all of K."""
-
-SHARED: Final = {
-    "MEET": """
-    float* const group = partial + size_t(block) * SPLITS * rows * LINES;
-    for (int at = threadIdx.x; at < rows * (LINES / 4); at += THREADS) {
-        const int r = at / (LINES / 4), n = at % (LINES / 4) * 4;
-        *reinterpret_cast<float4*>(group + (size_t(split) * rows + r) * LINES + n) =
-            *reinterpret_cast<const float4*>(sums + r * PITCH + n);
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int* const counter = const_cast<int*>(counters) + block;
-        latest = atomicAdd(counter, 1) == SPLITS - 1;
-        if (latest) *counter = 0;
-    }
-    __syncthreads();
-    if (!latest) return;
-    __threadfence();
-""",
-    "GATHER": """
-    if (latest) {
-        constexpr int AT_ONCE = SPLITS < 4 ? 8 : 32 / SPLITS;
-        const int fours = rows * (LINES / 4);
-        #pragma unroll 1
-        for (int from = threadIdx.x; from < fours; from += THREADS * AT_ONCE) {
-            float4 some[AT_ONCE][SPLITS];
-            #pragma unroll
-            for (int e = 0; e < AT_ONCE; ++e) {
-                const int at = min(from + e * THREADS, fours - 1), r = at / (LINES / 4), column = at % (LINES / 4) * 4;
-                #pragma unroll
-                for (int s = 0; s < SPLITS; ++s) some[e][s] = FOUR;
-            }
-            #pragma unroll
-            for (int e = 0; e < AT_ONCE; ++e) {
-                const int at = from + e * THREADS;
-                float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-                #pragma unroll
-                for (int s = 0; s < SPLITS; ++s) {
-                    sum.x += some[e][s].x, sum.y += some[e][s].y, sum.z += some[e][s].z, sum.w += some[e][s].w;
-                }
-                const int r = at / (LINES / 4), column = at % (LINES / 4) * 4;
-                if (at < fours) *reinterpret_cast<float4*>(sums + r * PITCH + column) = sum;
-            }
-        }
-    }
-""",
-    "FOUR": "__ldcg(reinterpret_cast<const float4*>(group + (size_t(s) * rows + r) * LINES + column))",
-}
-"""The same where several share it."""
-
 NOTHING_CHANGED: Final = {"APART": "N", "OTHERS": "", "BEGIN": "", "FINISH": FINISH}
 """What stands at these places of BODY where `wide_changed_source` has nothing."""
 
 PLAIN: Final = {
     "SHARE": """
-    LEFT
     constexpr int shares = SPLITS;
     const int block = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, first = block * OUT;
 """,
@@ -261,12 +212,6 @@ PLAIN: Final = {
     **NOTHING_CHANGED,
 }
 """What stands at these places of BODY where the weight's lines are all."""
-
-IN_A_ROOM: Final = f"""
-    int* const counters = const_cast<int*>(room);
-    float* const partial = reinterpret_cast<float*>(counters + {COUNTERS});
-"""
-"""What stands at LEFT where counters, and what blocks leave for each other, are in a room (`cuda_kernels.room`)."""
 
 LEAVE: Final = """
         float* const to = inner + size_t(split) * rows * ranks + first;

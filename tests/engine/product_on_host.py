@@ -71,9 +71,9 @@ class OnHost:
 
 
 def arguments_of(names: list[str], kind: str, outputs: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A kernel's parameters and their types, for arrays of `kind`; boards, rooms and counters are of integers, inner
-    products are float32. `outputs` are those beside the first."""
-    kinds = {"board": "int", "room": "int", "counters": "int", "inner": "float"}
+    """A kernel's parameters and their types, for arrays of `kind`; boards and counters are of integers, what blocks
+    leave for each other is float32. `outputs` are those beside the first."""
+    kinds = {"board": "int", "counters": "int"} | dict.fromkeys(("inner", "room", "told"), "float")
     arguments = {name: f"const {kinds.get(name, kind)}*" for name in names}
     arguments |= {"out": f"{kind}*"} | dict(outputs or {})
     return arguments | {f"{name}_shape": "const int*" for name in names} | {f"{name}_ndim": "int" for name in names}

@@ -15,7 +15,7 @@ from runner.engine import cuda_kernels, wide_changed_kernel, wide_changes, wide_
 from runner.engine.adapters import expand, kernel
 from runner.engine.adapters.layers import RowSlots, boards_of
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import COUNTERS, PROCESSORS
+from runner.engine.cuda_kernels import PROCESSORS
 from runner.engine.product_kernel import Changed
 from runner.engine.wide_product_kernel import Way
 from tests.engine.adapters.changes_on_host import ChangesOnHost
@@ -314,18 +314,19 @@ class Launches:
 def test_what_blocks_leave_for_each_other_has_room(
     monkeypatch: pytest.MonkeyPatch, rows: int, outputs: int, inputs: int, epilogue: str
 ) -> None:
-    """Of a product, and of one with changes: up to 32 tokens in a room, beyond in a result of its own."""
+    """Of a product, and of one with changes: up to 32 tokens in arrays that stay, beyond in a result of its own."""
     launches = Launches()
     monkeypatch.setattr(wide_product_kernel, "_kernel", lambda *_: launches)
     monkeypatch.setattr(wide_changed_kernel, "_kernel", lambda *_: launches)
     x, weight = mx.zeros((rows, 1, inputs), mx.bfloat16), mx.zeros((1,))
     parts, few = kernel.parts(epilogue), rows <= 32
     sums = lambda way: rows * outputs * parts * way.splits if way.splits > 1 else 0  # noqa: E731
+    told = lambda way: -(-rows // 8) * 8 * outputs * parts * (way.splits - 1)  # noqa: E731
     wide_product_kernel.multiply(outputs, inputs, mx.bfloat16, epilogue)(x, weight)
-    alone = sums(wide_product_kernel.way(outputs, inputs, rows, epilogue))
-    assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few or not alone else [alone])
-    if few and alone:
-        assert launches.inputs[-1].size - COUNTERS >= alone
+    alone = wide_product_kernel.way(outputs, inputs, rows, epilogue)
+    assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few or not sums(alone) else [sums(alone)])
+    if few and sums(alone):
+        assert launches.inputs[-1].size >= told(alone)
     numbers = [row % 3 for row in range(rows)]
     slots = RowSlots.of_arrays([mx.array(numbers, dtype=mx.int32), *boards_of(numbers)], None)
     stack = changes(outputs, inputs, mx.bfloat16, epilogue)
@@ -333,18 +334,21 @@ def test_what_blocks_leave_for_each_other_has_room(
         call = wide_changed_kernel.changed(outputs, inputs, mx.bfloat16, epilogue, choose)
         call(x, weight, None, stack, slots)
         way, (count, ranks, _) = choose(outputs, inputs, rows, epilogue), stack.down.shape
-        left = way.pieces * rows * count * ranks + sums(way)
-        assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few else [left])
-        assert not few or launches.inputs[-1].size - COUNTERS >= left
+        inner = way.pieces * rows * count * ranks
+        assert [math.prod(shape) for shape in launches.outputs[1:]] == ([] if few else [inner + sums(way)])
+        assert not few or launches.inputs[-1].size >= inner
+        assert not (few and sums(way)) or launches.inputs[-2].size >= told(way)
 
 
 def test_launches_that_may_run_at_once_do_not_share_a_room() -> None:
-    rooms = [cuda_kernels.room(floats) for floats in (1000, 513, 1024, 600, 700, 800, 900, 1000)]
-    assert {room.size for room in rooms} == {COUNTERS + 1024}
-    assert len({id(room) for room in rooms}) == 8
-    assert cuda_kernels.room(1000) is rooms[0]
-    assert cuda_kernels.room(1025).size == COUNTERS + 2048
-    assert not any(mx.any(room[:COUNTERS]).item() for room in rooms)
+    sizes = (1000, 513, 1024, 600, 700, 800, 900, 1000)
+    rooms, exchanges = map(cuda_kernels.room, sizes), map(cuda_kernels.exchange, sizes)
+    arrays = [*rooms, *exchanges]
+    assert {array.size for array in arrays} == {1024}
+    assert len({id(array) for array in arrays}) == 16
+    assert cuda_kernels.room(1000) is arrays[0]
+    assert cuda_kernels.exchange(1025).size == 2048
+    assert all(mx.all(array.view(mx.uint32) == 0xFFFFFFFF).item() for array in arrays[8:]), "nobody has told anything"
 
 
 def test_a_product_that_waits_anyway_is_not_cut_shorter() -> None:

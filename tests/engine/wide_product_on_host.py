@@ -8,10 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.engine import wide_changed_kernel, wide_product_kernel
+from runner.engine import cuda_kernels, wide_changed_kernel, wide_product_kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
-from runner.engine.cuda_kernels import COUNTERS
 from runner.engine.product_kernel import Changed, Multiply
 from runner.engine.product_source import SWIGLU
 from runner.engine.wide_product_kernel import TOKENS, Choose, Inner, Way, in_a_room
@@ -67,6 +66,8 @@ static void multiply_tile(float (&sum)[TOKENS / 2], const uint4* lines, const ui
 }
 static void close_products() { products[threadIdx.x].close(); }
 template <int LATEST> void wait_for_products() { products[threadIdx.x].wait(LATEST); }
+static void put(float4* at, float4 four) { *at = four; }
+static float4 look(const float4* at) { return *at; }
 """
 """What `wide_product_source` names."""
 
@@ -115,7 +116,8 @@ class WideOnHost:
         x, whole = given["x"], "board" in given
         rows, dtype, kernel = x.size // x.shape[-1], x.dtype, wide_changed_kernel if whole else wide_product_kernel
         tokens, count = tokens_for(rows), wide_product_kernel.blocks(outputs, way, epilogue)
-        shapes, blocks = [(count * way.splits, way.groups * 64, rows)] if way.splits > 1 else [], count * way.splits
+        blocks, few = count * way.splits, in_a_room(tokens, epilogue)
+        shapes = [(blocks, way.groups * 64, rows)] if way.splits > 1 and not few else []
         results: dict[str, np.ndarray[Any, Any]] = {"out": np.zeros((*x.shape[:-1], outputs), dtype=np.uint16)}
         if stack is not None:
             slots, ranks, _ = stack.down.shape
@@ -128,15 +130,16 @@ class WideOnHost:
                 results["inner"] = np.full(inner, np.nan, dtype=np.float32)
         # What blocks leave for each other: numbers are there once a block has written them.
         left = np.full(sum(map(math.prod, shapes)), np.nan, dtype=np.float32)
-        given["counters"] = mx.zeros((count,), mx.int32)
-        given["room"] = mx.concatenate([mx.zeros((COUNTERS,), mx.int32), mx.array(left).view(mx.int32)])
-        if not in_a_room(tokens, epilogue) and left.size:
+        given["counters"], given["room"] = mx.zeros((count,), mx.int32), mx.array(left)
+        given["told"] = cuda_kernels.exchange(count * (way.splits - 1) * way.groups * 64 * -(-rows // 8) * 8)
+        if not few and left.size:
             results["left" if whole else "partial"] = left
         views = {name: on_host(given[name]) for name in kernel.inputs_of(way, tokens, epilogue, dtype)}
         threads = way.groups * 128 + (wide_changed_kernel.SIDE if whole else 0)
         launch(self._run(way, tokens, dtype, epilogue, whole), blocks, threads, [*views.values()], *results.values())
-        for name, size in (("counters", count), ("room", COUNTERS), ("board", 32)):
+        for name, size in (("counters", count), ("board", 32)):
             assert name not in views or not views[name].flatten()[:size].any(), "the next launch finds zeros"
+        assert "told" not in views or (views["told"].view(np.uint32) == 0xFFFFFFFF).all(), "and nothing told"
         found = {name: mx.array(result) for name, result in results.items()}
         return found | {"out": found["out"].view(dtype)}
 
