@@ -2,7 +2,7 @@
 
 A linear layer's weight is [outputs, inputs], and x @ weight.T has BLAS transpose it. OpenBLAS multiplies small matrices
 as they lie, copying nothing beforehand (its `gemm_small_kernel`, which processors with AVX-512 have): up to some 1,200
-outputs times tokens if one of them is to be transposed, and up to `_DIRECT` multiplications if none is. So weights that
+outputs times tokens if one of them is to be transposed, and up to `DIRECT` multiplications if none is. So weights that
 are small enough are laid out anew when they are loaded. Whoever reads them finds the same numbers at the same indices.
 """
 
@@ -13,7 +13,7 @@ from typing import Final
 
 import mlx.core as mx
 
-_DIRECT: Final = 1_000_000
+DIRECT: Final = 1_000_000
 """Outputs times inputs times tokens."""
 
 _ROUND: Final = 5
@@ -30,9 +30,9 @@ def parted(weights: Sequence[mx.array]) -> bool:
     all of them is not, and would take twice as long."""
     outputs = sum(weight.shape[0] for weight in weights)
     whole = outputs * weights[0].shape[1] * _ROUND
-    return whole > _DIRECT and all(_small(weight, tokens=_ROUND) for weight in weights)
+    return whole > DIRECT and all(_small(weight, tokens=_ROUND) for weight in weights)
 
 
 def _small(weight: mx.array, tokens: int) -> bool:
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return bool(on_cpu and weight.dtype == mx.float32 and weight.size * tokens <= _DIRECT)
+    return bool(on_cpu and weight.dtype == mx.float32 and weight.size * tokens <= DIRECT)

@@ -47,6 +47,7 @@ class DirectEmbedding(_Direct, nn.Embedding):  # type: ignore[misc]
 
 
 _KINDS: Final[dict[Any, Any]] = {nn.Linear: DirectLinear, nn.Embedding: DirectEmbedding}
+_PLAIN: Final = frozenset({*_KINDS, *_KINDS.values()})
 
 
 def install(model: Any) -> None:
@@ -56,17 +57,18 @@ def install(model: Any) -> None:
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return
-    for layer in _layers(model):
+    for layer in list(plain_layers(model)):
         layer.weight = arranged(layer.weight)
         if "bias" not in layer:
             object.__setattr__(layer, _TURNED, layer.weight.T[None])
             layer.__class__ = _KINDS[type(layer)]
 
 
-def _layers(model: Any) -> Iterator[Any]:
+def plain_layers(model: Any) -> Iterator[Any]:
+    """Layers that multiply by a weight [outputs, inputs] as it is, those that are joined as one."""
     seen: set[int] = set()
     for module in list(model.modules()):
         layer = module.place[0].layer if type(module) is PartialLinear else module
-        if type(layer) in _KINDS and id(layer) not in seen:
+        if type(layer) in _PLAIN and id(layer) not in seen:
             seen.add(id(layer))
             yield layer

@@ -11,7 +11,7 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten
 
-from runner.engine import direct, draw_kernel, exponentials, layouts, norms, zero_copy
+from runner.engine import direct, draw_kernel, exponentials, layouts, norms, tiled, zero_copy
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
@@ -77,12 +77,12 @@ def load(
     notes: list[str] = []
     try:
         model, config = load_weights(folder, config, notes, trust_remote_code=trust_remote_code)
-        _arrange(model, dtype)
+        arrange(model, dtype)
         text = _Text(folder, config, tool_parser, chat_template, trust_remote_code)
         # Weights and the trial calls are computed without Python's lock, and what is read here has most need of it.
         reading = Beside(lambda: text.read(meanwhile))
         mx.eval(model.parameters())
-        served = _install(model, slack, quantisation)
+        served = equip(model, slack, quantisation)
         try:
             language = reading.result()
         except NotNarrow as reason:
@@ -96,7 +96,7 @@ def load(
     return _loaded(model, config, language, served, notes)
 
 
-def _arrange(model: Any, dtype: str) -> None:
+def arrange(model: Any, dtype: str = "") -> None:
     """Have the model's weights, which are not evaluated yet, in the type and the order that they are multiplied in."""
     if not dtype and mx.default_device() == mx.Device(mx.cpu):
         dtype = "float32"
@@ -106,13 +106,14 @@ def _arrange(model: Any, dtype: str) -> None:
     direct.install(model)
 
 
-def _install(model: Any, slack: int, quantisation: Quantisation | None) -> tuple[Layout, int, bool]:
+def equip(model: Any, slack: int, quantisation: Quantisation | None) -> tuple[Layout, int, bool]:
     """Have the model attend and multiply by what there is for that; returns its layout, the width of its logits, and
     whether rows can share a call."""
     install(model)
     norms.install(model)
     exponentials.install(model)
-    draw_kernel.prepare(_activation_dtype(model))
+    tiled.install(model)
+    draw_kernel.prepare(activation_dtype(model))
     zero_copy.prepare()
     install_products(model)
     layout, vocabulary, together = layouts.choose(model, slack)
@@ -135,7 +136,7 @@ def _loaded(
         batches=together,
         vocabulary=vocabulary,
         max_context=_max_context(config),
-        dtype=_activation_dtype(model),
+        dtype=activation_dtype(model),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         notes=(*notes, *_notes(layout, together=together)),
         conventions=language.conventions,
@@ -232,7 +233,7 @@ def _max_context(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _activation_dtype(model: Any) -> mx.Dtype:
+def activation_dtype(model: Any) -> mx.Dtype:
     """What the model computes in: the type of its norms and scales, which quantisation leaves alone."""
     found: Callable[[mx.array], bool] = lambda array: bool(mx.issubdtype(array.dtype, mx.floating))  # noqa: E731
     return next((array.dtype for _, array in tree_flatten(model.parameters()) if found(array)), mx.float32)

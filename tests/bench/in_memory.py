@@ -9,15 +9,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from msgspec.structs import replace
 
-from runner.engine import exponentials, kernel_cache, layouts
+from runner.engine import kernel_cache, layouts
 from runner.engine.chat import ChatTemplate, jinja_render
-from runner.engine.joined import join_siblings
-from runner.engine.kv.attention import install
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
-from runner.engine.loader import LoadedModel
+from runner.engine.loader import LoadedModel, activation_dtype, arrange, equip
 from runner.engine.narrow import narrow_tokenizer
-from runner.engine.products import install as install_products
 from runner.engine.tokenizer import Tokenizer
 from tests.bench.geometry import GEOMETRIES, draw_model
 from tests.bench.llama_1b import TEMPLATE, build_tokenizer
@@ -49,11 +46,9 @@ def layout_of(model: Any, quantisation: Quantisation | None = None) -> Layout:
 def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisation | None = None) -> LoadedModel:
     """What the engine's loader makes of such a model, once its files are read."""
     settings = GEOMETRIES[geometry]
-    join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    arrange(model)
     mx.eval(model.parameters())
-    install(model)
-    exponentials.install(model)
-    install_products(model)
+    layout, _, _ = equip(model, 0, quantisation)
     return LoadedModel(
         model=model,
         tokenizer=words,
@@ -61,7 +56,7 @@ def loaded(model: Any, words: Tokenizer, geometry: str, quantisation: Quantisati
         architecture="LlamaForCausalLM",
         vocabulary=settings["vocab_size"],
         max_context=settings["max_position_embeddings"],
-        dtype=getattr(mx, settings["dtype"]),
+        dtype=activation_dtype(model),
         weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
-        layout=layout_of(model, quantisation),
+        layout=layout,
     )

@@ -56,7 +56,7 @@ def test_text_is_read_while_the_model_is_tried(model_folder: ModelFolder, monkey
     tried = threading.Event()
     met: list[bool] = []
     readers: list[threading.Thread] = []
-    install, read = loader._install, language.narrow_language
+    install, read = loader.equip, language.narrow_language
 
     def installing(*arguments: Any) -> Any:
         tried.set()
@@ -66,7 +66,7 @@ def test_text_is_read_while_the_model_is_tried(model_folder: ModelFolder, monkey
         met.append(tried.wait(PATIENCE))
         return read(*arguments)
 
-    monkeypatch.setattr(loader, "_install", installing)
+    monkeypatch.setattr(loader, "equip", installing)
     monkeypatch.setattr(language, "narrow_language", reading)
     load(model_folder("llama"), meanwhile=lambda: readers.append(threading.current_thread()))
 

@@ -1,0 +1,188 @@
+"""Large weights are multiplied a tile at a time, by what the layers were, where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from runner.engine import direct, tiled
+from runner.engine.column_major import DIRECT
+from runner.engine.joined import joined_of
+from runner.engine.loader import LoadedModel, load
+from runner.engine.tiled import TiledDirectLinear, TiledEmbedding, TiledLinear, Tiles, lines, most_tokens
+from runner.protocol import AdapterSource
+from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
+from tests.engine.drive import Driver, active_memory, generate
+from tests.engine.operations import with_views
+from tests.engine.tiny import build_model, encode
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="for the CPU")
+
+Ask = Callable[[list[mx.array]], int]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose MLP is large."""
+    return build_model(tmp_path_factory.mktemp("large"), config={"hidden_size": 512, "intermediate_size": 2048})
+
+
+def fixed(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Have tiles be found faster up to so many tokens."""
+    monkeypatch.setattr(tiled, "most_tokens", lambda _: most)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 32, 33])
+@pytest.mark.parametrize("shape", [(8192, 2048), (2048, 8192), (128256, 64), (1000, 2000), (1001, 2000), (24, 1 << 20)])
+def test_a_tile_is_small_and_a_part_of_the_outputs(shape: tuple[int, int], tokens: int) -> None:
+    count = lines(*shape, tokens)
+    if not count:
+        assert shape[0] % 8 or 8 * tokens > 256 or 8 * tokens * shape[1] > DIRECT
+        return
+    assert shape[0] % count == 0
+    assert count * tokens <= 256
+    assert count * tokens * shape[1] <= DIRECT
+    assert count == 128 or shape[0] % (2 * count) or 2 * count * tokens > min(256, DIRECT // shape[1])
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1024), (1, 5, 1024), (3, 2, 1024), (16, 1, 1024), (7, 1024), (32, 1, 1024), (33, 1, 1024)]
+)
+def test_a_layer_computes_what_it_did(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], tmp_path: Path) -> None:
+    linear, biased, embedding = nn.Linear(1024, 1536, bias=False), nn.Linear(1024, 1536), nn.Embedding(1088, 1024)
+    small, odd = nn.Linear(1024, 64, bias=False), nn.Linear(1024, 1537, bias=False)
+    layers = [linear, biased, small, odd]
+    x = mx.random.normal(shape)
+    calls: list[Callable[[], mx.array]] = [lambda layer=layer: layer(x) for layer in layers]
+    calls += [lambda: embedding.as_linear(x), lambda: embedding(mx.array([[3, 1087]]))]
+    expected = [call() for call in calls]
+    model = nn.Sequential(*layers, embedding)
+    mx.eval(expected, model.parameters())
+    fixed(monkeypatch, 32)
+    direct.install(model)
+    mx.eval(model.parameters())
+    tiled.install(model)
+    kinds = [TiledDirectLinear, TiledLinear, direct.DirectLinear, direct.DirectLinear, TiledEmbedding]
+    assert [type(layer) for layer in (*layers, embedding)] == kinds
+    for call, before in zip(calls, expected, strict=True):
+        assert call().shape == before.shape
+        assert mx.allclose(call(), before, rtol=1e-4, atol=1e-4)
+    tokens = x.size // 1024
+    assert (linear.tiles.product(x) is None) == (tokens > 32)
+    if tokens == 1:
+        mx.eval(x)
+        names = with_views(tmp_path, linear(x))
+        assert names.pop("Matmul") == 1
+        assert names.keys() <= {"Reshape", "Broadcast", "Transpose"}, "the weight is not copied"
+
+
+def test_a_model_with_tiles_is_the_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    fixed(monkeypatch, 0)
+    usual = load(folder)
+    fixed(monkeypatch, 32)
+    before = active_memory()
+    loaded = load(folder)
+    assert active_memory() - before < 1.1 * loaded.weights_bytes, "tiles are views"
+    assert [name for name, _ in tree_flatten(loaded.model.parameters())] == [
+        name for name, _ in tree_flatten(usual.model.parameters())
+    ]
+    mlp = loaded.model.layers[0].mlp
+    group = joined_of(mlp.gate_proj)
+    assert group is not None
+    assert type(group[0].layer) is type(mlp.down_proj) is TiledDirectLinear
+    for rows, tokens in ((1, 1), (1, 9), (4, 1), (3, 7), (2, 40)):
+        text = mx.random.randint(0, loaded.vocabulary, (rows, tokens))
+        assert mx.allclose(answer(loaded, text), answer(usual, text), rtol=1e-4, atol=1e-4)
+
+
+def answer(loaded: LoadedModel, text: mx.array) -> mx.array:
+    logits: mx.array = loaded.model(text)
+    return logits
+
+
+def test_adapters_change_layers_with_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    """Rows with adapters and without, in one batch, say what they say alone, and what they say without tiles."""
+    said = []
+    for most in (0, 32):
+        fixed(monkeypatch, most)
+        loaded, other = load(folder), load(folder)
+        names = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
+        source = write_mlx(tmp_path / f"adapter {most}", draw(linear_shapes(loaded, names), 4, 1), keys=None, scale=1.0)
+        alone, together = Driver(loaded), Driver(other)
+        for driver in (alone, together):
+            driver.engine.load_adapter(AdapterSource("a", str(source)))
+        prompts = [encode(text) for text in ("the quick brown fox", "hello world", "def main")]
+        keys = ("", "a", "")
+        expected = [
+            alone.one(prompt=prompt, adapter=key, max_tokens=12).text for prompt, key in zip(prompts, keys, strict=True)
+        ]
+        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+            together.engine.submit(generate(i, prompt=prompt, adapter=key, max_tokens=12))
+        together.drain()
+        assert [together.answers[i].text for i in range(3)] == expected
+        said.append(expected)
+    assert said[0] == said[1]
+    assert len(set(said[0])) == 3
+
+
+class Clock:
+    """Time that passes while products are computed: what `seconds` says for the usual one and for tiles, in turn."""
+
+    def __init__(self, seconds: Iterator[float]) -> None:
+        self._seconds, self._now, self._reads = seconds, 0.0, 0
+
+    def __call__(self) -> float:
+        # Each trial reads it before, between and after the two.
+        if self._reads % 3:
+            self._now += next(self._seconds)
+        self._reads += 1
+        return self._now
+
+
+def trials(*ratios: float) -> Iterator[float]:
+    """Each number of tokens is tried five times; only the best one counts."""
+    for ratio in ratios:
+        for slower in (5.0, 3.0, 1.0, 9.0, 2.0):
+            yield ratio * slower
+            yield 1.0 * slower
+
+
+@pytest.mark.parametrize(
+    ("ratios", "most"),
+    [((3.0, 3.0, 2.5, 2.0, 1.8, 1.5), 32), ((3.0, 2.0, 1.19), 2), ((1.0,), 0), ((3.0, 1.2, 1.1, 9.0), 2)],
+)
+def test_tiles_are_for_as_many_tokens_as_they_are_faster_with(ratios: tuple[float, ...], most: int) -> None:
+    weights = [mx.zeros((1024, 1536)), mx.zeros((2048, 1536)), mx.zeros((2048, 1536))]
+    assert most_tokens(weights, Clock(trials(*ratios))) == most
+
+
+def test_more_tokens_than_a_tile_can_have_are_not_tried() -> None:
+    assert most_tokens([mx.zeros((128, 16384))], Clock(trials(*[3.0] * 6))) == 4
+
+
+@pytest.mark.parametrize("kind", ["small", "bfloat16"])
+def test_nothing_is_tried_for_models_without_large_float32_weights(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(tiled, "most_tokens", asked.append)
+    layer = nn.Linear(1024, 64 if kind == "small" else 2048, bias=False)
+    if kind == "bfloat16":
+        layer.set_dtype(mx.bfloat16)
+    model = nn.Sequential(layer)
+    direct.install(model)
+    tiled.install(model)
+    assert not asked
+    assert type(layer) is direct.DirectLinear
+
+
+def test_the_trial_reads_other_lines_each_time() -> None:
+    weight = mx.arange(8192)[:, None] * mx.ones((1, 1024), mx.float32)
+    first = [int(some[0, 0].item()) for some in tiled._some([weight])]
+    assert len(set(first)) == len(first)
+    assert all(some.shape[0] % 128 == 0 for some in tiled._some([weight]))
+    assert Tiles(weight, 4).product(mx.ones((5, 1024))) is None
