@@ -49,6 +49,10 @@ _MOST_PIECES: Final = 16
 _KNOWN: Final = 2048
 """Bytes of shared memory for what is known of rows and slots, at most."""
 
+_BESIDE: Final = 28 * 1024
+"""Bytes of it beside the chunks, for each 64 lines: what the changes of ten slots of rank 16 take, which come while
+chunks are multiplied then."""
+
 
 def way(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
     """For a weight [outputs, inputs] (of a gate, and as many of its input, for "swiglu"): that of the product without
@@ -71,6 +75,8 @@ def shorter(outputs: int, inputs: int, tokens: int, epilogue: str) -> Way:
 
 def _shared(outputs: int, inputs: int, tokens: int, epilogue: str, chunks: int, most: int) -> Way:
     usual = wide_product_kernel.way(outputs, inputs, tokens, epilogue)
+    ring = beside(replace(usual, stages=0), tokens) - usual.groups * _BESIDE
+    usual = replace(usual, stages=min(usual.stages, ring // usual.chunk(tokens)))
     return replace(usual, pieces=min(max(1, inputs // (64 * chunks)), most))
 
 
@@ -133,7 +139,7 @@ def room(way: Way, tokens: int, epilogue: str, slots: int, ranks: int) -> int:
     there."""
     lines = way.groups * GROUP
     outputs = lines // parts(epilogue)
-    changes = (slots - 1) * ranks * lines * 2 + tokens * parts(epilogue) * ranks * 4
+    changes = (slots - 1) * ranks * lines * 2 + tokens * (parts(epilogue) * ranks + 4) * 4
     return tokens * (lines + 4) * 4 + tokens * outputs * 2 + changes
 
 

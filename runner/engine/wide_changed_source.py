@@ -144,7 +144,8 @@ _SIDE: Final = """
                     total.x += some[e][piece].x, total.y += some[e][piece].y;
                     total.z += some[e][piece].z, total.w += some[e][piece].w;
                 }
-                if (from + e * SIDE < fours) products[from + e * SIDE] = total;
+                const int at = from + e * SIDE;
+                if (at < fours) products[at + at / (PARTS * wide)] = total;
             }
         }
         wait_for_groups<0>();
@@ -188,7 +189,7 @@ _FINISH: Final = """
                 const int its = slot * PARTS + p, begin_at = low[its] % 4, count = high[its] - low[its];
                 const Outputs* const lines = values + ((its - PARTS) * deep + begin_at) * (OUT / SOME) + v;
                 const float* const own_products =
-                    reinterpret_cast<const float*>(products + (r * PARTS + p) * wide) + begin_at;
+                    reinterpret_cast<const float*>(products + (r * PARTS + p) * wide + r) + begin_at;
                 #pragma unroll 4
                 for (int rank = 0; rank < count; ++rank) {
                     const Outputs factors = lines[rank * (OUT / SOME)];
@@ -220,9 +221,10 @@ CHANGED: Final = {
     "OTHERS": _INNER
     + """
     // [slots but the first, PARTS, ranks, OUT], and [rows, PARTS, ranks] / 4: ranks from the last fourth one before a
-    // span on, `wide` fours of them. Where chunks were, sums and what is added come before.
+    // span on, `wide` fours of them. Where chunks were, sums and what is added come before. A row has one four more, so
+    // that rows which are read at once are in different banks.
     auto is_beside = [&](int wide) {
-        return ((S - 1) * PARTS * wide * (OUT / 2) + rows * PARTS * wide) * 16 <= BESIDE;
+        return ((S - 1) * PARTS * wide * (OUT / 2) + rows * (PARTS * wide + 1)) * 16 <= BESIDE;
     };
     auto room_for = [&](int wide) {
         return tiles + (is_beside(wide) ? STAGES * STAGE : TOKENS * (PITCH / 4 + OUT / 8));

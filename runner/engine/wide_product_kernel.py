@@ -63,9 +63,13 @@ class Way(msgspec.Struct, frozen=True):
     splits: int
     pieces: int = 1
 
+    def chunk(self, tokens: int) -> int:
+        """Bytes of shared memory that one has."""
+        return (self.groups * GROUP + tokens) * _CHUNK * 2
+
     def ring(self, tokens: int) -> int:
-        """Bytes of shared memory that chunks have."""
-        return self.stages * (self.groups * GROUP + tokens) * _CHUNK * 2
+        """Those of all."""
+        return self.stages * self.chunk(tokens)
 
     def shared_memory(self, tokens: int) -> int:
         """Bytes of it that a block has."""

@@ -268,7 +268,10 @@ def test_one_launch_shares_sums_as_the_product_does(outputs: int, inputs: int, e
         for choose in CHOOSE:
             way, other = choose(outputs, inputs, tokens, epilogue), choose(outputs, inputs, 64, epilogue)
             fewer = choose is wide_changed_kernel.yielding and usual.splits == 4
-            assert replace(way, pieces=1) == (replace(usual, splits=3) if fewer else usual)
+            shared = replace(way, pieces=1, stages=usual.stages)
+            assert shared == (replace(usual, splits=3) if fewer else usual)
+            assert wide_changed_kernel.beside(way, tokens) >= 28 * 1024 * way.groups
+            assert way.stages > 3 or way.groups > 2
             assert (way.pieces, way.splits) == (other.pieces, other.splits)
 
 
