@@ -1,11 +1,13 @@
 """A process of clients: `python -m runner.bench.worker`. Jobs come in on standard input, reports go out on standard
-output, each as four bytes of length and MessagePack. SIGTERM ends the running job early, with what it has.
+output, each as four bytes of length and MessagePack. SIGTERM ends the running job early, with what it has; so does the
+end of standard input, since nobody is left to ask for it then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from typing import IO
@@ -35,8 +37,19 @@ def read_frame(stream: IO[bytes]) -> bytes | None:
 
 async def _run(job: Job) -> Report:
     clients = Clients(job)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, clients.stop)
-    return await clients.run()
+    loop, jobs = asyncio.get_running_loop(), sys.stdin.buffer
+
+    def look() -> None:
+        loop.remove_reader(jobs)
+        if not jobs.peek(1):  # type: ignore[union-attr]  # a BufferedReader
+            clients.stop()
+
+    loop.add_signal_handler(signal.SIGTERM, clients.stop)
+    loop.add_reader(jobs, look)
+    try:
+        return await clients.run()
+    finally:
+        loop.remove_reader(jobs)
 
 
 def main() -> None:
@@ -49,7 +62,12 @@ def main() -> None:
             report = asyncio.run(_run(job))
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        write_frame(sys.stdout.buffer, report)
+        try:
+            write_frame(sys.stdout.buffer, report)
+        except BrokenPipeError:
+            # Python writes what is left when it ends, and would complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The order of a run, with the server in this process and the clients in theirs."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
-from runner.bench.job import Target, target_of
+from runner.bench.job import Job, Load, Target, target_of
 from runner.bench.run import Measured, Settings, Subject, calibrate, find_model, measure
 from runner.bench.workers import Workers
 from runner.errors import RunnerError
@@ -165,3 +167,26 @@ def test_addresses(url: str, printed: str) -> None:
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(RunnerError, match="is no address"):
         target_of(url)
+
+
+async def test_clients_end_with_whoever_asked_for_them() -> None:
+    """A bench that is killed leaves no load behind, and no complaint: its workers' pipes end in the middle of a job."""
+    asked = asyncio.Event()
+
+    async def silent(exchange: Exchange) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async with ScriptedServer(silent) as server:
+        job = Job(target=target(server), load=Load(words=3), clients=2, first=0, end=2)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+        worker = await asyncio.create_subprocess_exec(sys.executable, "-m", "runner.bench.worker", **pipes)
+        assert worker.stdin is not None
+        data = msgspec.msgpack.encode(job)
+        worker.stdin.write(len(data).to_bytes(4, "big") + data)
+        await asyncio.wait_for(asked.wait(), 30)
+        worker._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]  # nobody reads
+        worker.stdin.close()
+        assert worker.stderr is not None
+        assert await asyncio.wait_for(worker.stderr.read(), 30) == b""
+        assert await worker.wait() == 0
