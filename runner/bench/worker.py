@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import IO
 
 import msgspec
@@ -45,7 +46,8 @@ async def _run(job: Job) -> Report:
             clients.stop()
 
     loop.add_signal_handler(signal.SIGTERM, clients.stop)
-    loop.add_reader(jobs, look)
+    with suppress(PermissionError):  # a file, whose end means nothing
+        loop.add_reader(jobs, look)
     try:
         return await clients.run()
     finally:

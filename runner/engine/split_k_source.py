@@ -153,4 +153,4 @@ SHARED: Final = {
 """,
     "FOUR": "__ldcg(reinterpret_cast<const float4*>(group + (size_t(s) * rows + r) * LINES + column))",
 }
-"""Where several share it, and there are many."""
+"""Where several share it, and there are many, or inner products are a result."""

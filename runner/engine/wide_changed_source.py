@@ -6,7 +6,8 @@ of all slots of a stack (`adapters/stack.py`); as many of them as there are PIEC
 While those are multiplied, the threads at the side look up which ranks each slot has, bring what all slots' `up` has
 for the block's lines into shared memory, wait for the first blocks, and add up the pieces of each row's inner products,
 so that in the end all of it is there. Whatever blocks run at once, those of lower numbers have begun before, and the
-first wait for nobody. Each of the others counts itself as well, and the last leaves the board's counter at zero.
+first wait for nobody. Those of the others that look for them, which are the last of each that share K where these are
+told sums (`split_k_source.py`), count themselves as well, and the last leaves the board's counter at zero.
 
 `up` and the inner products lie beside the chunks in BESIDE bytes; more of them than that comes where chunks were, once
 those are multiplied. A row's ranks are added in their order to the rounded product, as `adapters/expand.py` does, and

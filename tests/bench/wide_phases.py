@@ -5,7 +5,7 @@
 The kernels' sources, with the clock read between their parts by the first thread that multiplies, and by the first at
 the side. Launches are of weights that no cache holds, one after the other; the last counts. Of the launch: nanoseconds
 from the first block's beginning to the last's end, by the device's timer. Of blocks: cycles since their own beginning,
-least, median and most of those that come so far.
+least, median and most of those that come so far: some end before.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ auto timer = [&](int i) {
     times[blockIdx.x * 24 + i] = now;
 };
 if (threadIdx.x == 0) {
+    times[blockIdx.x * 24 + 1] = 0;
     for (int i = 3; i < 24; ++i) times[blockIdx.x * 24 + i] = 0;
     timer(0);
     stamp(2);
@@ -77,7 +78,6 @@ def stamped(text: str) -> str:
         assert text.count(line) <= 1, line
         text = text.replace(line, f"{line}\n{stamp}" if after else f"{stamp}\n{line}")
     last = f"if (threadIdx.x == 0) {{ stamp({len(MARKS) + 3}); timer(1); }}\n"
-    text = text.replace("if (SPLITS > 1 && !latest) return;", f"if (SPLITS > 1 && !latest) {{ {last} return; }}")
     begin = "int rows = 1;"
     assert begin in text
     return text.replace(begin, f"{_READ}{begin}", 1) + f"\n__syncthreads();\n{last}"
