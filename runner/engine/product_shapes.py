@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from runner.engine.adapters import kernel
 from runner.engine.adapters.layers import RowSlots
 from runner.engine.adapters.stack import Stack
 from runner.engine.product_kernel import MOST_ROWS, TILES, Changed, Multiply
+from runner.engine.wide_changed_kernel import Fits
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +49,6 @@ Make = Callable[[int, int, mx.Dtype, str], Multiply]
 
 MakeChanged = Callable[[int, int, mx.Dtype, str], Changed]
 """How those with changes are: `product_kernel.changed`, and what there is in `wide_changed_kernel`, `wide_changes`."""
-
-Fits = Callable[[int, int, mx.Dtype, str, Stack], bool]
-"""Whether they are for such changes: as `wide_changes.fits`."""
 
 AddChanges = Callable[[mx.array, mx.array, Stack, RowSlots, mx.array | None, str], mx.array]
 """From tokens, what a product has made of them, and each row's change and slot: as `adapters.kernel.add_changes`."""
@@ -82,10 +81,8 @@ def kernels() -> Kernels | None:
     wide = wide_product_kernel.multiply if wide_product_kernel.usable() else None
     if not cuda_kernels.usable(kernel.SWITCH):
         return Kernels(product_kernel.multiply, gate=product_kernel.gate, wide=wide)
-    wide_changed = (
-        (wide_changed_kernel.changed, wide_changed_kernel.at_once),
-        (wide_changed_kernel.changed_by_fewer, wide_changed_kernel.yields),
-        (wide_changed_kernel.changed_in_turns, wide_changed_kernel.fits),
+    wide_changed: tuple[tuple[MakeChanged, Fits], ...] = (
+        *((partial(wide_changed_kernel.changed, choose=choose), fits) for choose, fits in wide_changed_kernel.WAYS),
         (wide_changes.changed, wide_changes.fits),
     )
     return Kernels(

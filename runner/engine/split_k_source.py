@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 ALONE: Final = {
-    "LATEST": "",
+    "PREPARE": "",
     "TELL": "",
     "MEET": "",
     "GATHER": "",
@@ -30,7 +30,7 @@ ALONE: Final = {
 """Where a block has all of K."""
 
 TOLD: Final = ALONE | {
-    "LATEST": """
+    "PREPARE": """
     static_assert(SPLITS > 1);
     // Four sums of a thread are of two tokens out of eight, and the same in all blocks: [SPLITS - 1, eights, threads].
     const int eights = (rows + 7) / 8;
@@ -100,7 +100,7 @@ TOLD: Final = ALONE | {
 """Where several share it, and there are few tokens."""
 
 SHARED: Final = {
-    "LATEST": "__shared__ int latest;",
+    "PREPARE": "__shared__ int latest;",
     "TELL": "",
     "PARTIALS": "SPLITS",
     "IS_LAST": "latest",

@@ -7,6 +7,7 @@ only in the end, and have threads of their own that get them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Final
 
@@ -105,6 +106,13 @@ def fits(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str, stack: Stack
     return _have_room(outputs, inputs, epilogue, slots, ranks, stack.spans[0], choose)
 
 
+Fits = Callable[[int, int, mx.Dtype, str, Stack], bool]
+"""Whether there is a kernel for such changes: as `fits`."""
+
+WAYS: Final[tuple[tuple[Choose, Fits], ...]] = ((way, at_once), (yielding, yields), (shorter, fits))
+"""What may be chosen, and for what changes: the first that fits them."""
+
+
 # All are asked in each step, for each layer.
 @cache
 def _waits_anyway(outputs: int, inputs: int, epilogue: str) -> bool:
@@ -171,16 +179,6 @@ def changed(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain",
         return result
 
     return call
-
-
-def changed_by_fewer(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
-    """The same for changes that `at_once` is not true of, but `yields`."""
-    return changed(outputs, inputs, dtype, epilogue, yielding)
-
-
-def changed_in_turns(outputs: int, inputs: int, dtype: mx.Dtype, epilogue: str = "plain") -> Changed:
-    """The same for changes that neither is true of."""
-    return changed(outputs, inputs, dtype, epilogue, shorter)
 
 
 def inner_blocks(way: Way, slots: int, ranks: int) -> int:

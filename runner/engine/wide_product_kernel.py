@@ -266,9 +266,9 @@ def _few_between(told: int, rows: int, inner: int) -> tuple[list[mx.array], list
 
 
 def _many_between(
-    partial: int, counters: Iterator[mx.array] | None, rows: int, inner: int
+    sums: int, counters: Iterator[mx.array] | None, rows: int, inner: int
 ) -> tuple[list[mx.array], list[tuple[int]]]:
-    floats = rows * (partial + inner)
+    floats = rows * (sums + inner)
     return [] if counters is None else [next(counters)], [(floats,)] if floats else []
 
 

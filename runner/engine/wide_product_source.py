@@ -143,7 +143,7 @@ BODY: Final = (
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint4* const tiles = aligned();
     float* const sums = reinterpret_cast<float*>(tiles);
-    LATEST
+    PREPARE
     OTHERS
 """
     + LOOP

@@ -96,7 +96,10 @@ def made(layer: Layer, pieces: list[int]) -> dict[str, Changed]:
         f"one launch, {count}": wide_changed_kernel.changed(*what, choose=in_pieces(count))
         for count in pieces or sorted(usual)
     }
-    return ways | {"by fewer": wide_changed_kernel.changed_by_fewer(*what), "two launches": wide_changes.changed(*what)}
+    return ways | {
+        "by fewer": wide_changed_kernel.changed(*what, wide_changed_kernel.yielding),
+        "two launches": wide_changes.changed(*what),
+    }
 
 
 def in_pieces(count: int) -> wide_product_kernel.Choose:
@@ -141,8 +144,8 @@ def measure(name: str, ways: dict[str, Changed], arguments: argparse.Namespace) 
     """Print a layer's figures."""
     layer, given = LAYERS[name], Given(LAYERS[name], arguments.adapters, arguments.rank)
     what = layer.outputs, layer.inputs, mx.bfloat16, layer.epilogue, given.stacks[0]
-    kinds = (("at once", wide_changed_kernel.at_once), ("by fewer", wide_changed_kernel.yields))
-    print(f"{name:>7} {next((kind for kind, fits in kinds if fits(*what)), 'in turns')}", flush=True)
+    kinds = zip(("at once", "by fewer", "in turns"), wide_changed_kernel.WAYS, strict=True)
+    print(f"{name:>7} {next(kind for kind, (_, fits) in kinds if fits(*what))}", flush=True)
     for rows in arguments.rows:
         x = mx.random.normal((rows, 1, layer.inputs)).astype(mx.bfloat16)
         added = mx.random.normal((rows, 1, layer.outputs)).astype(mx.bfloat16) if layer.added else None

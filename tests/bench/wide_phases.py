@@ -145,14 +145,7 @@ def main() -> None:
     for name in arguments.only:
         layer, given = LAYERS[name], Given(LAYERS[name], arguments.adapters, arguments.rank)
         what = layer.outputs, layer.inputs, mx.bfloat16, layer.epilogue, given.stacks[0]
-        ways = (
-            (wide_changed_kernel.at_once, wide_changed_kernel.way),
-            (
-                wide_changed_kernel.yields,
-                wide_changed_kernel.yielding,
-            ),
-        )
-        choose = next((choose for fits, choose in ways if fits(*what)), wide_changed_kernel.shorter)
+        choose = next(choose for choose, fits in wide_changed_kernel.WAYS if fits(*what))
         for rows in arguments.rows:
             slots = RowSlots.of([row % (arguments.adapters + 1) for row in range(rows)])
             print(f"{name}, {rows} rows, {choose(layer.outputs, layer.inputs, rows, layer.epilogue)}", flush=True)

@@ -1,4 +1,4 @@
-"""What a graph consists of."""
+"""What a graph consists of, and how arrays lie."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def with_views(scratch: Path, *arrays: mx.array) -> Counter[str]:
     """The same with them."""
     mx.export_to_dot(str(scratch / "graph.dot"), *arrays)  # type: ignore[attr-defined]
     return Counter(re.findall(r'label ?= ?"(\w+)", shape=rectangle', (scratch / "graph.dot").read_text()))
+
+
+def strides(array: mx.array) -> tuple[int, ...]:
+    """In bytes."""
+    found = memoryview(array).strides  # type: ignore[arg-type]  # it has a buffer
+    assert found is not None
+    return found
 
 
 def one(call: Call) -> tuple[mx.array, Planes]:

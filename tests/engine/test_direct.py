@@ -15,7 +15,7 @@ from runner.engine.joined import PartialLinear, join_siblings, joined_of
 from runner.engine.loader import load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import active_memory
-from tests.engine.operations import with_views
+from tests.engine.operations import strides, with_views
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="for the CPU")
 
@@ -30,13 +30,6 @@ class Block(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.gate_proj(x), self.up_proj(x)
         return gate * up
-
-
-def strides(weight: mx.array) -> tuple[int, ...]:
-    """In bytes."""
-    found = memoryview(weight).strides  # type: ignore[arg-type]  # it has a buffer
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from runner.engine.adapters.stack import Stack
 from runner.engine.joined import join_siblings
 from runner.engine.kv.layout import Layout
 from runner.engine.product_kernel import MOST_ROWS, Changed, Multiply, Way
-from runner.engine.product_shapes import Fits, Kernels, MakeChanged
+from runner.engine.product_shapes import Kernels, MakeChanged
 from runner.engine.weights import narrow_model
+from runner.engine.wide_changed_kernel import Fits
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import ATTENTION, draw, linear_shapes, write_mlx
 from tests.engine.conftest import ModelFolder

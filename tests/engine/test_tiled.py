@@ -20,8 +20,7 @@ from runner.engine.tiled import TiledDirectLinear, TiledEmbedding, TiledLinear, 
 from runner.protocol import AdapterSource
 from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
 from tests.engine.drive import Driver, active_memory, generate
-from tests.engine.operations import with_views
-from tests.engine.test_direct import strides
+from tests.engine.operations import strides, with_views
 from tests.engine.tiny import build_model, encode
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="for the CPU")
