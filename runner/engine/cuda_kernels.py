@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property, partial
 from itertools import cycle
@@ -67,6 +68,13 @@ def terse(source: str) -> str:
     """A kernel's text without what only readers need: where MLX has it itself, it copies and hashes it in each call."""
     lines = (line.strip() for line in source.splitlines())
     return "\n".join(line for line in lines if line and not line.startswith("//"))
+
+
+def filled(source: str, places: Mapping[str, str]) -> str:
+    """A kernel's text with what stands at its places, one after the other: a place is a whole word."""
+    for place, what in places.items():
+        source = re.sub(rf"(?<!\w){re.escape(place)}(?!\w)", what.replace("\\", r"\\"), source)
+    return source
 
 
 class Kernel:

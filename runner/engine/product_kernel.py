@@ -180,10 +180,8 @@ def usable() -> bool:
 
 def source(epilogue: str, *, changes: bool = False) -> str:
     """The kernel's text."""
-    text = BODY
-    for place, what in (CHANGED if changes else PLAIN).items():
-        text = text.replace(place, what)
-    return cuda_kernels.terse(text.replace("STORE", STORES[epilogue]))
+    text = cuda_kernels.filled(BODY, CHANGED if changes else PLAIN)
+    return cuda_kernels.terse(cuda_kernels.filled(text, {"STORE": STORES[epilogue]}))
 
 
 def constants(way: Way, tiles: int, dtype: mx.Dtype, epilogue: str) -> str:

@@ -6,7 +6,9 @@ the other) would be a fifth of the launch. There all but the last of them by num
 number is its own sign that it is there, since a place without one has all bits set, which no sum has. The last looks at
 the places until they have numbers, and leaves them as they were (`cuda_kernels.exchange`); the others have begun before
 it and wait for nobody, so that they end whatever blocks run at once. NCCL's protocols of low latency have flags beside
-the numbers for the same reason.
+the numbers for the same reason. Where a number does not come (two launches at once with the same places take it from
+each other), a block stops looking after some seconds, and its sums are NaN: a wrong result can be seen, and a device
+that never ends cannot.
 
 Sums are always added in one order. Each of these is what stands at places of `wide_product_source.BODY`, and of what
 `wide_changed_source` has there.
@@ -32,6 +34,7 @@ ALONE: Final = {
 TOLD: Final = ALONE | {
     "PREPARE": """
     static_assert(SPLITS > 1);
+    constexpr int MOST_LOOKS = 1 << 22;
     // Four sums of a thread are of two tokens out of eight, and the same in all blocks: [SPLITS - 1, eights, threads].
     const int eights = (rows + 7) / 8;
     float4* const places = reinterpret_cast<float4*>(const_cast<float*>(told)) +
@@ -55,11 +58,13 @@ TOLD: Final = ALONE | {
         // All of it again and again would be in the way of others, who still read weights.
         if (eights > 1) {
             #pragma unroll 1
-            for (int s = 0; s < SPLITS - 1; ++s) {
-                while (none(look(places + (s * eights + eights - 1) * THREADS).x)) {}
+            for (int s = 0, looks = 0; s < SPLITS - 1; ++s) {
+                while (none(look(places + (s * eights + eights - 1) * THREADS).x) && ++looks < MOST_LOOKS) {}
             }
         }
-        for (bool all = false; !all;) {
+        bool all = false;
+        #pragma unroll 1
+        for (int looks = 0; !all && looks < MOST_LOOKS; ++looks) {
             #pragma unroll
             for (int i = 0; i < TOKENS / 8; ++i) {
                 #pragma unroll

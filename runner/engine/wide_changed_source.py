@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from runner.engine.cuda_kernels import filled
 from runner.engine.wide_product_source import KEEP, LEAVE, LOOP
 
 MEETINGS: Final = """
@@ -37,12 +38,9 @@ __device__ inline void arrive(int which, int count) {
 
 
 def _inner_product() -> str:
-    text = LOOP + KEEP
     places = {"LINES_OF": "(changes + size_t(S) * 64)", "APART": "OUT", "THERE": "if (line + i < there)"}
     # All of the block's threads are at it.
-    for place, what in (places | {"__syncthreads()": "meet(ALL, MOST)"}).items():
-        text = text.replace(place, what)
-    return text
+    return filled(LOOP + KEEP, places | {"__syncthreads()": "meet(ALL, MOST)"})
 
 
 _INNER: Final = (

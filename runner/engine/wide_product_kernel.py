@@ -200,8 +200,7 @@ def source(way: Way, tokens: int, epilogue: str, lines: Mapping[str, str] | None
         lines = CHANGES if epilogue == "changes" else PLAIN
     # Those that share K are in what `lines` are as well.
     for places in (shares, lines, shares, EPILOGUES[epilogue]):
-        for place, what in places.items():
-            text = text.replace(place, what)
+        text = cuda_kernels.filled(text, places)
     return cuda_kernels.terse(text)
 
 

@@ -12,6 +12,7 @@ import pytest
 from runner.engine import wide_product_kernel
 from runner.engine.product_kernel import Multiply
 from runner.engine.wide_product_kernel import TOKENS, Way
+from tests.engine import wide_product_on_host
 from tests.engine.cuda_compiler import compile_kernel
 from tests.engine.test_product_kernel import DTYPES, EPILOGUES, SHAPES, WHAT, check_epilogues, draw, exact, expected
 from tests.engine.wide_product_on_host import WideOnHost
@@ -75,6 +76,19 @@ def test_on_the_host(on_host: Make, outputs: int, inputs: int, dtype: mx.Dtype, 
 @pytest.mark.parametrize("way", [Way(1, 8, 1), Way(1, 4, 4), Way(2, 6, 2), Way(4, 4, 1)], ids=str)
 def test_on_the_host_in_all_ways(on_host: Make, dtype: mx.Dtype, epilogue: str, way: Way) -> None:
     check(on_host, 256, 640, dtype, epilogue, way)
+
+
+@pytest.mark.parametrize("rows", [8, 20])
+def test_numbers_that_do_not_come_make_no_sum(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Nor does the launch wait for ever: a launch at the same time has taken them."""
+    kept = "static void put(float4* at, float4 four) { *at = four; }"
+    assert wide_product_on_host.DEVICE.count(kept) == 1
+    lost = kept.replace("*at = four;", "if (blockIdx.x >= 2) *at = four;")
+    monkeypatch.setattr(wide_product_on_host, "DEVICE", wide_product_on_host.DEVICE.replace(kept, lost))
+    x, weight = draw((rows, 1, 192), 1, mx.float16), draw((128, 192), 2, mx.float16)
+    product = WideOnHost().multiply(128, 192, mx.float16, "plain", lambda *_: Way(1, 6, 2))
+    missing = mx.isnan(product(x, weight)[:, 0]).all(axis=0).tolist()
+    assert missing == [True] * 64 + [False] * 64, "two blocks share a sum: those of the first did not come"
 
 
 @pytest.mark.skipif(not wide_product_kernel.usable(), reason="no Hopper GPU")

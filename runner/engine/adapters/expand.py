@@ -112,10 +112,7 @@ def prepare(dtype: mx.Dtype, epilogue: str) -> None:
 
 def source(epilogue: str, how: Way) -> str:
     """The kernel's text."""
-    text = TILED if how.rows else BY_VECTOR
-    for place, what in PLACES[epilogue].items():
-        text = text.replace(place, what)
-    return cuda_kernels.terse(text)
+    return cuda_kernels.terse(cuda_kernels.filled(TILED if how.rows else BY_VECTOR, PLACES[epilogue]))
 
 
 def constants(dtype: mx.Dtype, epilogue: str, how: Way) -> str:

@@ -110,10 +110,7 @@ def warps_of(inputs: int) -> int:
 
 def source(epilogue: str | None) -> str:
     """A kernel's text, that of `inner` for None."""
-    text = INNER if epilogue is None else ADD
-    for place, what in ({} if epilogue is None else PLACES[epilogue]).items():
-        text = text.replace(place, what)
-    return cuda_kernels.terse(text)
+    return cuda_kernels.terse(INNER if epilogue is None else cuda_kernels.filled(ADD, PLACES[epilogue]))
 
 
 def constants(dtype: mx.Dtype, epilogue: str | None, warps: int = WARPS, blocks: int = BLOCKS) -> str:
