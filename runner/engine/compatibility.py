@@ -162,6 +162,8 @@ def _together(model: Any, layout: Layout, prompts: list[list[int]], before: Sequ
             parts = [prompt[i:j] for prompt, i, j in zip(prompts, starts, ends, strict=True)]
             lengths = [len(part) for part in parts]
             caches.call(model, mx.array([part + [0] * (max(lengths) - len(part)) for part in parts]), lengths)
+            # Of the next call a layer needs the same layer of this one, and no other: see `_computed`.
+            mx.eval(caches.arrays)
             starts = ends
     return caches.call(model, mx.array([[prompt[-1]] for prompt in prompts]))[:, -1]
 

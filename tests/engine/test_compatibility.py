@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from runner.engine.compatibility import batches
+from runner.engine.compatibility import batches, fuses_prompts
+from runner.engine.kv.caches import Caches
 from runner.engine.loader import LoadedModel, load
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
+from tests.engine.operations import with_views
 from tests.engine.tiny import CONFIGS, encode
 
 TEXT = encode("the quick brown fox, hello world. def main")
@@ -66,6 +69,22 @@ class SameOffset:
 def test_silently_wrong_is_found_out(llama: LoadedModel) -> None:
     assert batches(llama.model, llama.layout, llama.vocabulary)
     assert not batches(Wrong(llama.model), llama.layout, llama.vocabulary)
+
+
+def test_trial_calls_do_not_wait_to_be_computed_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: LoadedModel
+) -> None:
+    """Of two, a layer of one needs only that of the other: they would run at once, at the same places."""
+    waiting, call = [], Caches.call
+
+    def watched(self: Caches, *arguments: Any, **options: Any) -> mx.array:
+        waiting.append(bool(with_views(tmp_path, *self.arrays)) if self.arrays else False)
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(Caches, "call", watched)
+    assert batches(llama.model, llama.layout, llama.vocabulary)
+    assert fuses_prompts(llama.model, llama.layout, llama.layout, llama.vocabulary)
+    assert waiting == [False] * 8
 
 
 def test_a_model_that_fails_even_alone_is_not_taken_for_one_that_does_not_batch(llama: LoadedModel) -> None:
