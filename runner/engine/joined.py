@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from runner.engine.column_major import arranged, parted
+from runner.engine.weight_blocks import fit
 
 _SIBLINGS: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that upstream's models give one input, if they have one parent."""
@@ -154,8 +155,9 @@ def _join(layers: Sequence[Any]) -> Any:
     for name in arrays[0]:
         joined[name] = mx.concatenate([other[name] for other in arrays])
     if kind is nn.Linear:
-        # Before it is divided: the parts are views of it.
-        joined.weight = arranged(joined.weight)
+        # Before it is divided: the parts are views of it. Blocks are laid out later.
+        blocks = fit(joined.weight, [layer.weight.shape[0] for layer in layers])
+        joined.weight = joined.weight if blocks else arranged(joined.weight)
     return joined
 
 

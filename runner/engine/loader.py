@@ -11,7 +11,7 @@ import mlx.core as mx
 import msgspec
 from mlx.utils import tree_flatten
 
-from runner.engine import direct, draw_kernel, exponentials, layouts, norms, tiled, zero_copy
+from runner.engine import blocked, direct, draw_kernel, exponentials, layouts, norms, tiled, zero_copy
 from runner.engine.answer.conventions import Conventions
 from runner.engine.beside import Beside
 from runner.engine.joined import join_siblings
@@ -103,6 +103,7 @@ def arrange(model: Any, dtype: str = "") -> None:
     if dtype:
         model.set_dtype(getattr(mx, dtype))
     join_siblings(model, lambda: Layout(model).new().call(model, mx.array([[0]])))
+    blocked.install(model)
     direct.install(model)
 
 
