@@ -261,9 +261,9 @@ class Engine:
         """End every request with an error."""
         self._send(self._fail(self.rows, reason))
 
-    def trial(self, request: Generate) -> str | None:
+    def trial(self, *requests: Generate) -> str | None:
         """Generate for nobody; returns why it failed, or None. Leaves no trace in counters and prefix cache."""
-        return self._trial([request], lambda: False)
+        return self._trial(requests, lambda: False)
 
     def _trial(self, requests: Sequence[Generate], enough: Callable[[], bool]) -> str | None:
         """The same of several, until it is `enough`."""

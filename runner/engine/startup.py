@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import mlx.core as mx
 import msgspec
@@ -19,12 +19,18 @@ from runner.engine.loader import LoadedModel, load
 from runner.engine.memory import ask_for
 from runner.engine.watchdog import Watchdog, in_use_beside, resident, trim
 from runner.errors import EngineLoadError
-from runner.protocol import EngineSpec, FromEngine, Generate, Loaded
+from runner.protocol import EngineSpec, FromEngine, Generate, Loaded, Sampling
 
 if TYPE_CHECKING:
     # The loop is imported beside the weights, a draft's modules where there is one.
     from runner.engine.loop import Engine
     from runner.engine.speculative.speculation import Speculation
+
+_SOME: Final = tuple(
+    Generate(id=-1, prompt=[0] * 3 * length, max_tokens=3 * length, sampling=Sampling(temperature=0.7, top_p=0.9))
+    for length in (3, 1, 2)
+)
+"""Requests that end one after the other."""
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -121,12 +127,13 @@ def _load_adapters(spec: EngineSpec, engine: Engine) -> None:
 def _warm_up(engine: Engine) -> tuple[str, int]:
     """Generate one token through the loop itself; returns the device's name and the bytes in use after it.
 
-    Compiles the kernels of a first prompt, and of rounds with a draft, where a backend compiles them. Raises
-    EngineLoadError when no token comes.
+    Where a backend compiles kernels, those of rows that come, draw and leave others behind are compiled, and those of
+    rounds with a draft: MLX takes seconds for some, in which all requests would wait. Raises EngineLoadError when no
+    token comes.
     """
     failure = engine.trial(Generate(id=-1, prompt=[0, 0], max_tokens=1))
     if failure is None and mx.default_device() == mx.Device(mx.gpu):
-        failure = engine.rehearse()
+        failure = engine.trial(*_SOME) or engine.rehearse()
     if failure is not None:
         raise EngineLoadError(f"the model is loaded, but does not generate: {failure}")
     mx.reset_peak_memory()

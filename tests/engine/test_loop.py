@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from msgspec.structs import replace
 
+from runner.engine import startup
 from runner.engine.limits import Limits
 from runner.engine.loader import LoadedModel, load
 from runner.engine.loop import Engine
@@ -352,6 +353,7 @@ def test_first_tokens_come_with_the_first_step_of_a_batch_and_later_ones_while_t
 def test_a_trial_leaves_no_trace(llama: LoadedModel) -> None:
     driver = Driver(llama, prefix_cache_bytes=1 << 20)
     assert driver.engine.trial(generate(-1, prompt=[0, 0], max_tokens=1)) is None
+    assert driver.engine.trial(*startup._SOME) is None
     assert "token 99999" in (driver.engine.trial(generate(-1, prompt=[99_999])) or "")
     assert driver.frames == []
     stats = driver.engine.stats()
