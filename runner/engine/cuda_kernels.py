@@ -159,7 +159,9 @@ def room(floats: int) -> mx.array:
     """Where the blocks of a launch leave so many floats for each other.
 
     It is an input that the launch writes to: a second result would cost the host 2 µs a launch, which has it made,
-    allocated, and freed. Those that may run at once do not share one.
+    allocated, and freed. Those that may run at once do not share one: of a model call that are those of a layer. Calls
+    that do not need each other's results are started one by one (`arrays.start`, `mx.eval`), since launches of one
+    evaluation that do not depend on each other run at once.
     """
     return next(_rooms(_size(floats), 0))
 
