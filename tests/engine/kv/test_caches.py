@@ -207,6 +207,8 @@ def test_a_step_writes_in_place(loaded: dict[str, LoadedModel], lengths: list[in
 def cost(what: Callable[[], object], caches: Caches) -> int:
     """Bytes beside those in use that it takes. What is not read any more by then can be written in place."""
     before = active_memory()
+    # A buffer that MLX has kept is in use as a whole, where a smaller one is wanted.
+    mx.clear_cache()
     mx.reset_peak_memory()
     what()
     mx.synchronize()
@@ -218,10 +220,9 @@ def test_leaving_copies_one_row_and_not_the_batch(loaded: dict[str, LoadedModel]
     caches = filled(loaded["llama"], [100 + i for i in range(16)])
     row = caches.nbytes / 16
     orders: list[list[int]] = []
-    # MLX's thread may let go of what one copy needs when the next has begun.
-    assert cost(lambda: orders.append(caches.remove([3])), caches) <= 1.5 * row
+    assert cost(lambda: orders.append(caches.remove([3])), caches) <= 1.1 * row
     assert orders == [[0, 1, 2, 15, *range(4, 15)]]
-    assert cost(lambda: orders.append(caches.remove([1, 14, 5])), caches) <= 2.6 * row
+    assert cost(lambda: orders.append(caches.remove([1, 14, 5])), caches) <= 2.2 * row
 
 
 def test_rows_leave_and_are_restored_together(loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
