@@ -100,7 +100,7 @@ def why_not_quantised(model: Any, layout: Layout, precise: Layout, vocabulary: i
     """
     prompts = _prompts(vocabulary)
     try:
-        alone = mx.stack([_computed(_together(model, layout, [prompt])[0]) for prompt in prompts])
+        alone = mx.stack([_together(model, layout, [prompt])[0] for prompt in prompts])
         if (error := _error(model, layout, prompts, alone)) > _TOLERANCE:
             return f"rows in a batch are {error:.0%} off what they are alone"
         if (error := _error(model, precise, prompts, _alone(model, layout, prompts))) > _TOLERANCE:
@@ -145,8 +145,7 @@ def _computed(logits: mx.array) -> mx.array:
 def _error(
     model: Any, layout: Layout, prompts: list[list[int]], expected: mx.array, before: Sequence[int] | None = None
 ) -> float:
-    found = _computed(_together(model, layout, prompts, before))
-    errors: list[float] = to_list(_relative_error(found, _computed(expected)))
+    errors: list[float] = to_list(_relative_error(_together(model, layout, prompts, before), expected))
     return max(errors)
 
 
@@ -165,7 +164,7 @@ def _together(model: Any, layout: Layout, prompts: list[list[int]], before: Sequ
             # Of the next call a layer needs the same layer of this one, and no other: see `_computed`.
             mx.eval(caches.arrays)
             starts = ends
-    return caches.call(model, mx.array([[prompt[-1]] for prompt in prompts]))[:, -1]
+    return _computed(caches.call(model, mx.array([[prompt[-1]] for prompt in prompts]))[:, -1])
 
 
 def _relative_error(found: mx.array, expected: mx.array) -> mx.array:
