@@ -191,7 +191,7 @@ def parts(epilogue: str) -> int:
 
 def source(epilogue: str) -> str:
     """The kernel's text."""
-    return cuda_kernels.terse(_SOURCE.replace("FOLLOW", _FOLLOW[epilogue]))
+    return cuda_kernels.terse(cuda_kernels.filled(_SOURCE, {"FOLLOW": _FOLLOW[epilogue]}))
 
 
 def constants(dtype: mx.Dtype, epilogue: str, threads: int = _THREADS, tile: int = _TILE) -> str:

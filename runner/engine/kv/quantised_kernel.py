@@ -281,7 +281,7 @@ def joined_types(dtype: mx.Dtype) -> dict[str, mx.Dtype]:
 
 def joined_source() -> str:
     """The kernel's text for that."""
-    return JOINED.replace("GROUPS", "KEY_HEADS") + SOURCE
+    return cuda_kernels.filled(JOINED, {"GROUPS": "KEY_HEADS"}) + SOURCE
 
 
 def header(scale: float) -> str:
