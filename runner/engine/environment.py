@@ -24,6 +24,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def linux_on_x86() -> bool:
+    """Whether this is where MLX's CPU backend and BLAS were measured. Macs have their own, and nobody has on ARM."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def notes(environ: Mapping[str, str]) -> list[str]:
     """What the user should know about the libraries this process runs with."""
     if sys.platform != "linux":
@@ -33,7 +38,7 @@ def notes(environ: Mapping[str, str]) -> list[str]:
     if cpu_backend() and not found:
         package = f"{_DEBIAN} libopenblas0-pthread"
         found = [f"no OpenBLAS found: matrix products run on reference BLAS, up to 30 times slower; {package}"]
-    if platform.machine() == "x86_64" and not any("malloc" in entry for entry in preloaded):
+    if linux_on_x86() and not any("malloc" in entry for entry in preloaded):
         found.append(f"no jemalloc found: steps of small models are slower without it; {_DEBIAN} libjemalloc2")
     return found
 

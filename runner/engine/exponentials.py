@@ -14,7 +14,6 @@ than `powf` where they are not.
 from __future__ import annotations
 
 import math
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,8 +21,10 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models import activations
 
-# On a Mac MLX's own are vectorised; Linux on ARM was not measured.
-_SLOW: Final = mx.default_device() == mx.Device(mx.cpu) and sys.platform == "linux" and platform.machine() == "x86_64"
+from runner.engine import environment
+
+# On a Mac MLX's own are vectorised.
+_SLOW: Final = mx.default_device() == mx.Device(mx.cpu) and environment.linux_on_x86()
 
 _GATES: Final = 512
 """Numbers from which a gate is computed here."""

@@ -24,6 +24,7 @@ import mlx.nn as nn
 
 from runner.engine.column_major import DIRECT
 from runner.engine.direct import DirectEmbedding, DirectLinear, plain_layers
+from runner.engine.weight_blocks import multiply
 
 SWITCH: Final = "MLX_RUN_TILES"
 """Environment variable that turns them off, with 0."""
@@ -56,8 +57,8 @@ class Tiles:
     """A weight [outputs, inputs] for up to `most` tokens."""
 
     def __init__(self, weight: mx.array, most: int) -> None:
-        self._outputs, self._inputs = weight.shape
-        self._lines = [lines(self._outputs, self._inputs, max(1, tokens)) for tokens in range(most + 1)]
+        outputs, self._inputs = weight.shape
+        self._lines = [lines(outputs, self._inputs, max(1, tokens)) for tokens in range(most + 1)]
         self._views = {count: _tiles(weight, count) for count in {*self._lines} if count}
 
     def product(self, x: mx.array) -> mx.array | None:
@@ -65,19 +66,12 @@ class Tiles:
         tokens = x.size // self._inputs
         if tokens >= len(self._lines) or not (count := self._lines[tokens]):
             return None
-        y = _multiply(x.reshape(tokens, self._inputs), self._views[count])
-        return y.reshape(*x.shape[:-1], self._outputs)
+        return multiply(x, self._views[count])
 
 
 def _tiles(weight: mx.array, count: int) -> mx.array:
     """[tiles, inputs, count], as a view."""
     return weight.reshape(-1, count, weight.shape[1]).swapaxes(1, 2)
-
-
-def _multiply(x: mx.array, tiles: mx.array) -> mx.array:
-    """[tokens, outputs] for x [tokens, inputs]."""
-    y = x[None] @ tiles
-    return (y if x.shape[0] == 1 else y.swapaxes(0, 1)).reshape(x.shape[0], -1)
 
 
 class _Tiled(nn.Module):  # type: ignore[misc]
@@ -173,7 +167,7 @@ def _parts(weights: Sequence[mx.array]) -> Iterator[mx.array]:
 
 def _timed(x: mx.array, one: mx.array, other: mx.array, count: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds of the usual product with one part of a weight, and of one by tiles with another."""
-    products: tuple[Callable[[], mx.array], ...] = (lambda: x @ one.T, lambda: _multiply(x, _tiles(other, count)))
+    products: tuple[Callable[[], mx.array], ...] = (lambda: x @ one.T, lambda: multiply(x, _tiles(other, count)))
     seconds = []
     for product in products:
         began = clock()

@@ -15,14 +15,14 @@ ways are tried, once in a process.
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Final
 
 import mlx.core as mx
+
+from runner.engine import environment
 
 SWITCH: Final = "MLX_RUN_BLOCKS"
 """Environment variable that turns them off, with 0."""
@@ -49,11 +49,11 @@ they have to be."""
 
 
 def multiply(x: mx.array, blocks: mx.array) -> mx.array:
-    """[..., outputs] for x [..., inputs]."""
-    count, inputs, _ = blocks.shape
+    """[..., outputs] for x [..., inputs] and blocks [outputs / lines, inputs, lines]."""
+    count, inputs, lines = blocks.shape
     tokens = x.size // inputs
     y = x.reshape(1, tokens, inputs) @ blocks
-    return (y if tokens == 1 else y.swapaxes(0, 1)).reshape(*x.shape[:-1], count * LINES)
+    return (y if tokens == 1 else y.swapaxes(0, 1)).reshape(*x.shape[:-1], count * lines)
 
 
 def fit(weight: mx.array, parts: Sequence[int]) -> bool:
@@ -70,10 +70,10 @@ def laid_out(weight: mx.array) -> mx.array:
 
 @cache
 def pay() -> bool:
-    """Whether blocks are faster here. On Macs and on ARM nobody has measured it."""
+    """Whether blocks are faster here."""
     if mx.default_device() != mx.Device(mx.cpu) or os.environ.get(SWITCH) == "0":
         return False
-    return sys.platform == "linux" and platform.machine() == "x86_64" and faster()
+    return environment.linux_on_x86() and faster()
 
 
 def faster(clock: Callable[[], float] = time.perf_counter) -> bool:

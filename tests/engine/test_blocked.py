@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from runner.engine import blocked, direct, weight_blocks
+from runner.engine import blocked, direct, environment, weight_blocks
 from runner.engine.blocked import BlockedLinear, BlockedPart
 from runner.engine.joined import PartialLinear, join_siblings
-from runner.engine.loader import LoadedModel, load
-from runner.protocol import AdapterSource
-from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
-from tests.engine.drive import Driver, active_memory, generate
+from runner.engine.loader import load
+from tests.engine.drive import active_memory
 from tests.engine.operations import with_views
-from tests.engine.tiny import build_model, encode
+from tests.engine.tiny import build_model
+from tests.engine.weights_that_lie_otherwise import Clock, answer, magnitudes, said_alone_and_together
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="for the CPU")
 
@@ -148,11 +146,6 @@ def test_a_model_in_blocks_is_the_model(monkeypatch: pytest.MonkeyPatch, folder:
         assert mx.allclose(answer(loaded, text), answer(usual, text), rtol=1e-4, atol=1e-4).item()
 
 
-def answer(loaded: LoadedModel, text: mx.array) -> mx.array:
-    logits: mx.array = loaded.model(text)
-    return logits
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_adapters_change_layers_in_blocks(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, dora: bool
@@ -161,41 +154,10 @@ def test_adapters_change_layers_in_blocks(
     said = []
     for pay in (False, True):
         decide(monkeypatch, pay=pay)
-        loaded, other = load(folder), load(folder)
-        names = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
-        shapes = linear_shapes(loaded, names)
-        sizes = {path: 1 + mx.arange(outputs) / outputs for path, (_, outputs) in shapes.items()} if dora else None
-        pairs = draw(shapes, 4, 1)
-        source = write_mlx(tmp_path / f"adapter {pay}", pairs, keys=None, magnitudes=sizes)
-        alone, together = Driver(loaded), Driver(other)
-        for driver in (alone, together):
-            driver.engine.load_adapter(AdapterSource("a", str(source)))
-        prompts = [encode(text) for text in ("the quick brown fox", "hello world", "def main")]
-        keys = ("", "a", "")
-        expected = [
-            alone.one(prompt=prompt, adapter=key, max_tokens=12).text for prompt, key in zip(prompts, keys, strict=True)
-        ]
-        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            together.engine.submit(generate(i, prompt=prompt, adapter=key, max_tokens=12))
-        together.drain()
-        assert [together.answers[i].text for i in range(3)] == expected
-        said.append(expected)
+        sizes = magnitudes(load(folder)) if dora else None
+        said.append(said_alone_and_together(folder, tmp_path / f"adapter {pay}", sizes))
     assert said[0] == said[1]
     assert len(set(said[0])) == 3
-
-
-class Clock:
-    """Time that passes while products are computed."""
-
-    def __init__(self, seconds: Iterator[float]) -> None:
-        self._seconds, self._now, self._reads = seconds, 0.0, 0
-
-    def __call__(self) -> float:
-        # It is read before and after each.
-        if self._reads % 2:
-            self._now += next(self._seconds)
-        self._reads += 1
-        return self._now
 
 
 @pytest.mark.parametrize(
@@ -222,8 +184,8 @@ def test_blocks_have_to_be_faster(seconds: tuple[float, ...], right: bool) -> No
 def test_where_it_is_tried(monkeypatch: pytest.MonkeyPatch, where: tuple[str, str, str], right: bool) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(weight_blocks, "faster", lambda: asked.append(where) or True)
-    monkeypatch.setattr(weight_blocks.sys, "platform", where[0])
-    monkeypatch.setattr(weight_blocks.platform, "machine", lambda: where[1])
+    monkeypatch.setattr(environment.sys, "platform", where[0])
+    monkeypatch.setattr(environment.platform, "machine", lambda: where[1])
     monkeypatch.setenv(weight_blocks.SWITCH, where[2])
     weight_blocks.pay.cache_clear()
     assert weight_blocks.pay() == weight_blocks.pay() == right

@@ -15,13 +15,12 @@ from mlx.utils import tree_flatten
 from runner.engine import direct, tiled
 from runner.engine.column_major import DIRECT
 from runner.engine.joined import joined_of
-from runner.engine.loader import LoadedModel, load
+from runner.engine.loader import load
 from runner.engine.tiled import TiledDirectLinear, TiledEmbedding, TiledLinear, Tiles, lines, most_tokens
-from runner.protocol import AdapterSource
-from tests.engine.adapters.folders import draw, linear_shapes, write_mlx
-from tests.engine.drive import Driver, active_memory, generate
+from tests.engine.drive import active_memory
 from tests.engine.operations import strides, with_views
-from tests.engine.tiny import build_model, encode
+from tests.engine.tiny import build_model
+from tests.engine.weights_that_lie_otherwise import Clock, answer, said_alone_and_together
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="for the CPU")
 
@@ -102,48 +101,14 @@ def test_a_model_with_tiles_is_the_model(monkeypatch: pytest.MonkeyPatch, folder
         assert mx.allclose(answer(loaded, text), answer(usual, text), rtol=1e-4, atol=1e-4)
 
 
-def answer(loaded: LoadedModel, text: mx.array) -> mx.array:
-    logits: mx.array = loaded.model(text)
-    return logits
-
-
 def test_adapters_change_layers_with_tiles(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     """Rows with adapters and without, in one batch, say what they say alone, and what they say without tiles."""
     said = []
     for most in (0, 32):
         fixed(monkeypatch, most)
-        loaded, other = load(folder), load(folder)
-        names = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
-        source = write_mlx(tmp_path / f"adapter {most}", draw(linear_shapes(loaded, names), 4, 1), keys=None, scale=1.0)
-        alone, together = Driver(loaded), Driver(other)
-        for driver in (alone, together):
-            driver.engine.load_adapter(AdapterSource("a", str(source)))
-        prompts = [encode(text) for text in ("the quick brown fox", "hello world", "def main")]
-        keys = ("", "a", "")
-        expected = [
-            alone.one(prompt=prompt, adapter=key, max_tokens=12).text for prompt, key in zip(prompts, keys, strict=True)
-        ]
-        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            together.engine.submit(generate(i, prompt=prompt, adapter=key, max_tokens=12))
-        together.drain()
-        assert [together.answers[i].text for i in range(3)] == expected
-        said.append(expected)
+        said.append(said_alone_and_together(folder, tmp_path / f"adapter {most}"))
     assert said[0] == said[1]
     assert len(set(said[0])) == 3
-
-
-class Clock:
-    """Time that passes while products are computed: what `seconds` says for the usual one and for tiles, in turn."""
-
-    def __init__(self, seconds: Iterator[float]) -> None:
-        self._seconds, self._now, self._reads = seconds, 0.0, 0
-
-    def __call__(self) -> float:
-        # It is read before and after each.
-        if self._reads % 2:
-            self._now += next(self._seconds)
-        self._reads += 1
-        return self._now
 
 
 def trials(*ratios: float) -> Iterator[float]:
