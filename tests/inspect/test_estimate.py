@@ -73,8 +73,9 @@ def test_the_peak_of_a_prefill_is_bounded(hidden: int, inner: int, step: int, tm
     driver = Driver(load(folder), prefill_step_size=step, prefix_cache_bytes=0)
     prompt = (encode("hello world, how are you today? ") * 100)[:512]
     driver.one(prompt=prompt[:10], max_tokens=2)
-    mx.clear_cache()
     idle = active_memory()
+    # What was garbage is kept by MLX now, and a larger buffer that it uses again counts as a whole.
+    mx.clear_cache()
     mx.reset_peak_memory()
     driver.one(prompt=prompt, max_tokens=1)
     real = mx.get_peak_memory() - idle
