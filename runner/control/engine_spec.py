@@ -32,6 +32,7 @@ def engine_spec(spec: ModelSpec, folder: Path, options: Options, budget: int) ->
         dtype=spec.dtype,
         kv_bits=spec.kv_cache.bits if spec.kv_cache else 0,
         kv_group_size=spec.kv_cache.group_size if spec.kv_cache else 64,
+        kv_start=spec.kv_cache.quantized_start if spec.kv_cache else 0,
         chat_template=str(spec.chat_template.path) if spec.chat_template else "",
         tool_parser=spec.tool_parser,
         orphan_grace=options.orphan_grace,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import mlx.core as mx
+from msgspec.structs import replace
 
 from runner.engine import attention_block
 from runner.engine.compatibility import (
@@ -21,6 +22,9 @@ from runner.engine.kv.calls import Launch
 from runner.engine.kv.layout import Layout
 from runner.engine.kv.quantised import Quantisation
 from runner.errors import EngineLoadError
+
+_EARLY: Final = 3
+"""Position from which on rows of a trial are seen packed where there is a threshold: some within the trial."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +64,29 @@ def _launching(model: Any, slack: int, launch: Launch, plain: Layout, vocabulary
 
 def quantised(model: Any, quantisation: Quantisation, plain: Layout, vocabulary: int) -> Layout:
     """How the model caches with `quantisation`; EngineLoadError if it cannot be cached so. `plain` is without it."""
-    apart = plain.quantised(quantisation)
+    served = plain.quantised(quantisation)
+    # With a threshold, prompts as short as those of a trial would not come to it.
+    starts = (0, _EARLY) if quantisation.start else (0,)
+    tried = [replace(quantisation, start=start) for start in starts]
     if plain.unknown:
         reason: str | None = f"its caches are of a kind ({', '.join(plain.unknown)}) that is served as it is"
     elif not plain.straight:
         reason = "none of its layers caches all tokens"
     else:
-        precise = plain.quantised(Quantisation(8, quantisation.group_size))
-        reason = why_not_quantised(model, apart, precise, vocabulary)
+        reason = next(filter(None, (_why_not(model, how, plain, vocabulary) for how in tried)), None)
     if reason is not None:
         hint = "leave bits out, or choose a group_size that divides the width of the model's heads"
         raise EngineLoadError(f"kv_cache.bits: this model's cache cannot be quantised: {reason}", hint=hint)
     if (launch := quantised_kernel.launch()) is None:
-        return apart
-    launched = plain.quantised(quantisation, launch)
-    if (reason := why_not_packed(model, launched, apart, vocabulary)) is None:
-        return launched
-    logger.warning(f"packed keys take separate operations: {reason}")
-    return apart
+        return served
+    for how in tried:
+        reason = why_not_packed(model, plain.quantised(how, launch), plain.quantised(how), vocabulary)
+        if reason is not None:
+            logger.warning(f"packed keys take separate operations: {reason}")
+            return served
+    return plain.quantised(quantisation, launch)
+
+
+def _why_not(model: Any, how: Quantisation, plain: Layout, vocabulary: int) -> str | None:
+    precise = plain.quantised(replace(how, bits=8))
+    return why_not_quantised(model, plain.quantised(how), precise, vocabulary)

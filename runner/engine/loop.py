@@ -21,7 +21,7 @@ from runner.engine.grammar.service import Grammars
 from runner.engine.intake import Intake
 from runner.engine.limits import Counters, Limits
 from runner.engine.loader import LoadedModel
-from runner.engine.memory import MemoryBudget, cache_bytes_per_token
+from runner.engine.memory import MemoryBudget, cache_bytes
 from runner.engine.prefill import Prefiller
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.prepared import Prepared
@@ -84,10 +84,11 @@ class Engine:
         self._batch = DecodeBatch(loaded.model, self._bank, loaded.vocabulary, proposer)
         self._speculation = speculation
         self._decoding = Decoding(loaded, self._batch, speculation, self._say)
-        weights, token_bytes = loaded.weights_bytes, cache_bytes_per_token(loaded.model, loaded.layout)
-        if speculation is not None:
-            weights, token_bytes = weights + speculation.weights_bytes, token_bytes + speculation.token_bytes
-        self.budget = MemoryBudget(memory_limit, weights, token_bytes, sizes=loaded.layout.sizes)
+        weights, drafted = (0, 0.0) if speculation is None else (speculation.weights_bytes, speculation.token_bytes)
+        weights, own = weights + loaded.weights_bytes, cache_bytes(loaded.model, loaded.layout)
+        self.budget = MemoryBudget(
+            memory_limit, weights, lambda tokens: own(tokens) + tokens * drafted, sizes=loaded.layout.sizes
+        )
         self.room = Room(self.budget, self._batch, self._bank, self._prefixes, lambda: self._prefiller.active)
         takes = lambda row, tokens: self.room.takes(row, tokens, self.limits.prefill_step_size)  # noqa: E731
         self._prefiller = Prefiller(

@@ -8,13 +8,15 @@ upper bound for the batch, whose rows are padded to the longest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
 import msgspec
+from msgspec.structs import replace
 
 from runner.engine.kv.layout import Layout
+from runner.engine.kv.masks import FEW
 from runner.engine.kv.sizes import AS_NEEDED, Sizes
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ _AT_ONCE: Final = 512
 
 
 class MemoryBudget(msgspec.Struct):
-    """`limit` and `weights` are bytes; `token_bytes` is what the caches of all layers take for one token of one row.
+    """`limit` and `weights` are bytes; `row` says what the caches of all layers take for a row with room for so many
+    tokens.
 
     `granted` is what may be used for now, below the limit, or in its place where that is 0; 0 for as much as the
     limit. `working` bytes are left for what is computed. A row takes `row_bytes` at most, however long it gets: where
@@ -41,7 +44,7 @@ class MemoryBudget(msgspec.Struct):
 
     limit: int
     weights: int
-    token_bytes: float
+    row: Callable[[int], float]
     granted: int = 0
     working: int = 0
     row_bytes: int = 0
@@ -63,7 +66,7 @@ class MemoryBudget(msgspec.Struct):
 
     def room(self, slots: int, tokens: int) -> float:
         """Bytes of so many slots with room for so many tokens each."""
-        each = tokens * self.token_bytes
+        each = self.row(tokens)
         return slots * (min(each, self.row_bytes) if self.row_bytes else each)
 
     def has(self, slots: int, tokens: int, kept: int) -> bool:
@@ -102,6 +105,21 @@ def _tokens(row: Row) -> int:
     """Tokens that a row will hold at its end; of one that asked for no length, those that it will hold soon."""
     end = len(row.prompt) + row.max_tokens
     return min(len(row.prompt) + len(row.generated) + _AHEAD, end) if row.open_ended else end
+
+
+def cache_bytes(model: Any, layout: Layout) -> Callable[[int], float]:
+    """What the caches take for a row with room for so many tokens, in bytes.
+
+    Where tokens are packed from a position on, rows have room for all in both ways if one of them is beyond it, though
+    for plain ones not much further.
+    """
+    how = layout.quantisation
+    if how is None or not how.start:
+        each = cache_bytes_per_token(model, layout)
+        return lambda tokens: each * tokens
+    plain, packed = (cache_bytes_per_token(model, layout.quantised(other)) for other in (None, replace(how, start=0)))
+    most, start = how.start + FEW, how.start
+    return lambda tokens: tokens * plain if tokens <= start else tokens * packed + min(tokens, most) * plain
 
 
 def cache_bytes_per_token(model: Any, layout: Layout) -> float:

@@ -15,7 +15,7 @@ shrink from their ends, and beginnings that many share stay.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import mlx.core as mx
@@ -102,8 +102,8 @@ class PrefixCache:
         known = path[-1][0].piece.start + path[-1][1] if path else 0
         state = caches.state(row) if len(tokens) == caches.length(row) else None
         grown = _grown(path, len(tokens), caches, row)
-        spans = range(known, len(tokens), _MOST) if grown is None else ()
-        pieces = [caches.piece(row, at, min(at + _MOST, len(tokens))) for at in spans]
+        spans = _spans(known, len(tokens), caches.seam) if grown is None else ()
+        pieces = [caches.piece(row, start, stop) for start, stop in spans]
         nbytes = sum(piece.nbytes for piece in pieces) + (0 if state is None else state.nbytes)
         nbytes += 0 if grown is None else grown.nbytes - path[-1][0].piece.nbytes
         if nbytes + len(packed) > self._limit:
@@ -219,6 +219,16 @@ class PrefixCache:
             node.stamp = 0
 
 
+def _spans(start: int, stop: int, seam: int | None) -> Iterator[tuple[int, int]]:
+    """What positions `start` to `stop` - 1 are cut into: none too long, none across the seam."""
+    while start < stop:
+        end = min(start + _MOST, stop)
+        if seam is not None and start < seam < end:
+            end = seam
+        yield start, end
+        start = end
+
+
 def _grown(path: list[tuple[Node, int]], length: int, caches: Caches, row: int) -> Piece | None:
     """What the node at the end of `path` is to have if it grows to the row's first `length` tokens; None if not.
 
@@ -228,7 +238,7 @@ def _grown(path: list[tuple[Node, int]], length: int, caches: Caches, row: int) 
     if node is None or node.children or node.state is not None:
         return None
     start, stop = node.piece.start, node.piece.stop
-    if start + matching != stop or not stop < length <= start + _MOST:
+    if start + matching != stop or not stop < length or [*_spans(start, length, caches.seam)] != [(start, length)]:
         return None
     piece = caches.piece(row, start, length)
     return piece if piece.complete == node.piece.complete else None

@@ -93,7 +93,7 @@ def _model(spec: EngineSpec, slack: int) -> LoadedModel:
         Path(spec.path),
         spec.tool_parser,
         slack,
-        Quantisation(spec.kv_bits, spec.kv_group_size) if spec.kv_bits else None,
+        Quantisation(spec.kv_bits, spec.kv_group_size, spec.kv_start) if spec.kv_bits else None,
         spec.chat_template,
         spec.dtype,
         trust_remote_code=spec.trust_remote_code,

@@ -12,6 +12,24 @@ from typing import Final
 
 from runner.inspect.memory import whole_steps
 
+_BEHIND: Final = 16
+"""Tokens behind a threshold that rows have room for in what is not packed (`runner.engine.kv.thresholded`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """`bits` a value, and two numbers of the activations' type for each `group_size` of them, in rows that come to
+    position `start`; before it they are kept as they are computed, too."""
+
+    bits: int
+    group_size: int
+    start: int = 0
+
+    def reached(self, tokens: int) -> bool:
+        """Whether rows of so many tokens, 0 for any number, have room for packed ones: that is where they have room
+        beyond `start`."""
+        return not tokens or whole_steps(tokens) > self.start
+
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
@@ -62,19 +80,23 @@ class CacheLayout:
             state32=self.state32 * layers,
         )
 
-    def row_bytes(self, tokens: int, itemsize: int, bits: int = 0, group_size: int = 64) -> int:
-        """Bytes of a row with so many tokens; `itemsize` is of the activations' type. With `bits`, what grows is
-        quantised."""
+    def row_bytes(self, tokens: int, itemsize: int, packing: Packing | None = None) -> int:
+        """Bytes of a row with so many tokens; `itemsize` is of the activations' type. What grows is packed so, if at
+        all."""
         held = whole_steps(tokens)
         windows = sum(values * min(held, size) for size, values in self.windows.items())
         fixed = (windows + self.state) * itemsize + self.state32 * 4
-        return self.token_bytes(itemsize, bits, group_size) * held + fixed
+        if packing is not None and not packing.reached(tokens):
+            packing = None
+        if packing is not None and packing.start:
+            fixed += self.token_bytes(itemsize) * min(held, packing.start + _BEHIND)
+        return self.token_bytes(itemsize, packing) * held + fixed
 
-    def token_bytes(self, itemsize: int, bits: int = 0, group_size: int = 64) -> int:
+    def token_bytes(self, itemsize: int, packing: Packing | None = None) -> int:
         """Bytes that a token adds while no window is full."""
-        if not bits:
+        if packing is None:
             return self.growing * itemsize
-        return self.growing * bits // 8 + self.growing // group_size * 2 * itemsize
+        return self.growing * packing.bits // 8 + self.growing // packing.group_size * 2 * itemsize
 
 
 NOTHING: Final = CacheLayout()

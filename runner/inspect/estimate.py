@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from runner.inspect.adapter import AdapterFacts
+from runner.inspect.caches import Packing
 from runner.inspect.config import Config
 from runner.inspect.layers import Layers
 from runner.inspect.memory import ModelMemory
@@ -25,7 +26,7 @@ _FUSED_HEADS: Final = (64, 80, 96, 128)
 class Limits(NamedTuple):
     """What the manifest allows a deployment: rows, tokens a row (0: the model's own), tokens of a prefill step, bytes.
 
-    `kv_bits` 0 keeps keys and values as they are computed.
+    `kv_bits` 0 keeps keys and values as they are computed; else they are from position `kv_start` on.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Limits(NamedTuple):
     prefix_cache: int
     kv_bits: int = 0
     kv_group_size: int = 64
+    kv_start: int = 0
 
 
 def model_memory(
@@ -83,25 +85,29 @@ def longest_context(model: ModelFacts, limits: Limits) -> int:
 
 
 class _Rows:
-    """Bytes of rows: the model's caches, and the draft's."""
+    """Bytes of rows: the model's caches, and the draft's, which are never quantised."""
 
     def __init__(self, model: ModelFacts, draft: ModelFacts | None, limits: Limits, *, float32: bool) -> None:
-        parts = [model] if draft is None else [model, draft]
+        packing = Packing(limits.kv_bits, limits.kv_group_size, limits.kv_start) if limits.kv_bits else None
+        self._longest = longest_context(model, limits)
         self._parts = [
-            (part.layout, activation_itemsize(part.tensors, float32=float32)) for part in parts if part.layout
+            (part.layout, activation_itemsize(part.tensors, float32=float32), how)
+            for part, how in ((model, packing), (draft, None))
+            if part is not None and part.layout is not None
         ]
-        self._limits = limits
 
     @property
     def per_token(self) -> int:
         """Of a row that grows by one."""
-        bits, group = self._limits.kv_bits, self._limits.kv_group_size
-        return sum(layout.token_bytes(size, bits, group) for layout, size in self._parts)
+        longest = self._longest
+        return sum(
+            layout.token_bytes(size, how if how is not None and how.reached(longest) else None)
+            for layout, size, how in self._parts
+        )
 
     def row(self, tokens: int) -> int:
         """Of a row with so many tokens."""
-        bits, group = self._limits.kv_bits, self._limits.kv_group_size
-        return sum(layout.row_bytes(tokens, size, bits, group) for layout, size in self._parts)
+        return sum(layout.row_bytes(tokens, size, how) for layout, size, how in self._parts)
 
 
 def _prefill_peak(model: ModelFacts, step: int, context: int, limits: Limits, itemsize: int, *, fused: bool) -> int:

@@ -81,6 +81,14 @@ class KVCache(_Section):
         "Default: 64.",
         examples=[64],
     )
+    quantized_start: int | None = Field(
+        None,
+        ge=0,
+        le=100_000_000,
+        description="With bits, the position from which on a request's tokens see a quantised KV cache; those before "
+        "it see one that is not, and shorter requests are answered as without bits. Default: 0, all are quantised.",
+        examples=[4096],
+    )
     max_context: int | None = Field(
         None,
         ge=1,

@@ -59,6 +59,7 @@ def _quantization(it: Subject) -> Iterator[Problem]:
 
 
 def _kv_cache(it: Subject) -> Iterator[Problem]:
+    yield from _idle_kv_settings(it)
     bits = it.settings["kv_cache"].get("bits")
     if not bits or it.facts is None or (layout := it.facts.layout) is None:
         return
@@ -77,6 +78,22 @@ def _kv_cache(it: Subject) -> Iterator[Problem]:
         message = f"{_whose(it, path)}the heads are {odd[0]} wide, which groups of {size} do not divide"
         hint = f"give group_size: {fitting[0]}" if fitting else _without_bits(it, path)
         yield Problem("E610", path, message, hint)
+
+
+def _idle_kv_settings(it: Subject) -> Iterator[Problem]:
+    """What changes nothing, of what the model's own section says of a quantised cache."""
+    settings = it.settings["kv_cache"]
+    for key in ("group_size", "quantized_start"):
+        path = it.at("kv_cache", key)
+        if settings.get(key) and not settings.get("bits") and not _whose(it, path):
+            yield Problem("W615", path, "changes nothing without bits: the cache is not quantised", "give bits: 8")
+    start = settings.get("quantized_start") or 0
+    limits = (it.spec.limits.max_context, it.facts.config.max_context if it.facts else 0)
+    longest = min((tokens for tokens in limits if tokens), default=0)
+    path = it.at("kv_cache", "quantized_start")
+    if settings.get("bits") and 0 < longest <= start and not _whose(it, path):
+        message = f"is {start}, but no request has more than {longest} tokens: nothing is quantised"
+        yield Problem("W615", path, message, f"give less than {longest}, or leave bits out")
 
 
 def _whose(it: Subject, path: KeyPath) -> str:

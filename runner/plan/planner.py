@@ -241,9 +241,10 @@ def _replace_reason(old: ModelSpec, new: ModelSpec) -> str:
 
 
 def _kv_cache(spec: ModelSpec) -> str:
-    return (
-        "as computed" if spec.kv_cache is None else f"{spec.kv_cache.bits} bits (groups of {spec.kv_cache.group_size})"
-    )
+    if (how := spec.kv_cache) is None:
+        return "as computed"
+    start = f" from {how.quantized_start} tokens on" if how.quantized_start else ""
+    return f"{how.bits} bits (groups of {how.group_size}){start}"
 
 
 def _quantization(spec: ModelSpec) -> str:

@@ -228,7 +228,8 @@ def _quantization(section: Quantization | None) -> QuantizationSpec | None:
 def _kv_cache(settings: Mapping[str, Any]) -> KVCacheSpec | None:
     if "bits" not in settings:
         return None
-    return KVCacheSpec(**{key: settings[key] for key in ("bits", "group_size") if key in settings})
+    keys = ("bits", "group_size", "quantized_start")
+    return KVCacheSpec(**{key: settings[key] for key in keys if key in settings})
 
 
 def _given(section: Generation | KVCache | Batching | None) -> dict[str, Any]:

@@ -68,10 +68,17 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """How an engine keeps keys and values: in `bits` each, with a scale for each `group_size` of them."""
+    """How an engine keeps keys and values: in `bits` each, with a scale for each `group_size` of them, for tokens at
+    positions from `quantized_start` on."""
 
     bits: int
     group_size: int = 64
+    quantized_start: int = 0
+
+    @property
+    def key(self) -> str:
+        """Same value, same caches."""
+        return f"{self.bits}.{self.group_size}" + (f".{self.quantized_start}" if self.quantized_start else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +143,7 @@ class ModelSpec:
     def process_digest(self) -> str:
         """Same value, same engine process."""
         draft = "" if self.draft is None else f"-{self.draft.digest}{'-code' * self.draft.trust_remote_code}"
-        kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.bits}.{self.kv_cache.group_size}"
+        kv = "" if self.kv_cache is None else f"-kv{self.kv_cache.key}"
         packing = "" if self.quantization is None else f"-q{self.quantization.key}"
         dtype = f"-{self.dtype}" if self.dtype else ""
         template = "" if self.chat_template is None else f"-t{self.chat_template.digest}"

@@ -79,6 +79,7 @@ class Subject(NamedTuple):
             prefix_cache=limits.prefix_cache_bytes,
             kv_bits=kv.get("bits") or 0,
             kv_group_size=kv.get("group_size") or 64,
+            kv_start=kv.get("quantized_start") or 0,
         )
         adapters = list(self.adapters.values())
         return model_memory(

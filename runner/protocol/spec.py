@@ -23,10 +23,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     chunk; `draft` is the folder of a draft model, "" for none, which proposes `num_draft_tokens` at a time at most;
     `trust_remote_code` and `trust_draft_code` let the Python code in the folder of either be run;
     `dtype` is what the model computes in, "" for its own (float32 on the CPU); `kv_bits` quantise the KV cache, in
-    groups of `kv_group_size` values, 0 not; `chat_template` is a file in place of the model's own, "" for that;
-    `tool_parser` names the convention of tool calls, "" for what the chat template tells; `orphan_grace` is how long,
-    in seconds, the engine waits without a runner before it exits; `control_group` is the folder of a group that the
-    engine enters before it allocates, "" for none.
+    groups of `kv_group_size` values, 0 not, for positions from `kv_start` on; `chat_template` is a file in place of the
+    model's own, "" for that; `tool_parser` names the convention of tool calls, "" for what the chat template tells;
+    `orphan_grace` is how long, in seconds, the engine waits without a runner before it exits; `control_group` is the
+    folder of a group that the engine enters before it allocates, "" for none.
     """
 
     model: str
@@ -49,6 +49,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = ""
     kv_bits: int = 0
     kv_group_size: int = 64
+    kv_start: int = 0
     chat_template: str = ""
     tool_parser: str = ""
     orphan_grace: float = 5.0

@@ -1,6 +1,10 @@
 """What a quantised KV cache costs and saves: bytes, and the rate of decoding at a long context.
 
     python tests/bench/kv_quantised.py [--context 16384] [--rows 1 4] [--tokens 64] [--bits 16 8 4] [--prefill]
+    python tests/bench/kv_quantised.py --rows 4 --spread 4096 --bits 16 8 8@2048 8@10000 8@20000
+
+8@10000 is 8 bits from position 10,000 on; with a spread, rows are that much shorter each than the one before, so that
+such a batch may be on both sides.
 
 On a GPU with the geometry of Llama-3.2-1B in bfloat16, on the CPU with a small one in float32; random weights, drawn on
 the device. Neither bytes nor rate depend on what keys and values say, so the caches are filled with random ones,
@@ -60,11 +64,11 @@ class Filler:
         return tokens
 
 
-def filled(geometry: dict[str, Any], layout: Layout, rows: int, context: int) -> Caches:
-    """Rows of about `context` tokens each, none as long as another."""
+def filled(geometry: dict[str, Any], layout: Layout, rows: int, context: int, spread: int) -> Caches:
+    """Rows of `context` tokens and less, none as long as another."""
     caches = layout.new(rows)
     caches.reserve(context)
-    left = [context - 3 * row for row in range(rows)]
+    left = [context - spread * row for row in range(rows)]
     while (count := min(PART, max(left))) > 0:
         lengths = [min(count, more) for more in left]
         caches.call(Filler(geometry), mx.zeros((rows, count), dtype=mx.uint32), lengths)
@@ -95,50 +99,55 @@ class Formats:
         self.rows = rows
         self._call = TracedCalls(model)
         self._tokens = arguments.tokens
-        self.caches: dict[int, Caches] = {}
-        for bits in arguments.bits:
-            layout = cached_in(model, bits, arguments)
-            self.caches[bits] = filled(GEOMETRIES[arguments.geometry], layout, rows, arguments.context)
-            progress(f"{rows} rows, {bits} bits: filled, {self.caches[bits].nbytes / 2**20:.0f} MiB")
-            rate(self._call, self.caches[bits], 8)
-            progress(f"{rows} rows, {bits} bits: warm")
-        self.rates: dict[int, list[float]] = {bits: [] for bits in self.caches}
-        self._peaks: dict[int, int] = {}
+        self.caches: dict[str, Caches] = {}
+        for name in arguments.bits:
+            layout = cached_in(model, name, arguments)
+            self.caches[name] = filled(
+                GEOMETRIES[arguments.geometry], layout, rows, arguments.context, arguments.spread
+            )
+            progress(f"{rows} rows, {name} bits: filled, {self.caches[name].nbytes / 2**20:.0f} MiB")
+            rate(self._call, self.caches[name], 8)
+            progress(f"{rows} rows, {name} bits: warm")
+        self.rates: dict[str, list[float]] = {name: [] for name in self.caches}
+        self._peaks: dict[str, int] = {}
 
     def round(self) -> None:
         """Measures each once."""
-        for bits, cache in self.caches.items():
+        for name, cache in self.caches.items():
             mx.synchronize()
             mx.clear_cache()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
-            self.rates[bits].append(rate(self._call, cache, self._tokens))
-            self._peaks[bits] = mx.get_peak_memory() - before
-        progress(f"{self.rows} rows: " + ", ".join(f"{bits} bits {self.rates[bits][-1]:.1f}/s" for bits in self.rates))
+            self.rates[name].append(rate(self._call, cache, self._tokens))
+            self._peaks[name] = mx.get_peak_memory() - before
+        progress(
+            f"{self.rows} rows: " + ", ".join(f"{name} bits {rates[-1]:.1f}/s" for name, rates in self.rates.items())
+        )
 
     def write(self, record: Record) -> None:
         """A row a format."""
         first = next(iter(self.caches))
-        for bits, cache in self.caches.items():
-            median = statistics.median(self.rates[bits])
+        for name, cache in self.caches.items():
+            median = statistics.median(self.rates[name])
             share, ratio = cache.nbytes / self.caches[first].nbytes, median / statistics.median(self.rates[first])
             cells = {
                 "rows": str(self.rows),
-                "bits": str(bits),
+                "bits": name,
                 "MiB": f"{cache.nbytes / 2**20:.1f}",
                 "of the first": f"{share:.3f}",
                 "tokens/s": f"{median:,.1f}",
                 "of the first's": f"{ratio:.3f}",
-                "peak beside, MiB": f"{self._peaks[bits] / 2**20:.1f}",
+                "peak beside, MiB": f"{self._peaks[name] / 2**20:.1f}",
             }
-            figures = {"rows": self.rows, "bits": bits, "nbytes": cache.nbytes, "bytes_ratio": share}
-            record.row(cells, {**figures, "rates": self.rates[bits], "rate_ratio": ratio})
+            figures = {"rows": self.rows, "bits": name, "nbytes": cache.nbytes, "bytes_ratio": share}
+            record.row(cells, {**figures, "rates": self.rates[name], "rate_ratio": ratio})
 
 
-def cached_in(model: Any, bits: int, arguments: argparse.Namespace) -> Layout:
+def cached_in(model: Any, name: str, arguments: argparse.Namespace) -> Layout:
     """As the engine would; 16 bits are what the model computes in."""
-    quantisation = None if bits >= 16 else Quantisation(bits, arguments.group_size)
-    return layout_of(model, quantisation)
+    bits, _, start = name.partition("@")
+    quantisation = Quantisation(int(bits), arguments.group_size, int(start or 0))
+    return layout_of(model, None if quantisation.bits >= 16 else quantisation)
 
 
 def prefill(model: Any, layout: Layout, context: int, budget: Budget) -> tuple[int, float]:
@@ -162,7 +171,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16384)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4])
+    parser.add_argument("--bits", nargs="+", default=["16", "8", "4"])
+    parser.add_argument("--spread", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--prefill", action="store_true")
@@ -195,12 +205,12 @@ def main() -> None:
 def measure_prefill(model: Any, arguments: argparse.Namespace, budget: Budget) -> None:
     """A row a format."""
     record = Record(arguments.record, "kv", f"prefill of {arguments.context} tokens, in calls of {CHUNK}")
-    for bits in arguments.bits:
-        layout = cached_in(model, bits, arguments)
+    for name in arguments.bits:
+        layout = cached_in(model, name, arguments)
         done, seconds = prefill(model, layout, arguments.context, budget)
-        cells = {"bits": str(bits), "tokens": f"{done}", "seconds": f"{seconds:.2f}"}
+        cells = {"bits": name, "tokens": f"{done}", "seconds": f"{seconds:.2f}"}
         cells["tokens/s"] = f"{done / seconds:,.0f}"
-        record.row(cells, {"bits": bits, "tokens": done, "seconds": seconds})
+        record.row(cells, {"bits": name, "tokens": done, "seconds": seconds})
 
 
 if __name__ == "__main__":

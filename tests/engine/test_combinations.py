@@ -23,13 +23,18 @@ from tests.engine.drive import Answer, Driver, generate
 from tests.engine.speculative.drafts import draft_folder, erratic, speculating
 from tests.engine.tiny import encode
 
-FEATURES: Final = ("adapter", "draft", "kv bits", "prefix hit", "grammar", "seed", "join", "cancel")
+FEATURES: Final = ("adapter", "draft", "kv bits", "kv start", "prefix hit", "grammar", "seed", "join", "cancel")
 FAMILIES: Final = ("llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2")
-COMBINATIONS: Final = [c for size in (2, 3) for c in itertools.combinations(FEATURES, size)]
+COMBINATIONS: Final = [
+    c for size in (2, 3) for c in itertools.combinations(FEATURES, size) if not {"kv bits", "kv start"} <= {*c}
+]
 TEXT: Final = encode("the quick brown fox jumps over the lazy dog. hello world, how are you today? def main():") * 3
 GRAMMAR: Final = Grammar("regex", "[a-z ]{3,40}", "regex")
 SUBJECT: Final = 1000
 SHARED: Final = 20
+FORMATS: Final = {"kv bits": Quantisation(8, 32), "kv start": Quantisation(8, 32, 50)}
+"""With a start, the subject comes to it within its answer, and its neighbours before, later and never."""
+
 TIE: Final = 0.05
 """Log-probability by which the best token of a quantised row may be ahead and yet lose in another batch."""
 
@@ -43,19 +48,19 @@ class Engines:
         self._folder, self._scratch = model_folder, scratch
         self._adapters: dict[str, list[AdapterSource]] = {}
         self._drafts: dict[str, Path] = {}
-        self._alone: dict[tuple[str, bool], Driver] = {}
+        self._alone: dict[tuple[str, Quantisation | None], Driver] = {}
         self._batched: dict[tuple[str, frozenset[str]], Driver] = {}
 
-    def alone(self, family: str, *, quantised: bool) -> Driver:
+    def alone(self, family: str, features: Sequence[str]) -> Driver:
         """One row at a time, in large chunks, of nothing known before."""
-        key = (family, quantised)
+        key = (family, packing(features))
         if key not in self._alone:
-            self._alone[key] = self._driver(family, self._load(family, quantised), max_rows=1, prefill_step_size=4096)
+            self._alone[key] = self._driver(family, self._load(*key), max_rows=1, prefill_step_size=4096)
         return self._alone[key]
 
     def batched(self, family: str, features: Sequence[str]) -> Driver:
         """An engine with few rows and small chunks, and what the features need; it knows no prompts."""
-        key = (family, frozenset(features) & {"draft", "kv bits", "prefix hit"})
+        key = (family, frozenset(features) & {"draft", *FORMATS, "prefix hit"})
         if key not in self._batched:
             self._batched[key] = self._new_batched(family, features)
         for adapter in ("", "a", "b"):
@@ -63,7 +68,7 @@ class Engines:
         return self._batched[key]
 
     def _new_batched(self, family: str, features: Sequence[str]) -> Driver:
-        target = self._load(family, "kv bits" in features)
+        target = self._load(family, packing(features))
         prefixes = 1 << 24 if "prefix hit" in features else 0
         limits = {"max_rows": 4, "prefill_step_size": 16, "prefix_cache_bytes": prefixes}
         speculation = None
@@ -76,8 +81,7 @@ class Engines:
             speculation = speculating(target, self._drafts[family], erratic())
         return self._driver(family, target, speculation=speculation, **limits)
 
-    def _load(self, family: str, quantised: bool) -> LoadedModel:
-        quantisation = Quantisation(8, 32) if quantised else None
+    def _load(self, family: str, quantisation: Quantisation | None) -> LoadedModel:
         return load(self._folder(family, wide=True), slack=16, quantisation=quantisation)
 
     def _driver(self, family: str, target: LoadedModel, **fields: Any) -> Driver:
@@ -98,6 +102,11 @@ def engines(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory)
     return Engines(model_folder, tmp_path_factory.mktemp)
 
 
+def packing(features: Sequence[str]) -> Quantisation | None:
+    """How keys and values are kept."""
+    return next((how for name, how in FORMATS.items() if name in features), None)
+
+
 class Scenario:
     """A subject with the features, among neighbours that have some of them."""
 
@@ -106,7 +115,7 @@ class Scenario:
 
     def subject(self, number: int) -> Generate:
         """The row that is compared."""
-        fields: dict[str, Any] = {"logprobs": 2} if "kv bits" in self.features else {}
+        fields: dict[str, Any] = {"logprobs": 2} if packing(self.features) else {}
         if "adapter" in self.features:
             fields["adapter"] = "a"
         if "seed" in self.features:
@@ -153,7 +162,7 @@ def check(engines: Engines, family: str, features: Sequence[str]) -> None:
     """Compare the subject in the batch with itself alone."""
     scenario = Scenario(features)
     got = scenario.run(engines.batched(family, features))
-    alone = engines.alone(family, quantised="kv bits" in features)
+    alone = engines.alone(family, features)
     request = scenario.subject(len(alone.answers) + 5000)
     expected = alone.run([request])[request.id]
     assert got.usage is not None
@@ -161,7 +170,7 @@ def check(engines: Engines, family: str, features: Sequence[str]) -> None:
         assert got.usage.cached_tokens >= SHARED - 1
     if "draft" in features and family != "lfm2":
         assert got.usage.accepted_tokens + got.usage.rejected_tokens > 0
-    if got.text != expected.text and "kv bits" in features:
+    if got.text != expected.text and packing(features):
         assert_tie(got, expected)
     else:
         assert (got.text, got.finish_reason) == (expected.text, expected.finish_reason)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 
+from runner.engine.kv.quantised import Quantisation
 from runner.engine.loader import LoadedModel, load
-from runner.engine.memory import MemoryBudget, cache_bytes_per_token
+from runner.engine.memory import MemoryBudget, cache_bytes, cache_bytes_per_token
 from tests.engine.conftest import ModelFolder
 from tests.engine.drive import Driver, generate
 from tests.engine.tiny import encode
@@ -62,6 +64,24 @@ def test_the_batch_is_counted_padded(model_folder: ModelFolder, token_bytes: flo
         driver.engine.intake._admission.row(generate(i, prompt=[5] * n, max_tokens=4), 0)
         for i, n in enumerate((10, 30))
     ]
-    assert MemoryBudget(1000, 100, 2.0).excess(rows, 50) == 100 + 50 + 2 * STEP * 2 - 1000
-    assert MemoryBudget(1000, 100, 2.0).excess([], 50) == -850
-    assert MemoryBudget(1000, 100, 2.0, row_bytes=300).excess(rows, 50) == 100 + 50 + 2 * 300 - 1000
+
+    def twice(tokens: int) -> float:
+        return 2.0 * tokens
+
+    assert MemoryBudget(1000, 100, twice).excess(rows, 50) == 100 + 50 + 2 * STEP * 2 - 1000
+    assert MemoryBudget(1000, 100, twice).excess([], 50) == -850
+    assert MemoryBudget(1000, 100, twice, row_bytes=300).excess(rows, 50) == 100 + 50 + 2 * 300 - 1000
+
+
+@pytest.mark.parametrize("start", [0, 300, 1024])
+@pytest.mark.parametrize("tokens", [100, 400, 900])
+def test_caches_with_a_threshold_are_counted_as_they_are(model_folder: ModelFolder, start: int, tokens: int) -> None:
+    """Up to it plain ones, beyond it both."""
+    model = load(model_folder("llama", wide=True), quantisation=Quantisation(8, 32, start))
+    caches = model.layout.new(3)
+    for at in range(0, tokens, 100):
+        caches.call(model.model, mx.zeros((3, 100), dtype=mx.uint32), [100, 1, 40] if at else None)
+        mx.eval(caches.arrays)
+    slots, room = caches.room
+    assert (slots, room >= tokens) == (3, True)
+    assert caches.nbytes == slots * cache_bytes(model.model, model.layout)(room)

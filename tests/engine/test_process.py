@@ -162,6 +162,11 @@ def test_keeps_keys_and_values_in_the_bits_of_its_spec(
 ) -> None:
     child = start(path=model_folder("gemma3_text", wide=True), kv_bits=8, kv_group_size=32)
     assert "2 of 4 layers stay as they are" in child.connect().wait(Loaded).notes[-1]
+    late = start(path=model_folder("gemma3_text", wide=True), kv_bits=8, kv_group_size=32, kv_start=24)
+    client = late.connect()
+    assert "2 of 4 layers stay as they are" in client.wait(Loaded).notes[-1]
+    client.send(*(generate(length, prompt=[*range(length)], max_tokens=20) for length in (22, 40)))
+    assert {client.finish(length).finish_reason for length in (22, 40)} <= {"stop", "length"}
     narrow = start(kv_bits=8, kv_group_size=64).connect().wait(LoadFailed)
     assert narrow.reason.startswith("kv_cache.bits: ")
     assert "group_size" in narrow.hint

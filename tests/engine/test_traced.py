@@ -136,19 +136,18 @@ def test_rows_say_the_same(
     assert not graphs.calls
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("how", [Quantisation(4, 32), Quantisation(8, 32), Quantisation(8, 32, 30)], ids=str)
 @pytest.mark.parametrize("drafted", [False, True])
 def test_rows_of_few_bits_say_the_same(
     model_folder: ModelFolder,
     monkeypatch: pytest.MonkeyPatch,
     graphs: Graphs,
     tmp_path: Path,
-    bits: int,
+    how: Quantisation,
     drafted: bool,
 ) -> None:
     folder = model_folder("llama", wide=True)
     draft = draft_folder(folder, tmp_path / "draft", "perturbed") if drafted else None
-    how = Quantisation(bits, 32)
     monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
     loaded = load(folder, slack=SLACK, quantisation=how)
     assert loaded.layout.packed_launch is packed_separately
@@ -162,6 +161,37 @@ def test_rows_of_few_bits_say_the_same(
     assert plain.layout.packed_launch is None
     assert found == answers(plain, draft, adapters)
     assert not graphs.calls
+
+
+@pytest.mark.usefixtures("keeping")
+def test_a_graph_is_of_one_side_of_a_threshold(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
+) -> None:
+    """Before it, with rows on both sides, and beyond it; only the call in which a row comes to it is built anew."""
+    monkeypatch.setattr(quantised_kernel, "launch", lambda: packed_separately)
+    loaded = load(model_folder("llama", wide=True), quantisation=Quantisation(8, 32, 40))
+    call = traced.TracedCalls(loaded.model)
+    caches, other = loaded.layout.new(), loaded.layout.new()
+    for rows, prompt in ((caches, TEXT[:10]), (other, TEXT[:20])):
+        rows.reserve(100)
+        mx.eval(rows.call(loaded.model, mx.array([prompt])), rows.arrays)
+    caches.join(other)
+    built = []
+    for step in range(60):
+        before = graphs.calls
+        mx.eval(call(caches, mx.array([[step], [step + 1]])), caches.arrays)
+        caches.dispatched()
+        built.append(graphs.calls == before)
+    assert graphs.kept == graphs.traced == 3
+    # Two of each side before a graph is kept, and those in which a row turns.
+    assert [step for step, anew in enumerate(built) if anew] == [0, 1, 20, 21, 22, 30, 31, 32]
+    plain = load(model_folder("llama", wide=True), quantisation=Quantisation(8, 32, 40))
+    assert plain.layout.packed_launch is packed_separately
+    found = plain.layout.new()
+    logits = found.call(plain.model, mx.array([[*TEXT[:10], *range(60)]]))[:, -1]
+    last = caches.call(loaded.model, mx.array([[60], [61]]))[:1, -1]
+    assert mx.allclose(found.call(plain.model, mx.array([[60]]))[:, -1], last, atol=1e-3)
+    assert not mx.allclose(logits, last, atol=1e-3)
 
 
 def test_a_packed_launch_that_is_wrong_is_not_taken(

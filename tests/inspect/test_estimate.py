@@ -99,7 +99,15 @@ def test_the_terms_of_a_geometry(tmp_path: Path) -> None:
     assert memory.most == memory.held + memory.kv_max + 7 + memory.prefill
     assert model_memory(facts(folder), [], None, limits, float32=True).weights == 2 * memory.weights
     quantised = model_memory(facts(folder), [], None, limits._replace(kv_bits=8), float32=False)
-    assert quantised.kv_per_token == 65536 + 65536 // 64 * 4
+    packed = 65536 + 65536 // 64 * 4
+    assert quantised.kv_per_token == packed
+    drafted = model_memory(facts(folder), [], facts(small), limits._replace(kv_bits=8), float32=False)
+    assert drafted.kv_per_token == packed + 512, "a draft's caches are as it makes them"
+    late = model_memory(facts(folder), [], None, limits._replace(kv_bits=8, kv_start=500), float32=False)
+    assert (late.kv_per_token, late.kv_row) == (packed, 1024 * packed + 516 * 131_072)
+    assert late.first - late.prefill < 512 * 131_072 + 516 * 131_072 + 512 * packed
+    never = model_memory(facts(folder), [], None, limits._replace(kv_bits=8, kv_start=1024), float32=False)
+    assert never.kv_row == 1024 * never.kv_per_token == 1024 * 131_072
 
 
 @pytest.mark.mlx

@@ -125,7 +125,13 @@ def _adapters(chance: random.Random) -> Data:
 def _sections(chance: random.Random, above: str) -> Data:
     """`kv_cache`, `batching`, `generation`, `load` and `idle_timeout`, without what is refused as yet."""
     choices: dict[str, dict[str, list[Any]]] = {
-        "kv_cache": {"bits": [4, 8], "group_size": [64], "max_context": [1, 16384], "prefix_cache": [0, "1 MiB"]},
+        "kv_cache": {
+            "bits": [4, 8],
+            "group_size": [64],
+            "quantized_start": [0, 512],
+            "max_context": [1, 16384],
+            "prefix_cache": [0, "1 MiB"],
+        },
         "batching": {"max_rows": [1, 32], "prefill_step_size": [512], "max_queue": [0, 64]},
         "generation": {
             "temperature": [0, 0.7, 2], "top_p": [0.9, 1], "top_k": [0, 40], "min_p": [0.05], "max_tokens": [1, 1024],

@@ -163,6 +163,13 @@ def test_the_kv_cache_s_format_is_part_of_the_process() -> None:
         ("kv_cache.bits", 8),
         ("kv_cache.group_size", 32),
     ]
+    late = model(kv_cache=KVCacheSpec(8, 32, 512))
+    (action,) = plan(desired(late), observed(model(kv_cache=KVCacheSpec(8, 32)))).actions
+    assert isinstance(action, ReplaceModel)
+    assert action.reason == "KV cache 8 bits (groups of 32) → 8 bits (groups of 32) from 512 tokens on"
+    assert [(change.path, change.old, change.new) for change in action.changes] == [
+        ("kv_cache.quantized_start", None, 512)
+    ]
 
 
 def test_a_port_that_another_server_gets_is_given_back_first() -> None:

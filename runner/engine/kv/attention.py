@@ -18,7 +18,8 @@ from runner.engine.kv import blocks, quantised
 from runner.engine.kv.grouped import grouped
 from runner.engine.kv.masks import FEW, Mask
 from runner.engine.kv.quantised import Quantised
-from runner.engine.kv.rotary import rotated
+from runner.engine.kv.rotary import after, rotated
+from runner.engine.kv.thresholded import Both, Thresholded
 from runner.engine.kv.unwritten import Unwritten
 
 _ON_GPU: Final = mx.default_device() == mx.Device(mx.gpu)
@@ -43,8 +44,12 @@ def attend(
 ) -> mx.array:
     """[rows, heads, tokens, width]; arguments and result are those of mlx_lm.models.base's function of this name.
 
-    Keys and values may be `Unwritten` as well, and queries `Unrotated`.
+    Keys and values may be `Unwritten` as well, or `Both` of a `Thresholded` cache, and queries `Unrotated`.
     """
+    if isinstance(keys, Both):
+        return _across(queries, keys, cache, scale, mask, sinks)
+    if isinstance(cache, Thresholded):
+        cache = cache.used
     if isinstance(keys, Unwritten) and keys is values:
         attended = keys.attend(queries, scale, mask, sinks)
         if attended is not None:
@@ -62,3 +67,17 @@ def attend(
         return in_blocks
     result: mx.array = base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     return result
+
+
+def _across(queries: Any, both: Both, cache: Thresholded, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
+    """What queries see of which some are before the cache's threshold, and some beyond it.
+
+    All see both, and each has that of its side: rows are not taken apart, so that a graph does for any.
+    """
+    plain, packed = cache.caches
+    seen = attend(queries, *both.plain, plain, scale, mask, sinks)
+    if isinstance(both.packed[0], Unwritten):
+        # Two launches at once would leave what their blocks have for each other at the same places.
+        queries = after(queries, seen)
+    attended = attend(queries, *both.packed, packed, scale, cache.packed_mask(mask), sinks)
+    return mx.where(cache.sees_plain(), seen, attended)

@@ -20,6 +20,7 @@ from runner.engine.kv.layer_protocol import Layer
 from runner.engine.kv.moves import Beginnings, Moves, Whole
 from runner.engine.kv.planes import Slots
 from runner.engine.kv.positions import Positions
+from runner.engine.kv.thresholded import Thresholded
 
 Held = list[list[mx.array]]
 """What each layer holds."""
@@ -31,6 +32,10 @@ Traced = tuple[Answer, Held, mx.array]
 
 Graph = Callable[[mx.array, mx.array, Held], Traced[Answer]]
 """Of a call with tokens [rows, count], [rows] int32 tokens before them, and what layers hold."""
+
+
+Shape = tuple[int, int, int, int, int]
+"""Rows, tokens of a call, slots and tokens that there is room for, and the side of a threshold."""
 
 
 class NotTraceableError(Exception):
@@ -84,6 +89,11 @@ class Caches:
         """The same once there are so many rows that need so much room."""
         return self._positions.room_for(rows, tokens)
 
+    @property
+    def seam(self) -> int | None:
+        """A position that no piece may go across, if there is one: what comes from it on is held in another way."""
+        return None if self._positions.threshold is None else self._positions.threshold.start
+
     def reserve(self, tokens: int) -> None:
         """Have room for `tokens` tokens a row from the next call on, where it is known that they will come."""
         self._positions.reserve(tokens)
@@ -116,16 +126,21 @@ class Caches:
         for leaf in self._leaves:
             leaf.dispatched()
 
-    def shape(self, count: int, lengths: Sequence[int] | None = None) -> tuple[int, int, int, int] | None:
+    def shape(self, count: int, lengths: Sequence[int] | None = None) -> Shape | None:
         """What decides how a call of `count` tokens for each row is computed; None if more does than such a thing.
 
         Calls of one shape differ by the values of arrays alone: see `call_graph`. Of row i, only `lengths[i]` count.
         """
         positions = self._positions
         positions.begin(count, lengths)
-        if not self._leaves or not all(leaf.traceable() for leaf in self._leaves):
+        threshold, busy = positions.threshold, self._busy
+        if not busy or not all(leaf.traceable() for leaf in busy):
             return None
-        return positions.rows, count, positions.slots, positions.capacity
+        if threshold is None:
+            return positions.rows, count, positions.slots, positions.capacity, 0
+        # What a row's beginning is packed by is no part of a graph.
+        phase = None if threshold.turning else threshold.phase
+        return None if phase is None else (positions.rows, count, positions.slots, positions.capacity, phase)
 
     def call_graph(self, graph: Graph[Answer], tokens: mx.array, rows: int | None = None) -> Answer:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
@@ -136,14 +151,15 @@ class Caches:
         positions = self._positions
         if (more := (rows or positions.rows) - positions.rows) > 0:
             tokens = mx.concatenate([tokens, mx.zeros((more, tokens.shape[1]), dtype=tokens.dtype)])
-        held = [leaf.arrays for leaf in self._leaves]
+        busy = self._busy
+        held = [leaf.arrays for leaf in busy]
         try:
             answer, after, starts = graph(tokens, positions.padded_starts(positions.rows + more), held)
         except BaseException:
             after = held
             raise
         finally:
-            for leaf, arrays in zip(self._leaves, after, strict=True):
+            for leaf, arrays in zip(busy, after, strict=True):
                 leaf.hold(arrays)
         # With lengths, the host knows better.
         positions.end(starts if positions.lengths is None else None)
@@ -156,15 +172,16 @@ class Caches:
         layer has not written and attended by its launch alone.
         """
         with self._positions.traced(starts, tokens.shape[1]):
-            for leaf, arrays in zip(self._leaves, held, strict=True):
+            busy = self._busy
+            for leaf, arrays in zip(busy, held, strict=True):
                 leaf.hold(arrays)
                 leaf.begin()
             answer: mx.array = model(tokens, cache=self.layers)
-            for leaf in self._leaves:
+            for leaf in busy:
                 leaf.end()
-            if not all(leaf.traced for leaf in self._leaves):
+            if not all(leaf.traced for leaf in busy):
                 raise NotTraceableError
-        after = [leaf.arrays for leaf in self._leaves]
+        after = [leaf.arrays for leaf in busy]
         return answer, after, starts + tokens.shape[1]
 
     def join(self, other: Caches, soon: int = 0) -> None:
@@ -225,6 +242,7 @@ class Caches:
         """Positions `start` to `stop` - 1 of a row, as a copy that is not computed yet: to be started before rows
         leave or join."""
         assert stop <= self.length(row)
+        assert not (self.seam and start < self.seam < stop)
         cut, written = Cut(row, slice(start, stop)), self._positions.written[row]
         return cut.piece([leaf.piece(cut, written) for leaf in self._leaves])
 
@@ -246,6 +264,11 @@ class Caches:
             return
         if done := [array for run in runs for array in self._put(*run)]:
             start(done)
+
+    @property
+    def _busy(self) -> list[Layer]:
+        """Those that have a part in the call that has begun."""
+        return [leaf for leaf in self._leaves if not leaf.idle]
 
     def _begin(self, row: int, rows: int, begun: Beginning) -> bool:
         """Have layers begin with planes that hold it; False where launches do not make those."""
@@ -304,4 +327,5 @@ def _what_is_kept(begun: Beginning | None) -> tuple[int, ...]:
 
 def leaves_of(caches: Sequence[Any]) -> list[Any]:
     """The caches of layers, those that have several apart."""
-    return [leaf for c in caches for leaf in (leaves_of(c.caches) if isinstance(c, CacheList) else [c])]
+    several = CacheList, Thresholded
+    return [leaf for c in caches for leaf in (leaves_of(c.caches) if isinstance(c, several) else [c])]

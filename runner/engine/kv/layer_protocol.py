@@ -28,6 +28,11 @@ class Layer(Protocol):
         """The call is built; the positions do not know yet."""
         ...
 
+    @property
+    def idle(self) -> bool:
+        """Whether the call that has begun neither writes to it nor reads it."""
+        ...
+
     def dispatched(self) -> None:
         """All that was built has been dispatched."""
         ...

@@ -100,12 +100,11 @@ class Straight:
         (window,) = seen
         if self._window is not None and not (window and window <= self._window):
             return None  # a ring does not hold what such a mask may show
-        positions = self._positions
         queries, keys, rotation = together(queries, keys)
         if not (self._planes.types == [keys.dtype, values.dtype] and kernel(queries, keys, values)):
             return None
         self._attended = True
-        starts = positions.once("row starts", lambda: positions.row_starts)
+        starts = self._starts()
         ring = self._ring
 
         def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
@@ -131,7 +130,7 @@ class Straight:
         if not self._holds(dtype):
             return None
         self._attended = True
-        starts = positions.once("row starts", lambda: positions.row_starts)
+        starts = self._starts()
         return lambda joined: planes.launch(lambda held, after: run(joined, held, starts, after))
 
     def _joined(
@@ -184,6 +183,10 @@ class Straight:
         self._unwritten = None
         self._attended = False
 
+    @property
+    def idle(self) -> bool:
+        return False
+
     def dispatched(self) -> None:
         self._planes.dispatched()
 
@@ -227,6 +230,10 @@ class Straight:
             return self._launch is not None
         # Those for prompts take a position for its place.
         return self._prompt_launch is not None and (self._ring is None or self._positions.reach <= self._ring)
+
+    def _starts(self) -> mx.array:
+        """[rows] int32: where a launch has a call's first tokens."""
+        return self._positions.once("row starts", lambda: self._positions.row_starts)
 
     def _room(self) -> int:
         return self._positions.capacity

@@ -19,6 +19,8 @@ from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
 from runner.engine.kv.recurrent import Recurrent
 from runner.engine.kv.sizes import AS_NEEDED, FEW, Sizes
+from runner.engine.kv.threshold import Threshold
+from runner.engine.kv.thresholded import After, Before, Thresholded
 from runner.engine.kv.window import Window
 
 
@@ -80,8 +82,8 @@ class Layout:
         caches: list[Any] = make_prompt_cache(self._model)
         return caches
 
-    def quantised(self, how: Quantisation, packed_launch: PackedLaunch | None = None) -> Layout:
-        """The same with a quantisation."""
+    def quantised(self, how: Quantisation | None, packed_launch: PackedLaunch | None = None) -> Layout:
+        """The same with another quantisation."""
         return Layout(
             *(self._model, self._slack, how),
             launch=self.launch,
@@ -94,25 +96,33 @@ class Layout:
         """Caches of rows that have no tokens yet."""
         if self.unknown:
             return Foreign(self.upstream())
-        positions = Positions(rows, self.sizes)
+        start = 0 if self.quantisation is None else self.quantisation.start
+        positions = Positions(rows, self.sizes, Threshold(start, rows) if start else None)
         layers = [self._layer(template, positions) for template in self._templates]
         return Caches(positions, layers)
 
     @property
     def sizes(self) -> Sizes:
         """Few where steps are launches, whose graphs are kept, for layers that cache all tokens."""
-        launched = self.launch if self.quantisation is None else self.packed_launch
-        return AS_NEEDED if launched is None else FEW
+        launched = not self._precise or self.launch is not None
+        packed = self.quantisation is None or self.packed_launch is not None
+        return FEW if launched and packed else AS_NEEDED
+
+    @property
+    def _precise(self) -> bool:
+        """Whether what layers cache of all tokens is as the model makes it, at first at least."""
+        return self.quantisation is None or self.quantisation.start > 0
 
     def prompt_reach(self, capacity: int) -> int:
         """Tokens that rows may come to in a wide call that attends by launches alone, in caches that have room for
         `capacity`: no window's ring may have to wrap. 0 where none does so; known once something was cached."""
         planes = [plane for form in self._forms.values() for plane in form]
-        if self.prompt_launch is None or self.quantisation is not None or not planes:
+        if self.prompt_launch is None or not self._precise or not planes:
             return 0
         if not all(prompt_kernel.takes(width, dtype) for _, width, dtype in planes):
             return 0
-        return min([capacity, *(int(window) + self._slack for window in self.windows)])
+        ends = [] if self.quantisation is None else [self.quantisation.start]
+        return min([capacity, *ends, *(int(window) + self._slack for window in self.windows)])
 
     def restore(self, beginnings: Sequence[Beginning | None], reserve: int = 0, ends: Sequence[int] = ()) -> Caches:
         """Caches of a row for each beginning, which is copied (None for no tokens), and room for `reserve` tokens.
@@ -131,9 +141,15 @@ class Layout:
             return Window(positions, template.max_size, self._slack, *launches, rotates=self.rotates)
         if type(template) is ArraysCache:
             return Recurrent(positions, len(template.cache))
-        if self.quantisation is None:
-            return Straight(positions, self.launch, self.prompt_launch, self._form(template), rotates=self.rotates)
-        return Quantised(positions, self.quantisation, self.packed_launch, rotates=self.rotates)
+        quantisation, packed, rotates = self.quantisation, self.packed_launch, self.rotates
+        launches = (self.launch, self.prompt_launch, self._form(template))
+        if quantisation is None:
+            return Straight(positions, *launches, rotates=rotates)
+        if (threshold := positions.threshold) is None:
+            return Quantised(positions, quantisation, packed, rotates=rotates)
+        before = Before(positions, threshold, *launches, rotates=rotates)
+        after = After(positions, threshold, before, quantisation, packed, rotates=rotates)
+        return Thresholded(positions, threshold, before, after)
 
     def _form(self, template: Any) -> Form:
         return self._forms.setdefault(id(template), [])

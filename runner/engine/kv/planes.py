@@ -110,26 +110,35 @@ class Planes:
         self._form[:] = _form(arrays)
         self._arrays = arrays
 
+    def drop(self) -> None:
+        """Have nothing any more: nobody will look at what was written."""
+        self._arrays, self._launched = [], None
+
     def shrink(self, slots: int, capacity: int) -> None:
         """Let go of room beyond that much."""
         if self._arrays and (self._arrays[0].shape[0] > slots or self.capacity > capacity):
             self.arrays = [mx.contiguous(array[:slots, :, :capacity]) for array in self.arrays]
 
-    def write(self, positions: Positions, new: Sequence[mx.array], size: int | None = None) -> None:
-        """Put `new` [rows, heads, count, width] after each row's tokens; at their positions modulo `size`."""
+    def write(
+        self, positions: Positions, new: Sequence[mx.array], size: int | None = None, last: int | None = None
+    ) -> None:
+        """Put `new` [rows, heads, count, width] after each row's tokens; at their positions modulo `size`.
+
+        What would come behind place `last` is lost, and so is what is there.
+        """
         same, rows, count = positions.same, positions.rows, positions.count
-        if same is not None:
+        if same is not None and (last is None or same + count <= last + 1):
             start = same if size is None else same % size
             if size is None or start + count <= size:
                 for array, part in zip(self.arrays, new, strict=True):
                     array[:rows, :, start : start + count] = part
                 return
         self.arrays = [
-            _scattered(array, part, self._places(positions, array.shape, size))
+            _scattered(array, part, self._places(positions, array.shape, size, last))
             for array, part in zip(self.arrays, new, strict=True)
         ]
 
-    def _places(self, positions: Positions, shape: tuple[int, ...], size: int | None) -> mx.array:
+    def _places(self, positions: Positions, shape: tuple[int, ...], size: int | None, last: int | None) -> mx.array:
         """[rows · heads · count, width]: which line of an array of that shape, seen as [·, width], is written."""
 
         def lines() -> mx.array:
@@ -137,13 +146,15 @@ class Planes:
             at = positions.starts[:, None, None] + mx.arange(positions.count)
             if size is not None:
                 at = mx.remainder(at, size)
+            if last is not None:
+                at = mx.minimum(at, last)
             kind = mx.int64 if shape[0] * heads * capacity > 1 << 31 else mx.int32
             first = mx.arange(0, positions.rows * heads * capacity, capacity, dtype=kind)
             return (first.reshape(positions.rows, heads, 1) + at).reshape(-1, 1)
 
-        line = positions.once(("lines", shape[:3], size), lines)
+        line = positions.once(("lines", shape[:3], size, last), lines)
         wide = (line.shape[0], shape[3])
-        return positions.once(("lines", shape, size), lambda: mx.broadcast_to(line, wide))
+        return positions.once(("lines", shape, size, last), lambda: mx.broadcast_to(line, wide))
 
     def view(self, rows: int, tokens: int) -> list[mx.array]:
         """The first `tokens` places of the first `rows` slots."""

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from runner.engine.kv.cosines import fixed
 from runner.engine.kv.sizes import AS_NEEDED, Sizes, rounded
+from runner.engine.kv.threshold import Threshold
 
 T = TypeVar("T")
 
@@ -32,12 +33,13 @@ class Positions:
 
     `slots` rows and `capacity` tokens each have room in the layers' arrays. During a call, `count` is its width in
     tokens, and `lengths` says how many of them each row really has (the rest is padding on the right), None for all.
-    `pads` is whether a call may have more rows than there are.
+    `pads` is whether a call may have more rows than there are. `threshold` is where rows begin to be seen packed.
     """
 
-    def __init__(self, rows: int, sizes: Sizes = AS_NEEDED) -> None:
+    def __init__(self, rows: int, sizes: Sizes = AS_NEEDED, threshold: Threshold | None = None) -> None:
         self.rows = rows
         self.pads = True
+        self.threshold = threshold
         self.slots = sizes.slots(rows)
         self.capacity = 0
         self._sizes = sizes
@@ -46,12 +48,12 @@ class Positions:
         self.lengths: list[int] | None = None
         self._most = [0] * rows
         self._written = [0] * rows
-        self._outstanding = 0
+        self._cuts: list[int] = []
         self._offsets: mx.array | None = None
         self._made: dict[Any, Any] = {}
         self._next: mx.array | None = None
         self._padded: tuple[mx.array, mx.array] | None = None
-        self._marked: mx.array | None = None
+        self._marked: tuple[mx.array, list[int]] | None = None
         self.same: int | None = 0
         """The length that all rows have, if the host knows it."""
 
@@ -60,7 +62,7 @@ class Positions:
     @property
     def exact(self) -> bool:
         """Whether the host knows all lengths."""
-        return not self._outstanding
+        return not self._cuts
 
     @property
     def most(self) -> list[int]:
@@ -75,7 +77,7 @@ class Positions:
     @property
     def least(self) -> int:
         """Tokens that every row has at least."""
-        return min(self._most) if self.exact else 0
+        return max(0, min(self._most) - sum(self._cuts))
 
     @property
     def reach(self) -> int:
@@ -129,6 +131,8 @@ class Positions:
         self.lengths = None if lengths is None or min(lengths) == count else list(lengths)
         self._made.clear()
         self.reserve(self.reach)
+        if self.threshold is not None:
+            self.threshold.begin(self._most, self.least, count)
 
     def end(self, starts: mx.array | None = None) -> None:
         """The call is built: rows are as much longer. `starts` [≥ rows] int32 of the next call, if it has made them."""
@@ -143,6 +147,8 @@ class Positions:
         elif self._offsets is not None:
             self._offsets = self._offsets + (self.count if self.lengths is None else mx.array(added, dtype=mx.int32))
         self.count, self.lengths = 0, None
+        if self.threshold is not None:
+            self.threshold.end()
         self._changed()
         self._next = starts
         self._padded = None if starts is None or padded is None else (starts, padded)
@@ -195,8 +201,10 @@ class Positions:
         """
         self.rows = len(lengths)
         self.slots = self._sizes.slots(self.rows)
-        self._most, self._offsets, self._outstanding = lengths, None, 0
+        self._most, self._offsets, self._cuts = lengths, None, []
         self._written, self._ends = written, list(ends) or [0] * self.rows
+        if self.threshold is not None:
+            self.threshold.restart(self.rows)
         self._changed()
 
     @property
@@ -212,7 +220,9 @@ class Positions:
         self._most += other._most
         self._written += other._written
         self._ends += other._ends
-        self._outstanding += other._outstanding
+        self._cuts += other._cuts
+        if self.threshold is not None and other.threshold is not None:
+            self.threshold.extend(other.threshold)
         self.rows += other.rows
         tokens = max(self.needed, other.capacity) if self._sizes.few else other.capacity
         self.slots, self.capacity = self.room_for(self.rows, tokens, soon)
@@ -223,6 +233,8 @@ class Positions:
         self._most = [self._most[i] for i in order]
         self._written = [self._written[i] for i in order]
         self._ends = [self._ends[i] for i in order]
+        if self.threshold is not None:
+            self.threshold.take(order)
         if self._offsets is not None:
             self._offsets = self._offsets[mx.array(order, dtype=mx.int32)]
         self.rows = len(order)
@@ -246,7 +258,8 @@ class Positions:
 
     def mark(self) -> None:
         """Remember what rows have, for `keep`."""
-        self._marked = self._next = self.row_starts
+        self._next = self.row_starts
+        self._marked = self._next, self._most
 
     def keep(self, counts: mx.array) -> None:
         """Cut off all but the first `counts` [rows] int32 tokens since the `mark`.
@@ -254,14 +267,15 @@ class Positions:
         The counts may not be computed yet: see `settle`.
         """
         assert self._marked is not None
-        self._offsets, self._marked = self._marked + counts, None
-        self._outstanding += 1
+        (starts, before), self._marked = self._marked, None
+        self._offsets = starts + counts
+        self._cuts.append(max(now - then for now, then in zip(self._most, before, strict=True)))
         self._changed()
 
     def settle(self, counts: Sequence[int]) -> None:
         """The host has read how much the oldest `keep` that is outstanding cut off; row by row as they are now."""
         self._most = [length - cut for length, cut in zip(self._most, counts, strict=True)]
-        self._outstanding -= 1
+        del self._cuts[0]
         self._changed()
 
     def _changed(self) -> None:

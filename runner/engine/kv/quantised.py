@@ -31,10 +31,12 @@ _ON_CUDA: Final = bool(mx.cuda.is_available()) and mx.default_device() == mx.Dev
 
 
 class Quantisation(msgspec.Struct, frozen=True):
-    """`bits` a value, and a scale and a bias for each `group_size` of them."""
+    """`bits` a value, and a scale and a bias for each `group_size` of them; for what is at positions from `start` on,
+    which sees all before it so (see `threshold.py`)."""
 
     bits: int
     group_size: int
+    start: int = 0
 
     def pack(self, values: mx.array) -> Packed:
         """[…, width] of any float type."""
@@ -104,7 +106,7 @@ class Quantised(Straight):
         return *self.quantisation.pack(keys), *self.quantisation.pack(values)
 
     def attend(self, queries: Any, keys: Any, values: mx.array, scale: float, mask: masks.Mask) -> mx.array | None:
-        launch, positions, quantisation = self._packed_launch, self._positions, self.quantisation
+        launch, quantisation = self._packed_launch, self.quantisation
         seen = self._seen(mask)
         if launch is None or seen is None:
             return None
@@ -115,7 +117,7 @@ class Quantised(Straight):
         if not (same and quantised_kernel.applies(queries, keys, values, bits, size)):
             return None
         self._attended = True
-        starts = positions.once("row starts", lambda: positions.row_starts)
+        starts = self._starts()
 
         def run(planes: list[mx.array], after: mx.array | None) -> tuple[mx.array, Sequence[mx.array]]:
             return launch(PackedCall(queries, keys, values, planes, starts, scale, window, bits, size, after, rotation))

@@ -41,6 +41,8 @@ class Recurrent(ArraysCache):  # type: ignore[misc]
 
     traced = True
 
+    idle = False
+
     def dispatched(self) -> None:
         pass
 

@@ -45,6 +45,10 @@ class Unrotated:
         self.rotation = rotation
         self._offset = offset
 
+    def of(self, lines: mx.array) -> Unrotated:
+        """The same of other lines."""
+        return Unrotated(lines, self.rotation, self._offset)
+
     @property
     def rotated(self) -> mx.array:
         """Rotated after all."""
@@ -54,6 +58,14 @@ class Unrotated:
 def rotated(lines: Any) -> Any:
     """Lines as a model would have them."""
     return lines.rotated if isinstance(lines, Unrotated) else lines
+
+
+def after(lines: Any, done: mx.array) -> Any:
+    """Lines, rotated or not, that are not there before `done` is."""
+    if isinstance(lines, Unrotated):
+        return lines.of(after(lines.lines, done))
+    waiting: mx.array = mx.depends([lines], [done])[0]
+    return waiting
 
 
 def together(queries: Any, keys: Any) -> tuple[mx.array, mx.array, Rotation | None]:
