@@ -17,7 +17,7 @@ from runner.engine.kv.calls import Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.moves import Beginnings
+from runner.engine.kv.moves import Beginnings, Moves
 from runner.engine.kv.planes import Form
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
@@ -131,10 +131,18 @@ class After(Quantised):
                 packed = self._pack(*plain)
                 self._planes.reserve(self._positions.slots, self._positions.capacity, packed)
                 self._planes.paste(row, 1, packed)
+                self._planes.clear(row, 1, max(packed[0].shape[2], self._positions.written[row]))
 
     @property
     def idle(self) -> bool:
         return self._threshold.phase is Phase.BEFORE
+
+    def extend(self, first: int, other: Straight, moves: Moves) -> None:
+        if other.arrays:
+            super().extend(first, other, moves)
+        elif not self._planes.empty:
+            # What is there of others is cleared when such a row comes to the threshold.
+            self._planes.reserve(self._positions.slots, self._room(), ())
 
     def fit(self) -> None:
         if max(self._positions.written, default=0) <= self._threshold.start:

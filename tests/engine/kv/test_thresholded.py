@@ -142,6 +142,31 @@ def test_rows_join_and_leave(llama: LoadedModel) -> None:
             assert_close(found, mx.concatenate([called(llama, alone[row], [[step + 9]])[0] for row in order]))
 
 
+def test_what_is_no_number_in_a_slot_that_another_row_gets_is_not_seen(llama: LoadedModel) -> None:
+    """Whoever comes to the threshold there begins with a clear slot."""
+    caches = read(llama, PROMPT[:40])[0]
+    caches.join(read(llama, PROMPT[:40])[0])
+    after = leaves(caches)[1]
+    caches.remove([1])
+    called(llama, caches, [[1]])
+    for layer in caches.layers:
+        planes = layer.after._planes
+        planes.arrays = [
+            mx.where(mx.arange(array.shape[0])[:, None, None, None] > 0, mx.array(float("nan")), array).astype(
+                array.dtype
+            )
+            if array.dtype == mx.float32
+            else array
+            for array in planes.arrays
+        ]
+    assert mx.isnan(after.arrays[1]).any().item()
+    caches.join(read(llama, PROMPT[: START - 2])[0])
+    alone = read(llama, PROMPT[: START - 2])[0]
+    for step in range(6):
+        found = called(llama, caches, [[step], [step]])[1, -1:]
+        assert_close(found, called(llama, alone, [[step]])[0])
+
+
 @pytest.mark.parametrize("before", [START - 3, START - 1, START, START + 2])
 def test_tokens_are_taken_back_across_it(llama: LoadedModel, before: int) -> None:
     """As speculation does, again and again, with counts that the host does not know yet."""
