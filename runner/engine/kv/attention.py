@@ -80,4 +80,4 @@ def _across(queries: Any, both: Both, cache: Thresholded, scale: float, mask: Ma
         # Two launches at once would leave what their blocks have for each other at the same places.
         queries = after(queries, seen)
     attended = attend(queries, *both.packed, packed, scale, cache.packed_mask(mask), sinks)
-    return mx.where(cache.sees_plain(), seen, attended)
+    return mx.where(cache.sees_plain(seen.shape), seen, attended)

@@ -100,8 +100,12 @@ class Before(Straight):
     def _starts(self) -> mx.array:
         if self._threshold.phase is Phase.BEFORE:
             return super()._starts()
-        positions, start = self._positions, self._threshold.start
-        return positions.once("starts before", lambda: mx.minimum(positions.row_starts, start))
+        return self._positions.once("starts before", self._clipped)
+
+    def _clipped(self) -> mx.array:
+        # Of two arrays of one shape: for a number, a graph has a kernel of its own, which takes seconds to compile.
+        starts = self._positions.row_starts
+        return mx.minimum(starts, mx.array([self._threshold.start] * starts.shape[0], dtype=starts.dtype))
 
     def _room(self) -> int:
         return min(self._positions.capacity, self._threshold.start + FEW)
@@ -199,10 +203,25 @@ class Thresholded:
         is a mask of its own."""
         return self.after.make_mask(self._positions.count, window_size=self.before.window_of(mask))
 
-    def sees_plain(self) -> mx.array:
-        """[rows or 1, 1, count, 1]: which queries of the call are before the threshold."""
+    def sees_plain(self, shape: tuple[int, ...]) -> mx.array:
+        """Which queries of the call are before the threshold; of that shape or one that broadcasts to it, which is that
+        of what is attended to, [rows, heads, count, width]."""
         positions, start = self._positions, self._threshold.start
-        return positions.once("sees plain", lambda: masks.queries(positions) < start)
+        if positions.count > FEW:
+            return positions.once("sees plain", lambda: masks.queries(positions) < start)
+        return positions.once(("sees plain", shape), lambda: _before(positions.row_starts, start, shape))
+
+
+def _before(starts: mx.array, start: int, shape: tuple[int, ...]) -> mx.array:
+    """Of `shape` [rows, heads, count, width]: whether query j of a row with `starts` tokens before is before `start`.
+
+    As an array of just that shape, made of such: what broadcasts is one kernel with what comes after it in a graph that
+    is kept, and a kernel that nobody had before takes seconds to compile.
+    """
+    rows, _, count, _ = shape
+    ends = mx.array([[start - j for j in range(count)]] * rows, dtype=starts.dtype)
+    before = mx.contiguous(mx.repeat(starts[:, None], count, axis=1)) < ends
+    return mx.contiguous(mx.broadcast_to(before[:, None, :, None], shape))
 
 
 class Both:
