@@ -26,8 +26,8 @@ FAMILIES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "lfm2"]
 START = 20
 HOW = Quantisation(4, 32, START)
 PROMPT = [(7 * i) % 300 for i in range(70)]
-CLOSE = 1e-3
-"""What sums in another order come to in logits."""
+CLOSE = 1e-3 if mx.default_device() == mx.Device(mx.cpu) else 0.5
+"""What sums in another order come to in logits; a GPU's products of float32 take fewer bits."""
 
 FLIPPED = 0.1
 """Share of tokens that may be further off, since sums in another order may make another code of a value that lies
@@ -222,7 +222,7 @@ def test_what_has_been_restored_is_kept_again(llama: LoadedModel) -> None:
     assert_close(called(llama, caches, [PROMPT[45:50]])[0], read(llama, PROMPT[:50])[1][45:])
 
 
-def test_launches_see_what_operations_see(
+def test_launches_see_what_operations_see_on_the_device_or_the_host(
     llama: LoadedModel, in_place: OnHost | OnDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of rows on both sides, of a row that comes to the threshold, and that is cut back; the kernels themselves."""
@@ -230,7 +230,7 @@ def test_launches_see_what_operations_see(
     if isinstance(in_place, OnHost):
         CopiesOnHost(monkeypatch)
     launched = Layout(llama.model, 16, HOW, launch=in_place, packed_launch=packed)
-    both = [(layout.new(), layout.new()) for layout in (launched, llama.layout)]
+    both = [(layout.new(), layout.new()) for layout in (launched, Layout(llama.model, 16, HOW))]
     for short, long in both:
         called(llama, short, [PROMPT[: START - 4]])
         called(llama, long, [PROMPT[:50]])
