@@ -182,7 +182,8 @@ class Caches:
             if not all(leaf.traced for leaf in busy):
                 raise NotTraceableError
         after = [leaf.arrays for leaf in busy]
-        return answer, after, starts + tokens.shape[1]
+        # A number that is added would be part of a kernel of the graph's own, which takes seconds to compile.
+        return answer, after, starts + mx.array([tokens.shape[1]] * starts.shape[0], dtype=starts.dtype)
 
     def join(self, other: Caches, soon: int = 0) -> None:
         """Rows of `other` come after these, and `soon` so many more. `other` is not used any more."""
