@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -195,24 +192,6 @@ def test_a_graph_is_of_one_side_of_a_threshold(
     last = caches.call(loaded.model, mx.array([[60], [61]]))[:1, -1]
     assert mx.allclose(found.call(plain.model, mx.array([[60]]))[:, -1], last, atol=1e-3)
     assert not mx.allclose(logits, last, atol=1e-3)
-
-
-def test_graphs_of_other_widths_and_thresholds_need_no_kernels_of_their_own(
-    model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    """A number in a graph is part of a kernel, and on a GPU requests would wait for seconds until that is compiled."""
-    found = []
-    for name, numbers in (("few", ("60", "1", "2")), ("more", ("90", "1", "2", "3", "5"))):
-        scratch = tmp_path / name
-        scratch.mkdir()
-        environ = {**os.environ, "TMPDIR": str(scratch)}
-        environ.pop("MLX_DISABLE_COMPILE", None)
-        command = [sys.executable, "-m", "tests.engine.graph_kernels", model_folder("llama", wide=True), *numbers]
-        ran = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-        found.append(ran.stdout.split())
-    few, more = found
-    assert few, "what a model does between its layers' launches"
-    assert more == few
 
 
 def test_a_packed_launch_that_is_wrong_is_not_taken(
