@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.sizes import grown
 from runner.engine.loader import load
 from runner.inspect.estimate import Limits, model_memory
@@ -45,10 +46,18 @@ def test_weights_are_what_is_in_use_after_loading(tmp_path: Path) -> None:
 
 
 @pytest.mark.mlx
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "qwen3_moe"])
-def test_caches_of_a_running_batch(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        *((kind, None) for kind in ("llama", "qwen3", "gemma3_text", "qwen3_moe")),
+        *(("llama", Quantisation(8, 32, start)) for start in (0, 100, 300)),
+        ("gemma3_text", Quantisation(8, 32, 150)),
+    ],
+    ids=str,
+)
+def test_caches_of_a_running_batch(kind: str, packing: Quantisation | None, tmp_path: Path) -> None:
     folder = build_model(tmp_path, kind, config={**WIDER, "sliding_window": 64} if "gemma" in kind else WIDER)
-    driver = Driver(load(folder), max_rows=4, prefill_step_size=128, prefix_cache_bytes=0)
+    driver = Driver(load(folder, quantisation=packing), max_rows=4, prefill_step_size=128, prefix_cache_bytes=0)
     prompt = (encode("hello world, how are you today? ") * 100)[:200]
     idle = active_memory()
     for number in range(4):
@@ -58,7 +67,10 @@ def test_caches_of_a_running_batch(kind: str, tmp_path: Path) -> None:
     driver.engine.step()
     mx.clear_cache()
     real = active_memory() - idle
-    memory = model_memory(facts(folder), [], None, LIMITS._replace(context=241), float32=True)
+    limits = LIMITS._replace(context=241)
+    if packing is not None:
+        limits = limits._replace(kv_bits=packing.bits, kv_group_size=packing.group_size, kv_start=packing.start)
+    memory = model_memory(facts(folder), [], None, limits, float32=True)
     assert memory.kv_max == pytest.approx(real, rel=0.03)
     driver.drain()
 
