@@ -136,7 +136,15 @@ def test_rows_say_the_same(
     assert not graphs.calls
 
 
-@pytest.mark.parametrize("how", [Quantisation(4, 32), Quantisation(8, 32), Quantisation(8, 32, 30)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        Quantisation(4, 32),
+        pytest.param(Quantisation(8, 32), marks=pytest.mark.nightly),
+        Quantisation(8, 32, 30),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("drafted", [False, True])
 def test_rows_of_few_bits_say_the_same(
     model_folder: ModelFolder,

@@ -99,8 +99,17 @@ def test_a_query_sees_what_its_position_says(
         assert (off(found, expected_of[other]) > CLOSE).mean().item() > 0.5
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("chunk", [1, 7, START, 33])
+@pytest.mark.parametrize(
+    ("kind", "chunk"),
+    [
+        *(("llama", chunk) for chunk in (1, 7, START, 33)),
+        *(
+            pytest.param(kind, chunk, marks=[] if chunk == 33 else pytest.mark.nightly)
+            for kind in FAMILIES[1:]
+            for chunk in (1, 7, START, 33)
+        ),
+    ],
+)
 def test_chunks_make_no_difference(model_folder: ModelFolder, kind: str, chunk: int) -> None:
     """Of few tokens and of many; that end at the threshold, and elsewhere."""
     model = load(model_folder(kind, wide=True), quantisation=HOW)
