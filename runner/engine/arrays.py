@@ -40,6 +40,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def each(number: int, like: mx.array) -> mx.array:
+    """[N], as long as another array and of its type: a number for each.
+
+    In a graph that is kept, a number by itself would be part of a kernel of just that number, and broadcast to an array
+    as well: compiling one takes a GPU's compiler seconds. For two arrays of one shape MLX has a kernel.
+    """
+    return mx.array([number] * like.shape[0], dtype=like.dtype)
+
+
 def given(owner: Any, names: Sequence[str]) -> list[mx.array]:
     """Of these attributes, each an array or None, those that are arrays."""
     return [array for name in names if (array := getattr(owner, name)) is not None]

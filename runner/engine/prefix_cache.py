@@ -238,7 +238,7 @@ def _grown(path: list[tuple[Node, int]], length: int, caches: Caches, row: int) 
     if node is None or node.children or node.state is not None:
         return None
     start, stop = node.piece.start, node.piece.stop
-    if start + matching != stop or not stop < length or [*_spans(start, length, caches.seam)] != [(start, length)]:
+    if start + matching != stop or not stop < length or next(_spans(start, length, caches.seam)) != (start, length):
         return None
     piece = caches.piece(row, start, length)
     return piece if piece.complete == node.piece.complete else None

@@ -25,10 +25,11 @@ class Packing:
     group_size: int
     start: int = 0
 
-    def reached(self, tokens: int) -> bool:
-        """Whether rows of so many tokens, 0 for any number, have room for packed ones: that is where they have room
-        beyond `start`."""
-        return not tokens or whole_steps(tokens) > self.start
+
+def used(packing: Packing | None, tokens: int) -> Packing | None:
+    """The packing that rows of so many tokens, 0 for any number, have room for: that is where they have room beyond its
+    start."""
+    return packing if packing is not None and (not tokens or whole_steps(tokens) > packing.start) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,7 @@ class CacheLayout:
         held = whole_steps(tokens)
         windows = sum(values * min(held, size) for size, values in self.windows.items())
         fixed = (windows + self.state) * itemsize + self.state32 * 4
-        if packing is not None and not packing.reached(tokens):
-            packing = None
+        packing = used(packing, tokens)
         if packing is not None and packing.start:
             fixed += self.token_bytes(itemsize) * min(held, packing.start + _BEHIND)
         return self.token_bytes(itemsize, packing) * held + fixed

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from runner.inspect.adapter import AdapterFacts
-from runner.inspect.caches import Packing
+from runner.inspect.caches import Packing, used
 from runner.inspect.config import Config
 from runner.inspect.layers import Layers
 from runner.inspect.memory import ModelMemory
@@ -54,7 +54,7 @@ def model_memory(
     `layers` are the model's, None where they are not known: adapters count as they are stored then.
     """
     itemsize = activation_itemsize(model.tensors, float32=float32)
-    longest = longest_context(model, limits)
+    longest = longest_context(model, limits.context)
     step = min(limits.prefill_step, longest) if longest else limits.prefill_step
     kv = _Rows(model, draft, limits, float32=float32)
     fused = not float32 if fused is None else fused
@@ -79,9 +79,9 @@ def _adapter_bytes(layers: Layers | None, adapters: Sequence[AdapterFacts], item
     return adapter_bytes(adapters, layers, itemsize) if adapters else 0
 
 
-def longest_context(model: ModelFacts, limits: Limits) -> int:
+def longest_context(model: ModelFacts, allowed: int) -> int:
     """Tokens of prompt and answer together: the declared limit within the model's own, 0 for neither."""
-    return min((tokens for tokens in (limits.context, model.config.max_context) if tokens), default=0)
+    return min((tokens for tokens in (allowed, model.config.max_context) if tokens), default=0)
 
 
 class _Rows:
@@ -89,7 +89,7 @@ class _Rows:
 
     def __init__(self, model: ModelFacts, draft: ModelFacts | None, limits: Limits, *, float32: bool) -> None:
         packing = Packing(limits.kv_bits, limits.kv_group_size, limits.kv_start) if limits.kv_bits else None
-        self._longest = longest_context(model, limits)
+        self._longest = longest_context(model, limits.context)
         self._parts = [
             (part.layout, activation_itemsize(part.tensors, float32=float32), how)
             for part, how in ((model, packing), (draft, None))
@@ -99,11 +99,7 @@ class _Rows:
     @property
     def per_token(self) -> int:
         """Of a row that grows by one."""
-        longest = self._longest
-        return sum(
-            layout.token_bytes(size, how if how is not None and how.reached(longest) else None)
-            for layout, size, how in self._parts
-        )
+        return sum(layout.token_bytes(size, used(how, self._longest)) for layout, size, how in self._parts)
 
     def row(self, tokens: int) -> int:
         """Of a row with so many tokens."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from runner.inspect import fit
+from runner.inspect.estimate import longest_context
 from runner.inspect.files import DigestCache
 from runner.inspect.served import is_known_to_mlx_lm, is_served_alone, takes_quantised_cache
 from runner.manifest.tree import KeyPath, Problem
@@ -82,14 +83,14 @@ def _kv_cache(it: Subject) -> Iterator[Problem]:
 
 def _idle_kv_settings(it: Subject) -> Iterator[Problem]:
     """What changes nothing, of what the model's own section says of a quantised cache."""
+    assert it.facts is not None
     settings = it.settings["kv_cache"]
     for key in ("group_size", "quantized_start"):
         path = it.at("kv_cache", key)
         if settings.get(key) and not settings.get("bits") and not _whose(it, path):
             yield Problem("W615", path, "changes nothing without bits: the cache is not quantised", "give bits: 8")
     start = settings.get("quantized_start") or 0
-    limits = (it.spec.limits.max_context, it.facts.config.max_context if it.facts else 0)
-    longest = min((tokens for tokens in limits if tokens), default=0)
+    longest = longest_context(it.facts, it.spec.limits.max_context)
     path = it.at("kv_cache", "quantized_start")
     if settings.get("bits") and 0 < longest <= start and not _whose(it, path):
         message = f"is {start}, but no request has more than {longest} tokens: nothing is quantised"

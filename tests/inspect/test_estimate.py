@@ -7,9 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from runner.engine.kv.masks import FEW
 from runner.engine.kv.quantised import Quantisation
 from runner.engine.kv.sizes import grown
 from runner.engine.loader import load
+from runner.inspect import caches
 from runner.inspect.estimate import Limits, model_memory
 from runner.inspect.files import DigestCache
 from runner.inspect.memory import slots
@@ -128,6 +130,7 @@ def test_room_for_rows_is_what_a_batch_has() -> None:
     for rows in range(1, 200):
         held = grown(held, rows)
         assert slots(rows) == held
+    assert caches._BEHIND == FEW, "room behind a threshold"
 
 
 def test_how_much_fits(tmp_path: Path) -> None:

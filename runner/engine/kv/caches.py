@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
-from runner.engine.arrays import start
+from runner.engine.arrays import each, start
 from runner.engine.kv import cosines
 from runner.engine.kv.kept import Beginning, Cut, Piece, State
 from runner.engine.kv.layer_protocol import Layer
@@ -133,14 +133,11 @@ class Caches:
         """
         positions = self._positions
         positions.begin(count, lengths)
-        threshold, busy = positions.threshold, self._busy
+        busy = self._busy
         if not busy or not all(leaf.traceable() for leaf in busy):
             return None
-        if threshold is None:
-            return positions.rows, count, positions.slots, positions.capacity, 0
-        # What a row's beginning is packed by is no part of a graph.
-        phase = None if threshold.turning else threshold.phase
-        return None if phase is None else (positions.rows, count, positions.slots, positions.capacity, phase)
+        side = 0 if positions.threshold is None else positions.threshold.phase
+        return positions.rows, count, positions.slots, positions.capacity, side
 
     def call_graph(self, graph: Graph[Answer], tokens: mx.array, rows: int | None = None) -> Answer:
         """`call`, by what `graph` makes of the tokens, the rows' starts and what each layer holds.
@@ -182,8 +179,7 @@ class Caches:
             if not all(leaf.traced for leaf in busy):
                 raise NotTraceableError
         after = [leaf.arrays for leaf in busy]
-        # A number that is added would be part of a kernel of the graph's own, which takes seconds to compile.
-        return answer, after, starts + mx.array([tokens.shape[1]] * starts.shape[0], dtype=starts.dtype)
+        return answer, after, starts + each(tokens.shape[1], starts)
 
     def join(self, other: Caches, soon: int = 0) -> None:
         """Rows of `other` come after these, and `soon` so many more. `other` is not used any more."""
@@ -269,7 +265,7 @@ class Caches:
     @property
     def _busy(self) -> list[Layer]:
         """Those that have a part in the call that has begun."""
-        return [leaf for leaf in self._leaves if not leaf.idle]
+        return self._leaves if self.seam is None else [leaf for leaf in self._leaves if not leaf.idle]
 
     def _begin(self, row: int, rows: int, begun: Beginning) -> bool:
         """Have layers begin with planes that hold it; False where launches do not make those."""
@@ -286,7 +282,7 @@ class Caches:
         for piece in begun.pieces:
             part = Beginnings(row, rows, piece, min(piece.stop, begun.length) - piece.start)
             for leaf, places in zip(self._leaves, piece.layers, strict=True):
-                if places is not None:
+                if places:
                     leaf.put_piece(part, places)
             done += part.put()
         if begun.state is not None:

@@ -145,11 +145,11 @@ class Layout:
         launches = (self.launch, self.prompt_launch, self._form(template))
         if quantisation is None:
             return Straight(positions, *launches, rotates=rotates)
-        if (threshold := positions.threshold) is None:
+        if positions.threshold is None:
             return Quantised(positions, quantisation, packed, rotates=rotates)
-        before = Before(positions, threshold, *launches, rotates=rotates)
-        after = After(positions, threshold, before, quantisation, packed, rotates=rotates)
-        return Thresholded(positions, threshold, before, after)
+        before = Before(positions, *launches, rotates=rotates)
+        after = After(positions, before, quantisation, packed, rotates=rotates)
+        return Thresholded(positions, before, after)
 
     def _form(self, template: Any) -> Form:
         return self._forms.setdefault(id(template), [])

@@ -12,13 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from runner.engine.arrays import each
 from runner.engine.kv import masks
-from runner.engine.kv.calls import Launch
 from runner.engine.kv.kept import Cut, Place
 from runner.engine.kv.layers import Straight
 from runner.engine.kv.masks import FEW
-from runner.engine.kv.moves import Beginnings, Moves
-from runner.engine.kv.planes import Form
+from runner.engine.kv.moves import Moves
 from runner.engine.kv.positions import Positions
 from runner.engine.kv.quantised import Quantisation, Quantised
 from runner.engine.kv.quantised_kernel import PackedLaunch
@@ -26,25 +25,24 @@ from runner.engine.kv.rotary import Deferred, rotated
 from runner.engine.kv.threshold import Phase, Threshold
 
 
-class Before(Straight):
+class _Sided:
+    """What takes part in calls by the side of the threshold that their queries are on."""
+
+    _positions: Positions
+
+    @property
+    def _threshold(self) -> Threshold:
+        threshold = self._positions.threshold
+        assert threshold is not None
+        return threshold
+
+
+class Before(_Sided, Straight):
     """Plain keys and values of each row's tokens up to the threshold. [slots, heads, room, width]
 
     Behind these are a few places more. There rows that are beyond it write in a call that others are in, so that a
     launch needs no word for it; nobody looks at them.
     """
-
-    def __init__(
-        self,
-        positions: Positions,
-        threshold: Threshold,
-        launch: Launch | None = None,
-        prompt_launch: Launch | None = None,
-        form: Form | None = None,
-        *,
-        rotates: bool = False,
-    ) -> None:
-        super().__init__(positions, launch, prompt_launch, form, rotates=rotates)
-        self._threshold = threshold
 
     def make_mask(self, count: int, return_array: bool = False, window_size: int | None = None) -> masks.Mask:
         if self._threshold.phase is Phase.BEFORE:
@@ -78,10 +76,6 @@ class Before(Straight):
     def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         return super().piece(cut, written) if cut.span.stop <= self._threshold.start else ()
 
-    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
-        if places:
-            super().put_piece(begun, places)
-
     @property
     def begins_whole(self) -> bool:
         # With more room than there is here, planes would be made for tokens that come after it.
@@ -103,21 +97,19 @@ class Before(Straight):
         return self._positions.once("starts before", self._clipped)
 
     def _clipped(self) -> mx.array:
-        # Of two arrays of one shape: for a number, a graph has a kernel of its own, which takes seconds to compile.
         starts = self._positions.row_starts
-        return mx.minimum(starts, mx.array([self._threshold.start] * starts.shape[0], dtype=starts.dtype))
+        return mx.minimum(starts, each(self._threshold.start, starts))
 
     def _room(self) -> int:
         return min(self._positions.capacity, self._threshold.start + FEW)
 
 
-class After(Quantised):
+class After(_Sided, Quantised):
     """Packed keys and values of all tokens of the rows that are beyond the threshold; of others it has room."""
 
     def __init__(
         self,
         positions: Positions,
-        threshold: Threshold,
         before: Before,
         quantisation: Quantisation,
         launch: PackedLaunch | None = None,
@@ -125,7 +117,6 @@ class After(Quantised):
         rotates: bool = False,
     ) -> None:
         super().__init__(positions, quantisation, launch, rotates=rotates)
-        self._threshold = threshold
         self._before = before
 
     def begin(self) -> None:
@@ -140,6 +131,10 @@ class After(Quantised):
     @property
     def idle(self) -> bool:
         return self._threshold.phase is Phase.BEFORE
+
+    def traceable(self) -> bool:
+        # What rows' beginnings are packed by is no part of a graph.
+        return not self._threshold.turning and super().traceable()
 
     def extend(self, first: int, other: Straight, moves: Moves) -> None:
         if other.arrays:
@@ -156,20 +151,15 @@ class After(Quantised):
     def piece(self, cut: Cut, written: int) -> Sequence[Place] | None:
         return super().piece(cut, written) if cut.span.start >= self._threshold.start else ()
 
-    def put_piece(self, begun: Beginnings, places: Sequence[Place]) -> None:
-        if places:
-            super().put_piece(begun, places)
 
-
-class Thresholded:
+class Thresholded(_Sided):
     """What a model finds in the place of a layer's cache."""
 
-    def __init__(self, positions: Positions, threshold: Threshold, before: Before, after: After) -> None:
+    def __init__(self, positions: Positions, before: Before, after: After) -> None:
         self.before = before
         self.after = after
         self.caches = before, after
         self._positions = positions
-        self._threshold = threshold
 
     @property
     def used(self) -> Before | After | None:
